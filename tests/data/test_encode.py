@@ -1,0 +1,531 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from videos import noise, numbers, steady
+
+from longreel.data.dataset import LatentDataset, read_text, split
+from longreel.data.decode import read_clip, write_video
+from longreel.data.encode import CacheSpec, Encoders, Entry, Prepared, Report, prepare
+from longreel.data.files import read_about, read_tensors
+from longreel.data.manifest import Dropped
+
+SPEC = CacheSpec(
+    frames=9,
+    height=32,
+    width=48,
+    fps=16,
+    windows="first",
+    stride=0,
+    video_encoder="tiny-vae",
+    text_encoder="tiny-text",
+)
+
+
+class Tiny:
+    """Encoders that log their calls; latents are [3, F, h / 8, w / 8] samples of the pixels."""
+
+    def __init__(self, clips_before_failure: int | None = None) -> None:
+        self.loads, self.clips, self.captions = 0, [], []
+        self.clips_before_failure = clips_before_failure
+
+    def __call__(self) -> Encoders:
+        self.loads += 1
+        return Encoders(self.video, self.text)
+
+    def video(self, pixels: np.ndarray) -> torch.Tensor:
+        assert pixels.dtype == np.uint8
+        if len(self.clips) == self.clips_before_failure:
+            raise KeyboardInterrupt
+        self.clips.append(numbers(pixels))
+        return torch.from_numpy(pixels[:, ::8, ::8].copy()).permute(3, 0, 1, 2).bfloat16()
+
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
+        self.captions.append(caption)
+        return {"embeds": torch.full((len(caption), 2), 0.5), "mask": torch.ones(len(caption))}
+
+
+def never() -> Encoders:
+    raise AssertionError("a complete cache loads no encoder")
+
+
+def add(folder: Path, name: str, num_frames: int, caption: str | None, fps: int = 16) -> Path:
+    path = steady(folder / name, num_frames, fps)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three videos of 20, 30 and 9 frames, two of them with the same caption."""
+    folder = tmp_path / "videos"
+    add(folder, "a.mp4", 20, "a dog")
+    add(folder, "b.mp4", 30, "a cat")
+    add(folder, "deep/c.mp4", 9, "a dog")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def content(cache: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of the cache with its time of writing."""
+    files = (path for path in cache.rglob("*") if path.is_file())
+    return {path.as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_what_is_built(folder, cache):
+    tiny, stages = Tiny(), []
+    prepared = prepare(
+        folder,
+        SPEC,
+        cache,
+        tiny,
+        extra_captions=["", "a bird", "a cat"],
+        progress=lambda *call: call in stages or stages.append(call),
+    )
+    assert tiny.loads == 1
+    assert tiny.clips == [list(range(9))] * 3
+    assert tiny.captions == ["a dog", "a cat", "", "a bird"]
+    assert [entry.id for entry in prepared.entries] == ["a.mp4@0", "b.mp4@0", "deep/c.mp4@0"]
+    assert prepared.report == Report(kept=3, sources=3, dropped=[], encoded=3, reused=0)
+    assert str(prepared.report) == "kept 3 clips of 3 videos: 3 encoded, 0 from the cache"
+    assert set(prepared.texts) == {"a dog", "a cat", "", "a bird"}
+    assert read_text(prepared.texts[""])["embeds"].shape == (0, 2)
+    first = prepared.entries[0]
+    assert (first.source, first.caption, first.start) == ("a.mp4", "a dog", 0)
+    assert first.text == prepared.entries[2].text == prepared.texts["a dog"]
+    tensors, about = read_tensors(first.latents)
+    pixels = read_clip(folder / "a.mp4", start=0, frames=9, fps=16, height=32, width=48)
+    expected = torch.from_numpy(pixels[:, ::8, ::8].copy()).permute(3, 0, 1, 2).bfloat16()
+    assert torch.equal(tensors["latents"], expected)
+    assert about == {
+        "schema": 1,
+        "encoder": "tiny-vae",
+        "source": "a.mp4",
+        "start": 0,
+        "frames": 9,
+        "fps": 16,
+        "height": 32,
+        "width": 48,
+        "shape": [3, 9, 4, 6],
+    }
+    assert read_about(first.text) == {"schema": 1, "encoder": "tiny-text", "caption": "a dog"}
+    relative = first.latents.relative_to(cache)
+    assert relative.parts[:2] == ("latents", SPEC.video_key)
+    assert relative.parts[2] == relative.name[:2]
+    assert stages == [
+        *((done, 3, "checking videos") for done in range(4)),
+        *((done, 4, "encoding text") for done in range(5)),
+        *((done, 3, "encoding clips") for done in range(4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stride", "starts"),
+    [(0, [0, 9, 18]), (9, [0, 9, 18]), (5, [0, 5, 10, 15, 20]), (25, [0])],
+)
+def test_all_windows(tmp_path, cache, stride, starts):
+    add(tmp_path / "videos", "a.mp4", 30, "a dog")
+    spec = replace(SPEC, windows="all", stride=stride)
+    tiny = Tiny()
+    prepared = prepare(tmp_path / "videos", spec, cache, tiny)
+    assert [entry.start for entry in prepared.entries] == starts
+    assert tiny.clips == [list(range(start, start + 9)) for start in starts]
+    assert prepared.report.kept == len(starts) and prepared.report.sources == 1
+    again = prepare(tmp_path / "videos", spec, cache, never)
+    assert again.entries == prepared.entries
+    assert again.report == replace(prepared.report, encoded=0, reused=len(starts))
+
+
+def test_a_complete_cache_is_only_read(folder, cache):
+    first = prepare(folder, SPEC, cache, Tiny(), extra_captions=[""])
+    before = content(cache)
+    second = prepare(folder, SPEC, cache, never, extra_captions=[""])
+    assert (second.entries, second.texts) == (first.entries, first.texts)
+    assert str(second.report) == "kept 3 clips of 3 videos: 0 encoded, 3 from the cache"
+    assert content(cache) == before
+
+
+READY = """
+import sys
+sys.modules["av"] = None  # importing it fails
+from pathlib import Path
+from torch.utils.data import DataLoader
+from longreel.data.dataset import LatentDataset
+from longreel.data.encode import CacheSpec, prepare
+from longreel.data.sampler import SeededBatches
+spec = CacheSpec(9, 32, 48, 16, "first", 0, "tiny-vae", "tiny-text")
+prepared = prepare(sys.argv[1], spec, sys.argv[2], load_encoders=None)
+data = LatentDataset(prepared.entries)
+batch = next(iter(DataLoader(data, batch_sampler=SeededBatches(len(data), 2, 0), collate_fn=list)))
+print([list(item["latents"].shape) for item in batch])
+print(prepared.report)
+"""
+
+
+def run(script: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_complete_cache_needs_no_decoder(folder, cache):
+    add(folder, "short.mp4", 3, "a dog")
+    (folder / "text.mp4").write_text("no video")
+    (folder / "text.txt").write_text("a dog")
+    prepare(folder, SPEC, cache, Tiny())
+    done = run(READY, folder, cache)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "[[3, 9, 4, 6], [3, 9, 4, 6]]"
+    assert lines[1] == "kept 3 clips of 3 videos: 0 encoded, 3 from the cache"
+    assert lines[2] == "dropped 2:"
+    assert lines[3] == "  short.mp4  0.2 s = 3 frames at 16 fps, 9 needed"
+    assert lines[4].startswith("  text.mp4   not a readable video (Invalid data")
+
+
+@pytest.mark.parametrize(
+    ("change", "clips", "texts"),
+    [
+        ({"frames": 8}, 3, 0),
+        ({"height": 40}, 3, 0),
+        ({"width": 40}, 3, 0),
+        ({"fps": 15}, 3, 0),
+        ({"video_encoder": "other"}, 3, 0),
+        ({"text_encoder": "other"}, 0, 2),
+        ({"windows": "all"}, 3, 0),  # the three further clips of two videos
+        ({"stride": 4}, 0, 0),
+        ({"fps": 16.0}, 0, 0),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
+)
+def test_a_changed_setting_meets_no_stale_file(folder, cache, change, clips, texts):
+    first = prepare(folder, SPEC, cache, Tiny())
+    tiny = Tiny()
+    second = prepare(folder, replace(SPEC, **change), cache, tiny)
+    assert (len(tiny.clips), len(tiny.captions)) == (clips, texts)
+    assert tiny.loads == (clips + texts > 0)
+    assert second.report.encoded == clips
+    assert prepare(folder, SPEC, cache, never).entries == first.entries
+
+
+def test_a_changed_video_or_caption_is_encoded_anew(folder, cache):
+    first = prepare(folder, SPEC, cache, Tiny())
+    add(folder, "a.mp4", 12, "a horse")
+    tiny = Tiny()
+    second = prepare(folder, SPEC, cache, tiny)
+    assert len(tiny.clips) == 1 and tiny.captions == ["a horse"]
+    assert second.entries[0].latents != first.entries[0].latents
+    assert second.entries[1:] == first.entries[1:]
+
+
+def test_a_renamed_video_is_reused_and_a_copy_is_encoded_once(folder, cache):
+    prepare(folder, SPEC, cache, Tiny())
+    for suffix in (".mp4", ".txt"):
+        (folder / "a").with_suffix(suffix).rename((folder / "z").with_suffix(suffix))
+    renamed = prepare(folder, SPEC, cache, never)
+    assert [entry.id for entry in renamed.entries] == ["b.mp4@0", "deep/c.mp4@0", "z.mp4@0"]
+    (folder / "copy.mp4").write_bytes((folder / "z.mp4").read_bytes())
+    (folder / "copy.txt").write_text("a dog")
+    tiny = Tiny()
+    copied = prepare(folder, replace(SPEC, video_encoder="other"), cache, tiny)
+    assert len(copied.entries) == 4 and len(tiny.clips) == 3
+    assert LatentDataset(copied.entries)[3]["id"] == "z.mp4@0"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "foreign"])
+def test_a_torn_file_is_encoded_again(folder, cache, damage):
+    first = prepare(folder, SPEC, cache, Tiny())
+    victims = [first.entries[1].latents, first.texts["a dog"]]
+    good = [path.read_bytes() for path in victims]
+    for path, data in zip(victims, good, strict=True):
+        if damage == "foreign":
+            from safetensors.torch import save_file
+
+            save_file({"latents": torch.zeros(1)}, path)
+        else:
+            torn = {"truncated": data[:-7], "empty": b"", "garbage": b"x" * len(data)}
+            path.write_bytes(torn[damage])
+    tiny = Tiny()
+    second = prepare(folder, SPEC, cache, tiny)
+    assert (len(tiny.clips), tiny.captions) == (1, ["a dog"])
+    assert second.report.encoded == 1 and second.report.reused == 2
+    assert [path.read_bytes() for path in victims] == good
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"frames": 5'])
+def test_a_torn_record_of_a_video_is_made_again(folder, cache, record):
+    first = prepare(folder, SPEC, cache, Tiny())
+    for path in cache.rglob("*.json"):
+        path.write_text(record)
+    assert prepare(folder, SPEC, cache, never).entries == first.entries
+    assert all("frames" in json.loads(path.read_text()) for path in cache.rglob("*.json"))
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(folder, cache):
+    interrupted = Tiny(clips_before_failure=2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder, SPEC, cache, interrupted)
+    tiny = Tiny()
+    prepared = prepare(folder, SPEC, cache, tiny)
+    assert (len(interrupted.clips), len(tiny.clips), tiny.captions) == (2, 1, [])
+    assert (prepared.report.encoded, prepared.report.reused) == (1, 2)
+    assert not list(cache.rglob("*.tmp"))
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+import safetensors.torch
+from longreel.data import files
+from longreel.data.encode import CacheSpec, Encoders, prepare
+spec = CacheSpec(9, 32, 48, 16, "first", 0, "tiny-vae", "tiny-text")
+written = 0
+def save_half(tensors, path, metadata):
+    global written
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    written += 1
+    if written == int(sys.argv[3]):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+files.save_file = save_half
+latents, embeds = torch.zeros(3, 9, 4, 6), torch.ones(2)
+encoders = Encoders(lambda pixels: latents, lambda caption: {"embeds": embeds})
+prepare(sys.argv[1], spec, sys.argv[2], lambda: encoders)
+"""
+
+
+def test_a_build_killed_in_the_middle_of_a_write_goes_on(folder, cache):
+    killed = run(KILLED, folder, cache, 4)  # two captions, a clip, half a clip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    tiny = Tiny()
+    prepared = prepare(folder, SPEC, cache, tiny)
+    assert (len(tiny.clips), tiny.captions) == (2, [])
+    assert (prepared.report.encoded, prepared.report.reused) == (2, 1)
+
+
+def test_builds_at_the_same_time_do_not_disturb_each_other(folder, cache):
+    add(folder, "d.mp4", 40, "a horse")
+    spec = replace(SPEC, windows="all")
+    with ThreadPoolExecutor(4) as pool:
+        builds = [pool.submit(prepare, folder, spec, cache, Tiny()) for _ in range(4)]
+        results: list[Prepared] = [build.result() for build in builds]
+    assert all(result.entries == results[0].entries for result in results)
+    assert not list(cache.rglob("*.tmp"))
+    assert len(LatentDataset(prepare(folder, spec, cache, never).entries)) == 10
+
+
+@pytest.fixture
+def poor(folder) -> Path:
+    """The three good videos, and one of each fault."""
+    add(folder, "long_enough.mp4", 13, "25 fps", fps=25)
+    add(folder, "short.mp4", 12, "25 fps", fps=25)
+    add(folder, "mute.mp4", 20, None)
+    for name, data in {"empty": b"", "text": b"hello " * 99}.items():
+        (folder / f"{name}.mp4").write_bytes(data)
+        (folder / f"{name}.txt").write_text("a fish")
+    write_video(folder / "cut.mp4", noise(60), 16)
+    (folder / "cut.txt").write_text("noise")
+    data = (folder / "cut.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+def test_faults_are_reported_and_the_rest_is_used(poor, cache):
+    spec, tiny = replace(SPEC, windows="all"), Tiny()
+    prepared = prepare(poor, spec, cache, tiny)
+    dropped = {item.name: item.reason for item in prepared.report.dropped}
+    assert dropped.pop("text.mp4").startswith("not a readable video (")
+    assert dropped.pop("cut.mp4").startswith("damaged after 1.")
+    assert dropped == {
+        "empty.mp4": "the file is empty",
+        "mute.mp4": "no caption: neither a row in metadata.jsonl or metadata.csv "
+        "nor a file mute.txt",
+        "short.mp4": "0.5 s = 8 frames at 16 fps, 9 needed",
+    }
+    sources = {entry.source for entry in prepared.entries}
+    assert sources == {"a.mp4", "b.mp4", "deep/c.mp4", "long_enough.mp4", "cut.mp4"}
+    assert "a fish" not in prepared.texts
+    lines = prepared.report.lines()
+    assert lines[0] == "kept 10 clips of 5 videos: 10 encoded, 0 from the cache"
+    assert lines[1] == "dropped 5:" and len(lines) == 7
+    again = prepare(poor, spec, cache, never).report
+    assert again.dropped == prepared.report.dropped
+
+
+def test_strict_refuses_faults_before_anything_is_loaded(poor, cache):
+    with pytest.raises(ValueError) as caught:
+        prepare(poor, SPEC, cache, never, strict=True)
+    first, *rest = str(caught.value).splitlines()
+    assert first == f"{poor}: 4 unusable; mend or remove them, or set data.strict=false:"
+    assert rest[0] == "  empty.mp4: the file is empty" and len(rest) == 4
+
+
+def test_nothing_left_is_refused_before_anything_is_loaded(tmp_path, cache):
+    for index in range(7):
+        add(tmp_path / "videos", f"{index}.mp4", 4 + index % 2, "a dog")
+    with pytest.raises(ValueError) as caught:
+        prepare(tmp_path / "videos", SPEC, cache, never)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'videos'} gives no clip to train on; "
+        "mend the videos or captions, or ask for less:",
+        "  0.mp4: 0.2 s = 4 frames at 16 fps, 9 needed",
+        "  1.mp4: 0.3 s = 5 frames at 16 fps, 9 needed",
+        "  2.mp4: 0.2 s = 4 frames at 16 fps, 9 needed",
+        "  3.mp4: 0.3 s = 5 frames at 16 fps, 9 needed",
+        "  4.mp4: 0.2 s = 4 frames at 16 fps, 9 needed",
+        "  and 2 more",
+    ]
+
+
+def test_a_fault_is_not_believed_after_an_upgrade_of_the_decoder(folder, cache):
+    (folder / "text.mp4").write_text("no video")
+    (folder / "text.txt").write_text("a dog")
+    assert len(prepare(folder, SPEC, cache, Tiny()).report.dropped) == 1
+    records = {path: json.loads(path.read_text()) for path in cache.rglob("*.json")}
+    (faulty,) = (path for path, record in records.items() if record["fault"])
+    old = {"frames": 0, "whole": True, "fault": "there is no decoder", "decoder": "1.0"}
+    faulty.write_text(json.dumps(old))
+    assert prepare(folder, SPEC, cache, never).report.dropped[0].reason.startswith("not a readable")
+
+
+def test_a_video_that_goes_away_after_the_check_is_dropped(folder, cache):
+    def load() -> Encoders:
+        (folder / "b.mp4").unlink()
+        return Tiny()()
+
+    prepared = prepare(folder, SPEC, cache, load)
+    assert [entry.source for entry in prepared.entries] == ["a.mp4", "deep/c.mp4"]
+    reason = "cannot be read (No such file or directory)"
+    assert prepared.report.dropped == [Dropped("b.mp4", reason)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_full_disk_is_not_blamed_on_the_videos(folder, cache, monkeypatch, suffix):
+    def full(source, target):
+        if Path(target).suffix == suffix:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.rename(source, target)
+
+    monkeypatch.setattr("longreel.data.files.os.replace", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare(folder, SPEC, cache, Tiny())
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_a_video_that_cannot_be_opened_is_dropped_but_not_remembered(folder, cache, tmp_path):
+    """A link into a disk that is not mounted, say."""
+    (folder / "a.mp4").rename(tmp_path / "moved.mp4")
+    (folder / "a.mp4").symlink_to(tmp_path / "disk.mp4")
+    dropped = prepare(folder, SPEC, cache, Tiny()).report.dropped
+    assert dropped == [Dropped("a.mp4", "cannot be read (No such file or directory)")]
+    (tmp_path / "moved.mp4").rename(tmp_path / "disk.mp4")
+    assert prepare(folder, SPEC, cache, Tiny()).report == Report(3, 3, [], encoded=1, reused=2)
+
+
+def test_damage_after_the_first_clip_matters_only_if_all_are_wanted(poor, cache):
+    def cut(windows: str) -> bool:
+        report = prepare(poor, replace(SPEC, windows=windows), cache, Tiny()).report
+        return "cut.mp4" in [item.name for item in report.dropped]
+
+    assert [cut("first"), cut("all"), cut("first")] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.full((3, 9, 4, 6), float("nan")), "a.mp4@0: the encoder returned NaN or infinity"),
+        (torch.zeros(9, 4, 6), r"a.mp4@0: the encoder must return \[C, f, h, w\], got \[9, 4, 6\]"),
+    ],
+)
+def test_bad_latents_are_not_stored(folder, cache, latents, message):
+    encoders = Encoders(lambda pixels: latents, lambda caption: {"embeds": torch.ones(1)})
+    with pytest.raises(ValueError, match=message):
+        prepare(folder, SPEC, cache, lambda: encoders)
+    assert not list((cache / "latents").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": 0}, "frames is 0: it must be above 0"),
+        ({"fps": -1.0}, "fps is -1.0: it must be above 0"),
+        ({"windows": "some"}, "windows is 'some': choose 'first' or 'all'"),
+        ({"stride": -3}, "stride is -3"),
+    ],
+)
+def test_impossible_specs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SPEC, **change)
+
+
+def test_dataset_items(folder, cache):
+    prepared = prepare(folder, SPEC, cache, Tiny())
+    data = LatentDataset(prepared.entries)
+    assert len(data) == 3
+    item = data[1]
+    assert set(item) == {"latents", "text", "id"} and item["id"] == "b.mp4@0"
+    assert item["latents"].shape == (3, 9, 4, 6) and item["latents"].dtype == torch.bfloat16
+    assert item["text"]["embeds"].shape == (5, 2) and item["text"]["mask"].shape == (5,)
+
+
+def test_dataset_refuses_damaged_files(folder, cache):
+    prepared = prepare(folder, replace(SPEC, windows="all"), cache, Tiny())
+    first, second, *_ = prepared.entries
+    data = LatentDataset(prepared.entries)
+    first.latents.write_bytes(second.latents.read_bytes())
+    with pytest.raises(ValueError, match=f"cache file {first.latents} is damaged .*frame 0 on"):
+        data[0]
+    second.latents.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"cache file {second.latents} is damaged .*run again"):
+        data[1]
+    prepared.entries[2].text.unlink()
+    with pytest.raises(ValueError, match="is damaged .*No such file.*run again"):
+        data[2]
+
+
+def entries(*names: str) -> list[Entry]:
+    path = Path("x")
+    return [
+        Entry(f"{name}@{start}", name, path, path, "", start) for name in names for start in (0, 9)
+    ]
+
+
+def test_split_holds_out_whole_videos():
+    everything = entries(*(f"{index}.mp4" for index in range(20)))
+    train, held_out = split(everything, 4)
+    assert len(held_out) == 8 and len(train) == 32
+    held_names = {entry.source for entry in held_out}
+    assert len(held_names) == 4 and held_names.isdisjoint(entry.source for entry in train)
+    assert sorted([*train, *held_out], key=everything.index) == everything
+    assert split(everything[::-1], 4)[1] == held_out[::-1]
+    assert split(everything, 0) == (everything, [])
+
+
+def test_split_is_stable_when_videos_are_added():
+    names = [f"{index}.mp4" for index in range(20)]
+    before = {entry.source for entry in split(entries(*names), 4)[1]}
+    for index in range(20, 60):
+        after = {entry.source for entry in split(entries(*names, f"{index}.mp4"), 4)[1]}
+        assert len(before - after) <= 1
+
+
+def test_split_that_leaves_nothing_is_refused():
+    with pytest.raises(
+        ValueError, match="holding out 2 of 2 usable videos leaves none to train on"
+    ):
+        split(entries("a.mp4", "b.mp4"), 2)
+    with pytest.raises(ValueError, match="cannot hold out -1 videos"):
+        split(entries("a.mp4"), -1)

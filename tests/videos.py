@@ -1,0 +1,75 @@
+"""Small videos whose frames tell their own number, and the clock that says which one is on show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+
+STEP, DARKEST = 4, 18  # grey levels; far enough apart to survive lossy codecs
+
+
+def painted(index: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 [height, width, 3] whose grey level tells `index` (0 to 55)."""
+    return np.full((height, width, 3), DARKEST + STEP * index, np.uint8)
+
+
+def numbers(clip: np.ndarray) -> list[int]:
+    """Which frame each frame of `clip` [F, H, W, 3] is."""
+    return [round((float(frame.mean()) - DARKEST) / STEP) for frame in clip]
+
+
+def make_video(
+    path: Path,
+    times: Sequence[int],
+    *,
+    per_second: int = 1000,
+    frames: Sequence[np.ndarray] | None = None,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    pixel_aspect: Fraction | None = None,
+) -> Path:
+    """A video whose frame i, numbered unless given, has the timestamp `times[i] / per_second`.
+
+    A codec that wants whole frames per second gets constant times as `range(n)` and their rate.
+    """
+    frames = [painted(index) for index in range(len(times))] if frames is None else frames
+    height, width = frames[0].shape[:2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=per_second, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        if pixel_aspect:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
+        for time, pixels in zip(times, frames, strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, per_second)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def steady(path: Path, num_frames: int, fps: int = 25, **options) -> Path:
+    """A numbered video of constant frame rate."""
+    return make_video(path, range(num_frames), per_second=fps, **options)
+
+
+def on_show(seconds: Sequence[float], fps: float, num_frames: int, start: int = 0) -> list[int]:
+    """The frames a viewer sees (start + i) / fps seconds in; `seconds` are the timestamps."""
+    wanted = [(start + i) / fps + 1e-3 for i in range(num_frames)]
+    return [max(k for k, s in enumerate(seconds) if s - seconds[0] <= t) for t in wanted]
+
+
+def noise(num_frames: int, height: int = 64, width: int = 64) -> list[np.ndarray]:
+    """Frames that do not compress, so that every frame takes room in the file."""
+    generator = np.random.default_rng(0)
+    return list(generator.integers(0, 256, (num_frames, height, width, 3), np.uint8))
+
+
+def gaps(seconds: Sequence[float]) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(seconds)]
