@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.block_sparse import block_sparse_attention
+from ..kernels.block_sparse.op import Backend
 from .grid import TokenGrid
 from .layout import BlockLayout, build_layout
 from .patterns import Dense, SparsePattern
@@ -41,7 +42,7 @@ class SparseAttention:
 
     pattern: SparsePattern
     block: int = 128
-    backend: str = "auto"
+    backend: Backend = "auto"
     dense_layers: int | Collection[int] = 0
     dense_steps: int = 0
     schedule: Callable[[Tensor], int] | None = None
@@ -67,10 +68,17 @@ class SparseAttention:
             text. None when nothing is padded.
         step: index of the diffusion step when sampling, None when training.
         """
-        self._plan = Plan(grid, valid, step is not None and step < self.dense_steps)
+        self._plan = self.planned(grid, valid=valid, step=step)
+
+    def planned(
+        self, grid: TokenGrid, *, valid: Tensor | None = None, step: int | None = None
+    ) -> Plan:
+        """The plan that `plan` would set, for `using`."""
+        return Plan(grid, valid, step is not None and step < self.dense_steps)
 
     @property
     def current(self) -> Plan | None:
+        """The plan of the forward that runs or ran last."""
         return self._plan
 
     @contextmanager
@@ -89,15 +97,16 @@ class SparseAttention:
         another plan before this one's backward runs.
         """
         plan = self._plan
-        return checkpoint(
-            function,
-            *args,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), self.using(plan)),
-        )
+
+        def under_plan(*args: object) -> object:
+            with self.using(plan):
+                return function(*args)
+
+        return checkpoint(under_plan, *args, use_reentrant=False)
 
     def is_dense(self, layer_index: int, plan: Plan | None = None) -> bool:
         """Whether a layer runs dense attention under `plan` (without one: in a sparse step)."""
+        assert not isinstance(self.dense_layers, int)
         dense_step = plan is not None and plan.dense
         return dense_step or isinstance(self.pattern, Dense) or layer_index in self.dense_layers
 

@@ -6,26 +6,36 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from ..data.files import replacing
 from ..sparse.patterns import PATTERNS, SparsePattern, pattern_name
 from ..sparse.patterns.radial import Radial
+from . import settings
+from .settings import (
+    ConfigError,
+    build,
+    check_known,
+    did_you_mean,
+    flatten,
+    leaf_types,
+    parse_text,
+    read_yaml,
+    split_arguments,
+)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+PATTERN = "sparse.pattern."
+DEFAULT_PATTERN = "radial"
 
-
-class ConfigError(ValueError):
-    """A mistake of the user's: commands print the message alone and end."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -205,27 +215,34 @@ class Config:
 
     @property
     def lora_alpha(self) -> float:
-        return self.lora.rank if self.lora.alpha is None else self.lora.alpha
+        return float(self.lora.rank if self.lora.alpha is None else self.lora.alpha)
 
 
 def load(argv: list[str]) -> Config:
     """Config from `recipe=NAME_OR_PATH key.path=value ...`.
 
-    A value is everything after the first `=`: `validate.prompts` aside, strings are taken verbatim,
-    so a path or caption may hold `#`, `:`, `=` or commas. Raises ConfigError, naming the key and
-    what was meant, before anything heavy is imported.
+    A value is everything after the first `=`, taken verbatim where the setting is a text: a path or
+    caption may hold `#`, `:`, `=` or commas. Raises ConfigError, naming the key and what was meant,
+    before anything heavy is imported.
     """
-    given = _overrides(argv)
+    given = split_arguments(argv)
     recipe = given.pop("recipe", None)
     if not recipe:
         raise ConfigError(f"recipe=NAME is missing. Recipes: {', '.join(recipe_names())}.")
     path = _recipe_path(recipe)
-    return _merge(_read(path), given, path.stem)
+    return _merge(read_yaml(path) | {"recipe": path.stem}, given)
+
+
+def parse(schema: type[T], argv: list[str]) -> T:
+    """`key=value ...` for a command with a schema of its own; the same rules as `load`."""
+    given, hints = split_arguments(argv), leaf_types(schema)
+    check_known(given, hints)
+    return build(schema, {key: parse_text(key, text, hints[key]) for key, text in given.items()})
 
 
 def load_file(path: str | Path) -> Config:
     """A resolved config as `save` wrote it."""
-    return _merge(_read(Path(path)), {}, None)
+    return _merge(read_yaml(Path(path)), {})
 
 
 def recipe_names() -> list[str]:
@@ -246,27 +263,26 @@ def pattern_to_dict(pattern: SparsePattern) -> dict[str, Any]:
 
 def pattern_from_dict(plain: dict[str, Any]) -> SparsePattern:
     """The inverse of `pattern_to_dict`; raises ConfigError for unknown names, keys and types."""
-    plain = dict(plain)
-    name = plain.pop("name", "radial")
-    if name not in PATTERNS:
-        raise ConfigError(f"sparse.pattern.name={name} is unknown.{_did_you_mean(name, PATTERNS)}")
+    parameters = dict(plain)
+    cls = _pattern_class(parameters.pop("name", DEFAULT_PATTERN))
+    hints = leaf_types(cls)
+    check_known((PATTERN + key for key in parameters), (PATTERN + key for key in ("name", *hints)))
     try:
-        return _to_object(PATTERNS[name], plain, "sparse.pattern.")
+        return build(cls, parameters, PATTERN)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"sparse.pattern: {error}") from error
+        raise ConfigError(f"{PATTERN}{error}") from error
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return settings.to_yaml(to_dict(config))
 
 
 def save(config: Config, path: Path) -> None:
     """Write the resolved config so that `load_file` gives it back equal."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(to_yaml(config))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(to_yaml(config), encoding="utf-8")
 
 
 def config_hash(config: Config) -> str:
@@ -275,166 +291,46 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _overrides(argv: list[str]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{argument!r} is not of the form key=value.")
-        if key in given:
-            raise ConfigError(f"{key} is given twice: {given[key]!r} and {value!r}.")
-        given[key] = value
-    return given
-
-
 def _recipe_path(recipe: str) -> Path:
     """A name in `recipes/`, or a path to a YAML file anywhere."""
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
-        path = Path(recipe)
-        if not path.is_file():
-            raise ConfigError(f"recipe={recipe}: no such file.")
-        return path
-    path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"recipe={recipe} is unknown.{_did_you_mean(recipe, recipe_names())}")
-    return path
+        if not Path(recipe).is_file():
+            raise ConfigError(
+                f"recipe={recipe}: no such file. Recipes by name: {', '.join(recipe_names())}."
+            )
+        return Path(recipe)
+    if recipe not in recipe_names():
+        raise ConfigError(f"recipe={recipe} is unknown.{did_you_mean(recipe, recipe_names())}")
+    return RECIPES / f"{recipe}.yaml"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        node = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # PyYAML raises a family of its own
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path} must hold `key: value` lines.")
-    plain = OmegaConf.to_container(node)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+def _merge(recipe: dict[str, Any], arguments: dict[str, str]) -> Config:
+    """Defaults < the recipe's settings < arguments; all by dotted key."""
+    name_key = PATTERN + "name"
+    name = recipe.get(name_key, DEFAULT_PATTERN)
+    if arguments.get(name_key, name) != name:
+        # The recipe's parameters belong to the recipe's pattern.
+        recipe = {key: value for key, value in recipe.items() if not key.startswith(PATTERN)}
+        name = arguments[name_key]
 
+    hints = leaf_types(Config)
+    del hints["sparse.pattern"]
+    hints |= {name_key: str} | leaf_types(_pattern_class(name), PATTERN)
+    check_known([*recipe, *arguments], hints)
+    merged = recipe | {key: parse_text(key, text, hints[key]) for key, text in arguments.items()}
 
-def _merge(recipe: dict[str, Any], overrides: dict[str, str], name: str | None) -> Config:
-    merged = dict(recipe)
-    if name is not None:
-        merged["recipe"] = name
-    fields = _leaf_types(Config)
-    for key, text in overrides.items():
-        _put(merged, key, _parse(key, text, fields))
-    sparse = merged.get("sparse")
-    pattern: dict[str, Any] = {}
-    if isinstance(sparse, dict) and "pattern" in sparse:
-        sparse = merged["sparse"] = dict(sparse)
-        given = sparse.pop("pattern")
-        if not isinstance(given, dict):
-            raise ConfigError(f"sparse.pattern={given!r}: write sparse.pattern.name={given}.")
-        pattern = given
-        if "sparse.pattern.name" in overrides and pattern["name"] != _name_in(recipe):
-            # The recipe's parameters belong to the recipe's pattern.
-            prefix = "sparse.pattern."
-            pattern = {k: v for k, v in pattern.items() if prefix + k in overrides}
-    config = _to_object(Config, merged, "")
-    config = dataclasses.replace(
-        config, sparse=dataclasses.replace(config.sparse, pattern=pattern_from_dict(pattern))
-    )
+    pattern = {k.removeprefix(PATTERN): v for k, v in merged.items() if k.startswith(PATTERN)}
+    config = build(Config, {k: v for k, v in merged.items() if not k.startswith(PATTERN)})
+    sparse = dataclasses.replace(config.sparse, pattern=pattern_from_dict(pattern))
+    config = dataclasses.replace(config, sparse=sparse)
     _check(config)
     return config
 
 
-def _name_in(recipe: dict[str, Any]) -> str:
-    sparse = recipe.get("sparse") or {}
-    return (sparse.get("pattern") or {}).get("name", "radial")
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = tree.get(parent)
-        tree[parent] = dict(child) if isinstance(child, dict) else {}
-        tree = tree[parent]
-    tree[leaf] = value
-
-
-def _parse(key: str, text: str, fields: dict[str, str]) -> Any:
-    """Strings verbatim, everything else as YAML reads it."""
-    kind = fields.get(key, "")
-    if text in ("null", "None") and "None" in kind:
-        return None
-    if kind.startswith(("str", "Literal")):
-        return text
-    if kind.startswith("list[str]") and not text.startswith("["):
-        return [text]  # one prompt, as it stands
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]))["x"]  # type: ignore[index]
-    except Exception as error:
-        raise ConfigError(f"{key}={text} cannot be read: {error}") from error
-
-
-def _verbatim(tree: Any) -> Any:
-    """The same tree, in which OmegaConf sees no interpolation: a prompt may hold `${`."""
-    if isinstance(tree, dict):
-        return {key: _verbatim(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_verbatim(value) for value in tree]
-    return tree.replace("${", "\\${") if isinstance(tree, str) else tree
-
-
-def _leaf_types(schema: Any, prefix: str = "") -> dict[str, str]:
-    """Annotations, as written, of every leaf key of a tree of dataclasses."""
-    types: dict[str, str] = {}
-    for item in dataclasses.fields(schema):
-        sub = item.default_factory() if callable(item.default_factory) else None  # type: ignore[misc]
-        if dataclasses.is_dataclass(sub) and item.name != "pattern":
-            types |= _leaf_types(sub, f"{prefix}{item.name}.")
-        elif item.name == "pattern":
-            types[f"{prefix}pattern.name"] = "str"
-            for cls in PATTERNS.values():
-                types |= _leaf_types(cls, f"{prefix}pattern.")
-        else:
-            types[prefix + item.name] = str(item.type)
-    return types
-
-
-def _to_object(cls: type, plain: dict[str, Any], prefix: str) -> Any:
-    _check_keys(cls, plain, prefix)
-    try:
-        schema = OmegaConf.structured(cls)
-        return OmegaConf.to_object(OmegaConf.merge(schema, _verbatim(plain)))
-    except OmegaConfBaseException as error:
-        key = prefix + (getattr(error, "full_key", None) or "")
-        message = str(error.msg if hasattr(error, "msg") else error).splitlines()[0]
-        raise ConfigError(f"{key}: {message}.") from error
-
-
-def _check_keys(cls: type, plain: dict[str, Any], prefix: str) -> None:
-    """Unknown keys fail with the nearest known one, wherever in the tree it stands."""
-    names = {item.name: item for item in dataclasses.fields(cls)}
-    for key, value in plain.items():
-        item = names.get(key)
-        if item is None:
-            where = f"{prefix}{key}"
-            raise ConfigError(
-                f"{where} is not a setting.{_did_you_mean(where, _leaf_types(Config))}"
-            )
-        sub = item.default_factory() if callable(item.default_factory) else None  # type: ignore[misc]
-        if dataclasses.is_dataclass(sub) and key != "pattern":
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{prefix}{key}={value!r}: it has settings of its own, such as "
-                    f"{prefix}{key}.{dataclasses.fields(sub)[0].name}."
-                )
-            _check_keys(type(sub), value, f"{prefix}{key}.")
-
-
-def _did_you_mean(name: str, options: Any) -> str:
-    options = list(options)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    if not near:  # the last part alone: `lr` for `train.lr`
-        leaf = name.rsplit(".", 1)[-1]
-        near = [option for option in options if option.rsplit(".", 1)[-1] == leaf][:1]
-    if near:
-        return f" Did you mean {near[0]}?"
-    return f" Known: {', '.join(options)}." if len(options) <= 20 else ""
+def _pattern_class(name: Any) -> type:
+    if not isinstance(name, str) or name not in PATTERNS:
+        raise ConfigError(f"{PATTERN}name={name} is unknown.{did_you_mean(str(name), PATTERNS)}")
+    return PATTERNS[name]
 
 
 def _check(config: Config) -> None:
@@ -446,6 +342,12 @@ def _check(config: Config) -> None:
 
 def _problems(config: Config) -> Iterator[str]:
     train, validate = config.train, config.validate
+    values = flatten(to_dict(config)).items()
+    yield from (
+        f"{key}={value} is not a finite number."
+        for key, value in values
+        if isinstance(value, float) and not math.isfinite(value)
+    )
     positive = {
         "height": config.height,
         "width": config.width,
@@ -471,6 +373,8 @@ def _problems(config: Config) -> Iterator[str]:
         "train.warmup": train.warmup,
         "train.clip": train.clip,
         "train.workers": train.workers,
+        "train.seed": train.seed,
+        "validate.seed": validate.seed,
         "validate.clips": validate.clips,
         "lora.dropout": config.lora.dropout,
     }
@@ -504,3 +408,5 @@ def _problems(config: Config) -> Iterator[str]:
         for sigma in validate.sigmas
         if not 0 < sigma <= 1
     )
+    if validate.clips and not validate.sigmas:
+        yield "validate.sigmas is empty: name noise levels, or hold none out (validate.clips=0)."

@@ -1,0 +1,255 @@
+"""SparseAttention against SDPA over the same token pairs, and its plan across recomputation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointError
+from torch.utils.checkpoint import checkpoint as plain_checkpoint
+
+from longreel.sparse.attention import SparseAttention
+from longreel.sparse.grid import TokenGrid
+from longreel.sparse.layout import build_layout
+from longreel.sparse.patterns import Dense, Radial
+
+SMALL = TokenGrid(12, 3, 5)  # 180 tokens: frames straddle blocks of 16 and the end is ragged
+WITH_TEXT = TokenGrid(12, 3, 5, text=21)
+LAYER = 3
+
+
+def inputs(tokens, batch=2, heads=2, dim=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (4, batch, tokens, heads, dim)
+    q, k, v, out_grad = torch.randn(shape, generator=generator, dtype=dtype)
+    return *(x.clone().requires_grad_() for x in (q, k, v)), out_grad
+
+
+def sdpa(q, k, v, mask=None):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def masked_sdpa(pattern, grid, block, q, k, v, valid=None):
+    """SDPA over the token pairs that the layout keeps, `[batch, 1, tokens, tokens]`."""
+    block_of = torch.arange(len(grid)) // block
+    mask = build_layout(pattern, grid, block).to_dense()[0, block_of[:, None], block_of[None]]
+    mask = mask[None, None]
+    if valid is not None:
+        mask = mask & (torch.arange(len(grid)) < valid[:, None, None, None])
+    return sdpa(q, k, v, mask)
+
+
+def gradients(function, q, k, v, out_grad):
+    out = function(q, k, v)
+    return (out, *torch.autograd.grad(out, (q, k, v), out_grad))
+
+
+@pytest.mark.parametrize("valid", [None, [201, 185]], ids=["all valid", "padded text"])
+@pytest.mark.parametrize("grid", [SMALL, WITH_TEXT], ids=["video", "video and text"])
+def test_sparse_layers_equal_sdpa_over_the_kept_pairs(grid, valid):
+    if valid is not None:
+        valid = torch.tensor(valid, dtype=torch.int32).clamp(max=len(grid))
+    pattern = Radial()
+    attention = SparseAttention(pattern, block=16, backend="reference")
+    attention.plan(grid, valid=valid)
+    tensors = inputs(len(grid), dtype=torch.float64)
+    got = gradients(lambda q, k, v: attention.attention(LAYER, q, k, v), *tensors)
+    want = gradients(lambda *qkv: masked_sdpa(pattern, grid, 16, *qkv, valid=valid), *tensors)
+    for name, one, other in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: n + m)
+    assert not torch.allclose(got[0], sdpa(*tensors[:3])), "the pattern must leave something out"
+
+
+def test_padded_keys_have_no_influence():
+    attention = SparseAttention(Radial(), block=16, backend="reference")
+    attention.plan(WITH_TEXT, valid=torch.tensor([185, 201], dtype=torch.int32))
+    q, k, v, _ = inputs(len(WITH_TEXT))
+    before = attention.attention(LAYER, q, k, v)
+    k, v = k.detach().clone(), v.detach().clone()
+    k[0, 185:], v[0, 185:] = 100.0, -100.0
+    assert torch.equal(attention.attention(LAYER, q, k, v), before)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_head_follows_the_layout(heads):
+    attention = SparseAttention(Radial(), block=16, backend="reference")
+    attention.plan(SMALL)
+    q, k, v, _ = inputs(len(SMALL), heads=heads)
+    want = masked_sdpa(Radial(), SMALL, 16, q, k, v)
+    torch.testing.assert_close(attention.attention(LAYER, q, k, v), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("valid", [None, [185, 201]], ids=["all valid", "padded text"])
+@pytest.mark.parametrize(
+    "options, layer, step",
+    [
+        ({"dense_layers": 2}, 1, None),
+        ({"dense_layers": [0, 5]}, 5, None),
+        ({"dense_steps": 2}, LAYER, 1),
+    ],
+    ids=["first layers", "named layers", "first steps"],
+)
+def test_dense_layers_and_steps_are_sdpa_exactly(options, layer, step, valid):
+    attention = SparseAttention(Radial(), block=16, **options)
+    q, k, v, out_grad = inputs(len(WITH_TEXT))
+    mask = None
+    if valid is not None:
+        valid = torch.tensor(valid, dtype=torch.int32)
+        mask = torch.arange(len(WITH_TEXT)) < valid[:, None, None, None]
+    attention.plan(WITH_TEXT, valid=valid, step=step)
+    got = gradients(lambda q, k, v: attention.attention(layer, q, k, v), q, k, v, out_grad)
+    want = gradients(lambda q, k, v: sdpa(q, k, v, mask), q, k, v, out_grad)
+    assert all(map(torch.equal, got, want))
+
+
+def test_the_dense_pattern_is_sdpa_in_every_layer():
+    attention = SparseAttention(Dense(), block=16)
+    attention.plan(SMALL)
+    q, k, v, _ = inputs(len(SMALL))
+    assert torch.equal(attention.attention(LAYER, q, k, v), sdpa(q, k, v))
+
+
+def test_which_layers_and_steps_are_dense():
+    attention = SparseAttention(Radial(), dense_layers=2, dense_steps=2)
+    assert [attention.is_dense(layer) for layer in range(4)] == [True, True, False, False]
+    for step, dense in ((None, False), (0, True), (1, True), (2, False)):
+        assert attention.is_dense(LAYER, attention.planned(SMALL, step=step)) is dense
+    named = SparseAttention(Radial(), dense_layers=(1, 3))
+    assert [named.is_dense(layer) for layer in range(4)] == [False, True, False, True]
+    assert SparseAttention(Dense()).is_dense(LAYER)
+
+
+def test_token_density_counts_dense_layers():
+    attention = SparseAttention(Radial(), block=16, dense_layers=1)
+    sparse = build_layout(Radial(), WITH_TEXT, 16).token_density(len(WITH_TEXT))
+    assert 0 < sparse < 1
+    assert attention.token_density(WITH_TEXT, layers=4) == pytest.approx((1 + 3 * sparse) / 4)
+
+
+def test_a_forward_without_a_plan_fails():
+    q, k, v, _ = inputs(8)
+    with pytest.raises(RuntimeError, match="plan must be called before the model's forward"):
+        SparseAttention(Radial()).attention(0, q, k, v)
+
+
+def test_a_plan_for_another_length_fails():
+    attention = SparseAttention(Radial(), block=16)
+    attention.plan(SMALL)
+    q, k, v, _ = inputs(len(SMALL) + 1)
+    with pytest.raises(ValueError, match=r"181 tokens .* plan is for TokenGrid\(frames=12"):
+        attention.attention(LAYER, q, k, v)
+
+
+def test_a_later_plan_leaves_an_earlier_result_alone():
+    """Two plans for one length: the second must not change what the first one's backward does."""
+    wide, tall = TokenGrid(16, 4, 9), TokenGrid(9, 8, 8)
+    tensors = inputs(576)
+
+    def run(between):
+        attention = SparseAttention(Radial(), block=16, backend="reference")
+        attention.plan(wide)
+        out = attention.attention(LAYER, *tensors[:3])
+        if between:
+            attention.plan(tall)
+        return torch.autograd.grad(out, tensors[:3], tensors[3])
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+class Block(torch.nn.Module):
+    """A layer that calls the attention as a model's processor does."""
+
+    def __init__(self, attention, layer_index):
+        super().__init__()
+        self.attention, self.layer_index = attention, layer_index
+        self.qkv = torch.nn.Linear(16, 48, dtype=torch.float64)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (1, 48)).chunk(3, -1)
+        return x + self.attention.attention(self.layer_index, q, k, v).flatten(2)
+
+
+def two_forwards_one_backward(plans, checkpoint):
+    """Gradients of both forwards' sum; `checkpoint(attention)` runs a block."""
+    torch.manual_seed(0)
+    attention = SparseAttention(Radial(), block=16, backend="reference")
+    blocks = torch.nn.ModuleList(Block(attention, index) for index in range(2))
+    run, losses = checkpoint(attention), []
+    for seed, (grid, valid) in enumerate(plans):
+        attention.plan(grid, valid=valid)
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, len(grid), 16, dtype=torch.float64, generator=generator)
+        for block in blocks:
+            x = run(block, x)
+        losses.append(x.square().sum())
+    return torch.autograd.grad(sum(losses), list(blocks.parameters())), attention
+
+
+def directly(attention):
+    return lambda block, x: block(x)
+
+
+def without_the_plan(attention):
+    return lambda block, x: plain_checkpoint(block, x, use_reentrant=False)
+
+
+def with_the_plan(attention):
+    return attention.checkpoint
+
+
+def padded(count):
+    return torch.tensor([count], dtype=torch.int32)
+
+
+PLANS = {
+    "other length": [(SMALL, None), (WITH_TEXT, None)],
+    "same length": [(TokenGrid(16, 4, 9), None), (TokenGrid(9, 8, 8), None)],
+    "same grid": [(WITH_TEXT, padded(181)), (WITH_TEXT, padded(201))],
+}
+
+
+@pytest.mark.parametrize("plans", PLANS.values(), ids=PLANS.keys())
+def test_recomputation_sees_the_plan_of_its_forward(plans):
+    want, _ = two_forwards_one_backward(plans, directly)
+    got, attention = two_forwards_one_backward(plans, with_the_plan)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+    grid, valid = plans[1]  # the latest plan is the current one again
+    q, k, v, _ = inputs(len(grid), batch=1)
+    after = attention.attention(LAYER, q, k, v)
+    want_after = masked_sdpa(Radial(), grid, 16, q, k, v, valid)
+    torch.testing.assert_close(after, want_after, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputation_without_it_would_be_wrong():
+    """What the test above protects from, so that it is known to be able to fail."""
+    with pytest.raises(ValueError, match="180 tokens were given, but the plan is for"):
+        two_forwards_one_backward(PLANS["other length"], without_the_plan)
+    with pytest.raises(CheckpointError, match="different metadata"):  # lists of another length
+        two_forwards_one_backward(PLANS["same length"], without_the_plan)
+    want, _ = two_forwards_one_backward(PLANS["same grid"], directly)
+    silent, _ = two_forwards_one_backward(PLANS["same grid"], without_the_plan)
+    assert any((one - other).abs().max() > 1e-3 for one, other in zip(silent, want, strict=True))
+
+
+def test_a_checkpointed_block_can_run_backward_twice():
+    attention = SparseAttention(Radial(), block=16, backend="reference")
+    block = Block(attention, LAYER)
+    attention.plan(SMALL)
+    x = torch.randn(1, len(SMALL), 16, dtype=torch.float64)
+    loss = attention.checkpoint(block, x).square().sum()
+    attention.plan(WITH_TEXT)
+    once = torch.autograd.grad(loss, list(block.parameters()), retain_graph=True)
+    twice = torch.autograd.grad(loss, list(block.parameters()))
+    assert all(map(torch.equal, once, twice))
+
+
+def test_using_restores_the_plan_after_an_error():
+    attention = SparseAttention(Dense())
+    q, k, v, _ = inputs(len(SMALL))
+    attention.plan(SMALL)
+    with pytest.raises(KeyError), attention.using(attention.planned(WITH_TEXT)):
+        with pytest.raises(ValueError, match="180 tokens were given"):
+            attention.attention(LAYER, q, k, v)
+        raise KeyError
+    assert torch.equal(attention.attention(LAYER, q, k, v), sdpa(q, k, v))

@@ -1,0 +1,211 @@
+"""Text to typed settings: the rules that recipes and the command line share.
+
+Every scalar is text until its field says what it means, so a revision `1.10` stays as written and
+`2e-5` is a number. Keys are dotted paths in a tree of dataclasses, such as `train.sigma.name`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: commands print the message alone and end."""
+
+
+def split_arguments(arguments: Iterable[str]) -> dict[str, str]:
+    """`["a.b=c", ...]` as key and text; the text is all that follows the first `=`."""
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{argument!r} is not of the form key=value.")
+        if key in given:
+            raise ConfigError(f"{key} is given twice: {given[key]!r} and {text!r}.")
+        given[key] = text
+    return given
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file by dotted key; scalars are text, `null` is None."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            tree = yaml.load(file, _TextLoader)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines.")
+    return flatten(tree)
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """YAML that `read_yaml` gives back as the same text."""
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def leaf_types(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Type of every leaf of a tree of dataclasses, by dotted key."""
+    hints, types = get_type_hints(schema), {}
+    for item in dataclasses.fields(schema):
+        key = prefix + item.name
+        if dataclasses.is_dataclass(hints[item.name]):
+            types |= leaf_types(hints[item.name], key + ".")
+        else:
+            types[key] = hints[item.name]
+    return types
+
+
+def check_known(keys: Iterable[str], known: Iterable[str]) -> None:
+    """ConfigError for the first key that is not known, with the nearest one that is."""
+    known = list(known)
+    for key in keys:
+        if key in known:
+            continue
+        inside = [name for name in known if name.startswith(key + ".")]
+        if inside:
+            raise ConfigError(f"{key} is a group of settings: give one of {', '.join(inside)}.")
+        raise ConfigError(f"{key} is not a setting.{_suggest(key, known)}")
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """A sentence with the nearest option, or with all of them."""
+    options = list(options)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(options)}."
+
+
+def parse_text(key: str, text: str, hint: Any) -> Any:
+    """What an argument's text means for a field of type `hint`, as `read_yaml` would give it.
+
+    `null` (or `None`) unsets what is not a text. A list is written `[a, b]`; any other text is its
+    one item, so that a prompt needs no quotes.
+    """
+    if text in ("null", "None") and hint is not str:
+        return None
+    if get_origin(hint) is not list:
+        return text
+    if not text.startswith("["):
+        return [text]
+    try:
+        return yaml.load(text, _TextLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{key}={text} is not a list such as [a, b]; an item with commas or brackets needs "
+            'quotes: ["a, b", c].'
+        ) from error
+
+
+def build(schema: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
+    """An instance of `schema` from known dotted keys; ConfigError names a value of a wrong type.
+
+    prefix: how the keys begin for the user, when `schema` is a part of a larger tree.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value):
+            raise ConfigError(
+                f"{prefix}{key}={value} must be a plain list; an item with `: ` or brackets needs "
+                "quotes."
+            )
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = _literal(value)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), tree)
+        return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        key = re.sub(r"\[\d+\]$", "", error.full_key or "")
+        value = "null" if flat.get(key) is None else flat[key]
+        kind = _in_words(leaf_types(schema)[key])
+        raise ConfigError(f"{prefix}{key}={value} must be {kind}.") from error
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    """For a typo in the last part, in a group's name, or a prefix left out."""
+    group, _, leaf = key.rpartition(".")
+    siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == group}
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = (
+        [siblings[name] for name in difflib.get_close_matches(leaf, siblings, 1)]
+        or ([] if siblings else difflib.get_close_matches(key, known, 1, cutoff=0.75))
+        or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, cutoff=0.8)]
+    )
+    if near:
+        return f" Did you mean {near[0]}?"
+    if group and siblings:
+        return f" Known: {', '.join(siblings.values())}."
+    return f" Known: {', '.join(dict.fromkeys(name.partition('.')[0] for name in known))}."
+
+
+def _in_words(hint: Any) -> str:
+    """A field's type as a person would say it."""
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in kinds:
+        return kinds[hint]
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) is list:
+        return (
+            "a list of " + {str: "texts", float: "numbers", int: "whole numbers"}[get_args(hint)[0]]
+        )
+    inner = next(part for part in get_args(hint) if part is not NoneType)
+    return f"{_in_words(inner)}, or null"
+
+
+def _literal(value: Any) -> Any:
+    r"""The same, where OmegaConf would see an interpolation: `${a}` is written `\${a}` for it."""
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML whose scalars stay text, but for `null`; a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=True)
+        if len(mapping) < len(node.value):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return mapping
+
+
+_NULL = "tag:yaml.org,2002:null"
+_TextLoader.add_implicit_resolver(
+    _NULL, re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_TextLoader.add_constructor(_NULL, lambda loader, node: None)
