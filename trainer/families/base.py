@@ -1,0 +1,362 @@
+"""What longreel asks of a video model family; one file a family fills it in."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...sparse.attention import SparseAttention
+from ...sparse.grid import TokenGrid
+from ..config import ConfigError
+
+Text = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model that decide shapes and cost, read from its JSON files alone.
+
+    temporal, spatial: compression of the VAE. patch: latent frames, rows and columns of a token.
+    max_positions: rows of the RoPE table along each axis; None when positions have no limit.
+    """
+
+    temporal: int
+    spatial: int
+    patch: tuple[int, int, int]
+    latent_channels: int
+    layers: int
+    heads: int
+    head_dim: int
+    max_positions: int | None = None
+
+    def latent_frames(self, frames: int) -> int:
+        return (frames - 1) // self.temporal + 1
+
+
+class ModelFamily(ABC):
+    """One video diffusion model in its diffusers form: files, shapes, conventions, attention.
+
+    Stateless, so one instance serves every model of the family. `path` is a folder in the layout of
+    the Hub or a repository there.
+    """
+
+    name: str
+    pipeline_name: str  # diffusers class
+    transformer_name: str  # diffusers class
+    default_path: str  # repository on the Hub
+    fps: int
+    native_frames: int  # the length the model was trained at
+    lora_targets: str  # regex of module names, whole names
+    text_components: tuple[str, ...] = ("tokenizer", "text_encoder")  # of the pipeline
+    tiny_version: int  # to be raised with every change of `build_tiny`
+
+    # Files
+
+    def resolve(self, path: str | None, cache_dir: str | Path) -> str:
+        """The model's folder or repository: `tiny` is built once under `cache_dir`, None is the
+        family's documented repository, anything else comes back unchanged."""
+        if path != "tiny":
+            return path or self.default_path
+        folder = Path(cache_dir).absolute() / f"tiny-{self.name}-{self.tiny_version}"
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder.parent) as temporary:
+                finished = Path(temporary) / folder.name
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    self.build_tiny().save_pretrained(finished)
+                try:
+                    os.replace(finished, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was quicker
+                        raise
+        return str(folder)
+
+    @abstractmethod
+    def build_tiny(self) -> Any:
+        """A small pipeline of random weights that runs on a CPU in seconds, from torch's seed."""
+
+    def geometry(self, path: str, revision: str | None = None) -> Geometry:
+        """Sizes from the model's JSON files; raises ConfigError when they are missing or describe a
+        model that this family does not cover."""
+        names = ("model_index.json", "transformer/config.json", "vae/config.json")
+        index, transformer, vae = (self._read_json(path, revision, name) for name in names)
+        if index["_class_name"] != self.pipeline_name:
+            raise ConfigError(
+                f"{path} holds a {index['_class_name']}; family={self.name} covers "
+                f"{self.pipeline_name} only, such as {self.default_path}."
+            )
+        return self.read_geometry(path, index, transformer, vae)
+
+    def geometry_of(self, pipe: Any) -> Geometry:
+        """Geometry of a loaded pipeline."""
+        name = type(pipe).__name__
+        return self.read_geometry(name, pipe.config, pipe.transformer.config, pipe.vae.config)
+
+    @abstractmethod
+    def read_geometry(
+        self,
+        path: str,
+        index: Mapping[str, Any],
+        transformer: Mapping[str, Any],
+        vae: Mapping[str, Any],
+    ) -> Geometry:
+        """Geometry from the pipeline's index and two configs; ConfigError for other variants."""
+
+    def load_transformer(self, path: str, revision: str | None, dtype: torch.dtype) -> Any:
+        """The transformer with its parameters in `dtype`, save those diffusers keeps in fp32."""
+        with self._fetching(path):
+            return diffusers_class(self.transformer_name).from_pretrained(
+                path, subfolder="transformer", revision=revision, dtype=dtype
+            )
+
+    def load_pipeline(
+        self,
+        path: str,
+        revision: str | None,
+        *,
+        transformer: Any = None,
+        text: bool = True,
+        vae: bool = True,
+        dtype: torch.dtype,
+    ) -> Any:
+        """The stock pipeline around `transformer`, its VAE in fp32, its text encoders in `dtype`.
+
+        Components that are not asked for are None, and their files are never read.
+        """
+        components: dict[str, Any] = {"transformer": transformer}
+        if not text:
+            components |= dict.fromkeys(self.text_components)
+        if not vae:
+            components["vae"] = None
+        with self._fetching(path):
+            return self.pipeline_class.from_pretrained(
+                path,
+                revision=revision,
+                dtype={"default": dtype, "vae": torch.float32},
+                **components,
+            )
+
+    @property
+    def pipeline_class(self) -> Any:
+        return diffusers_class(self.pipeline_name)
+
+    def _read_json(self, path: str, revision: str | None, name: str) -> dict[str, Any]:
+        with self._fetching(path):
+            if Path(path).is_dir():
+                file = Path(path) / name
+            else:
+                file = Path(_hub_file(path, revision, name))
+            return json.loads(file.read_text())
+
+    @contextmanager
+    def _fetching(self, path: str) -> Iterator[None]:
+        """Turn the many ways in which files can be missing into one message with the remedy."""
+        try:
+            yield
+        except Exception as error:  # the Hub's client raises families of its own
+            if not isinstance(error, OSError) and "huggingface_hub" not in type(error).__module__:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            local = f"models/{self.default_path.rpartition('/')[2]}"
+            raise ConfigError(
+                f"model.path={path} cannot be loaded: {reason}\n"
+                f"Fetch the model once with `hf download {self.default_path} --local-dir {local}` "
+                f"and set model.path={local}; model.path takes any local folder in the layout of "
+                "the Hub (model_index.json, transformer/, vae/, text_encoder/, ...), a repository, "
+                "or `tiny`."
+            ) from error
+
+    # Shapes
+
+    def frame_step(self, geometry: Geometry) -> int:
+        """Valid lengths are a multiple of this plus one: what one more latent frame takes."""
+        return geometry.temporal
+
+    def check_frames(self, frames: int, geometry: Geometry) -> None:
+        """Raise ConfigError, naming the nearest lengths, for one that the model cannot take."""
+        step = self.frame_step(geometry)
+        if frames < 1 or (frames - 1) % step:
+            below = max(frames - 1, 0) // step * step + 1
+            raise ConfigError(
+                f"frames={frames}: {self.name} takes {step}k + 1 frames; the nearest are {below} "
+                f"and {below + step}."
+            )
+        positions = geometry.latent_frames(frames) // geometry.patch[0]
+        if geometry.max_positions is not None and positions > geometry.max_positions:
+            most = (geometry.max_positions * geometry.patch[0] - 1) * geometry.temporal
+            raise ConfigError(
+                f"frames={frames} is {positions} latent frames, but the model's RoPE table ends at "
+                f"{geometry.max_positions}: at most {most // step * step + 1} frames."
+            )
+
+    @abstractmethod
+    def extended_frames(self, native: int, factor: int, geometry: Geometry) -> int:
+        """The length called `factor` times `native`."""
+
+    def latent_shape(
+        self, frames: int, height: int, width: int, geometry: Geometry
+    ) -> tuple[int, int, int, int]:
+        """`[channels, frames, height, width]` of a video's latents; ConfigError for sizes that do
+        not divide into patches."""
+        self.check_frames(frames, geometry)
+        for name, pixels, patch in zip(
+            ("height", "width"), (height, width), geometry.patch[1:], strict=True
+        ):
+            step = geometry.spatial * patch
+            if pixels < step or pixels % step:
+                below = max(pixels // step, 1) * step
+                raise ConfigError(
+                    f"{name}={pixels} must be a multiple of {step}; the nearest are {below} and "
+                    f"{below + step}."
+                )
+        size = (height // geometry.spatial, width // geometry.spatial)
+        return geometry.latent_channels, geometry.latent_frames(frames), *size
+
+    def grid(
+        self, latent_shape: Sequence[int], patch: Sequence[int], text_tokens: int = 0
+    ) -> TokenGrid:
+        """The transformer's sequence for latents `[..., frames, height, width]`."""
+        frames, height, width = (s // p for s, p in zip(latent_shape[-3:], patch, strict=True))
+        return TokenGrid(frames, height, width, text_tokens)
+
+    # Attention
+
+    def install(self, transformer: Any, attention: SparseAttention) -> None:
+        """Let `attention` compute the transformer's self-attention, in training and in pipelines.
+
+        Each layer gets a processor of its own, and a hook plans the geometry of every forward from
+        its inputs. Installing again replaces what was installed before.
+        """
+        for hook in list(transformer._forward_pre_hooks.values()):
+            if isinstance(hook, PlanForward):
+                hook.handle.remove()
+        self.set_processors(transformer, attention)
+        hook = PlanForward(self, attention)
+        hook.handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    @abstractmethod
+    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+        """Give every self-attention layer, in the order they run, its processor."""
+
+    @abstractmethod
+    def sequence(
+        self, transformer: Any, inputs: Mapping[str, Any]
+    ) -> tuple[TokenGrid, Tensor | None]:
+        """The grid of one forward and its valid length per sample (`[batch]` int32, or None).
+
+        inputs: the arguments of `transformer.forward` by name.
+        """
+
+    # Text and pixels
+
+    @abstractmethod
+    def encode_text(self, pipe: Any, caption: str) -> Text:
+        """What the pipeline feeds the transformer for a caption, on the CPU, for the cache.
+
+        Padding that `collate_text` restores exactly is left out.
+        """
+
+    @abstractmethod
+    def collate_text(self, texts: Sequence[Text]) -> Text:
+        """A batch of `encode_text` results as keyword arguments of the transformer."""
+
+    @abstractmethod
+    def pipeline_text(self, text: Text, negative: Text | None) -> dict[str, Tensor]:
+        """`encode_text` results as keyword arguments of the pipeline's call, batch 1."""
+
+    def encode_video(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Latents `[C, f, h, w]` fp32, as the transformer is fed, of uint8 `[F, H, W, 3]` frames.
+
+        The mode of the VAE's posterior, so the same clip always gives the same latents.
+        """
+        vae = pipe.vae
+        scaled = pixels.to(vae.device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(scaled).latent_dist.mode().float()
+        return self.normalise(vae, latents)[0]
+
+    @abstractmethod
+    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
+        """VAE latents `[B, C, f, h, w]` to the transformer's scale."""
+
+    # Flow matching; sigma is the noise level in [0, 1], noisy = (1 - sigma) clean + sigma noise
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The transformer's timestep `[B]` for noise levels `[B]`."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """What the transformer is trained to predict."""
+
+    def predict(self, transformer: Any, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
+        """The transformer's prediction for latents `[B, C, f, h, w]`, in their dtype.
+
+        text: from `collate_text`, on the same device.
+        """
+        dtype = getattr(transformer, "module", transformer).dtype  # of the frozen base
+        out = transformer(
+            hidden_states=noisy.to(dtype),
+            timestep=self.timestep(sigma),
+            return_dict=False,
+            **{k: v.to(dtype) if v.is_floating_point() else v for k, v in text.items()},
+        )
+        return out[0].to(noisy.dtype)
+
+
+class PlanForward:
+    """Forward pre-hook of a transformer: plans its attention from the inputs of the forward."""
+
+    handle: Any
+
+    def __init__(self, family: ModelFamily, attention: SparseAttention) -> None:
+        self.family = family
+        self.attention = attention
+
+    def __call__(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        signature = inspect.signature(type(transformer).forward)
+        inputs = signature.bind(transformer, *args, **kwargs).arguments
+        grid, valid = self.family.sequence(transformer, inputs)
+        schedule = self.attention.schedule
+        step = None if schedule is None else schedule(inputs["timestep"])
+        self.attention.plan(grid, valid=valid, step=step)
+
+
+def installed_attention(transformer: Any) -> SparseAttention | None:
+    """The attention that `ModelFamily.install` put into a transformer, None for a stock one."""
+    hooks = transformer._forward_pre_hooks.values()
+    return next((hook.attention for hook in hooks if isinstance(hook, PlanForward)), None)
+
+
+def _hub_file(repository: str, revision: str | None, name: str) -> str:
+    """One file of a Hub repository, from its local cache if it is there."""
+    from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, name, revision=revision)
+    if isinstance(cached, str):
+        return cached
+    # Without a network this fails at once; the download would retry for half a minute first.
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of whichever HTTP library the client is built on
+        raise OSError(f"{constants.ENDPOINT} cannot be reached ({error}).") from error
+    return hf_hub_download(repository, name, revision=revision)
+
+
+def diffusers_class(name: str) -> Any:
+    """A diffusers class; importing its module costs seconds, so it waits until one is needed."""
+    import diffusers
+
+    return getattr(diffusers, name)

@@ -1,0 +1,231 @@
+"""Wan 2.1 text-to-video: self-attention over video tokens, text by cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...sparse.attention import SparseAttention
+from ...sparse.grid import TokenGrid
+from ..config import ConfigError
+from .base import Geometry, ModelFamily, Text, diffusers_class
+
+TEXT_TOKENS = 512  # the pipeline's call pads to it; `encode_prompt` alone would pad to 226
+
+
+class Wan(ModelFamily):
+    name = "wan"
+    pipeline_name = "WanPipeline"
+    transformer_name = "WanTransformer3DModel"
+    default_path = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    fps = 16
+    native_frames = 81
+    lora_targets = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+    tiny_version = 1
+
+    def read_geometry(
+        self,
+        path: str,
+        index: Mapping[str, Any],
+        transformer: Mapping[str, Any],
+        vae: Mapping[str, Any],
+    ) -> Geometry:
+        unsupported = None
+        if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0]:
+            unsupported = "a Wan 2.2 model of two experts"
+        elif index.get("expand_timesteps"):
+            unsupported = "a Wan 2.2 text-and-image model with a timestep per token"
+        elif transformer.get("image_dim") or transformer["in_channels"] != vae["z_dim"]:
+            unsupported = "an image-to-video model"
+        if unsupported:
+            raise ConfigError(
+                f"{path} is {unsupported}, which is not supported yet; family=wan takes Wan 2.1 "
+                f"text-to-video, such as {self.default_path}."
+            )
+        return Geometry(
+            # Wan 2.1's published VAE config predates the two scale factors.
+            temporal=vae.get("scale_factor_temporal", 4),
+            spatial=vae.get("scale_factor_spatial", 8),
+            patch=tuple(transformer["patch_size"]),
+            latent_channels=transformer["in_channels"],
+            layers=transformer["num_layers"],
+            heads=transformer["num_attention_heads"],
+            head_dim=transformer["attention_head_dim"],
+            max_positions=transformer.get("rope_max_seq_len", 1024),
+        )
+
+    def frame_step(self, geometry: Geometry) -> int:
+        # The VAE reads one frame, then four at a time, whatever its compression, and drops a rest.
+        return max(geometry.temporal, 4)
+
+    def extended_frames(self, native: int, factor: int, geometry: Geometry) -> int:
+        return (native - 1) * factor + 1
+
+    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+        for index, block in enumerate(transformer.blocks):
+            block.attn1.set_processor(WanSelfAttention(index, attention))
+
+    def sequence(
+        self, transformer: Any, inputs: Mapping[str, Any]
+    ) -> tuple[TokenGrid, Tensor | None]:
+        return self.grid(inputs["hidden_states"].shape, transformer.config.patch_size), None
+
+    def encode_text(self, pipe: Any, caption: str) -> Text:
+        with torch.no_grad():
+            embeds, _ = pipe.encode_prompt(
+                caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+            )
+        # The model attends to the padding, but it is all zeros: leaving it out loses nothing.
+        filled = embeds[0].ne(0).any(dim=1).nonzero()
+        length = int(filled.max()) + 1 if len(filled) else 1
+        return {"prompt_embeds": embeds[0, :length].cpu().clone()}
+
+    def collate_text(self, texts: Sequence[Text]) -> Text:
+        return {"encoder_hidden_states": _pad([text["prompt_embeds"] for text in texts])}
+
+    def pipeline_text(self, text: Text, negative: Text | None) -> dict[str, Tensor]:
+        kwargs = {"prompt_embeds": _pad([text["prompt_embeds"]])}
+        if negative is not None:
+            kwargs["negative_prompt_embeds"] = _pad([negative["prompt_embeds"]])
+        return kwargs
+
+    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = _latent_statistics(vae, latents)
+        return (latents - mean) / std
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 1000 * sigma
+
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return noise - clean
+
+    def build_tiny(self) -> Any:
+        """Two heads, three layers, and a VAE of full spatial but no temporal compression.
+
+        So 49 frames of 160 x 192 are 5880 tokens: enough for block sparsity, seconds on a CPU. The
+        stock pipeline's rounding of `num_frames` adds one frame under such a VAE.
+        """
+        from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+        text_width, channels = 32, 4
+        transformer = diffusers_class(self.transformer_name)(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=text_width,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=3,
+        )
+        with torch.no_grad():
+            # A trained model's attention speaks: open gates, logits that can single tokens out, and
+            # an output small enough that the untrained loss is near that of predicting zero.
+            for block in transformer.blocks:
+                block.scale_shift_table[:, 2] += 1
+                block.attn1.norm_q.weight.fill_(1.5)
+                block.attn1.norm_k.weight.fill_(1.5)
+            transformer.proj_out.weight.normal_(std=0.5 * transformer.proj_out.in_features**-0.5)
+        vae = diffusers_class("AutoencoderKLWan")(
+            base_dim=3,
+            z_dim=channels,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, False, False],
+            scale_factor_temporal=1,
+            latents_mean=[0.0] * channels,
+            latents_std=[1.0] * channels,
+        ).eval()
+        _calibrate(vae)
+        tokenizer = ByT5Tokenizer(model_max_length=TEXT_TOKENS)
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=text_width,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+            )
+        ).eval()
+        scheduler = diffusers_class("UniPCMultistepScheduler")(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=1000,
+            flow_shift=3.0,  # Wan's for 480p
+        )
+        return self.pipeline_class(tokenizer, text_encoder, vae, scheduler, transformer.eval())
+
+
+class WanSelfAttention:
+    """Attention processor of one layer: the stock one's arithmetic around `SparseAttention`."""
+
+    def __init__(self, layer_index: int, attention: SparseAttention) -> None:
+        self.layer_index = layer_index
+        self.attention = attention
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        assert encoder_hidden_states is None and attention_mask is None and rotary_emb is not None
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        # The norms span all heads, so they come before the split.
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        out = self.attention.attention(self.layer_index, q, k, v).flatten(2)
+        for module in attn.to_out:
+            out = module(out)
+        return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on interleaved pairs of `[B, S, H, D]`; cos and sin `[1, S, 1, D]` repeat each value."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    rotated = (even * cos - odd * sin, even * sin + odd * cos)  # fp32, as the tables are
+    return torch.stack([part.type_as(x) for part in rotated], dim=-1).flatten(-2)
+
+
+def _pad(embeds: Sequence[Tensor]) -> Tensor:
+    """`[B, TEXT_TOKENS, D]`, zeros after each prompt as the pipeline has them."""
+    batch = embeds[0].new_zeros(len(embeds), TEXT_TOKENS, embeds[0].shape[1])
+    for row, prompt in zip(batch, embeds, strict=True):
+        row[: len(prompt)] = prompt
+    return batch
+
+
+def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel as `[C, 1, 1, 1]`."""
+    mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std]).to(like)
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def _calibrate(vae: Any) -> None:
+    """Set the latent statistics of an untrained VAE from a smooth moving scene of fixed waves."""
+    t, y, x = (torch.linspace(0, 1, n) for n in (9, 160, 192))
+    t, y, x = t[:, None, None], y[:, None], x
+    waves = torch.stack(
+        [
+            torch.sin(6 * x + 2 * t) * torch.cos(5 * y),
+            torch.sin(11 * (x - t) + 7 * y),
+            torch.cos(9 * (y + t) - 23 * x),
+        ]
+    )
+    latents = vae.encode(0.8 * waves[None]).latent_dist.mode()[0].flatten(1)
+    # Rounded, so that the last bits of a machine's arithmetic do not reach the file.
+    mean, std = ([round(x, 4) for x in stat.tolist()] for stat in (latents.mean(1), latents.std(1)))
+    vae.register_to_config(latents_mean=mean, latents_std=std)

@@ -1,0 +1,61 @@
+"""Flow matching: noise levels, noising and the loss.
+
+sigma is the noise level in [0, 1]: noisy = (1 - sigma) * clean + sigma * noise. What a model is fed
+for a sigma, and whether it predicts noise - clean or its negative, is its family's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Sigma
+from .families.base import ModelFamily, Text
+
+
+def sample_sigmas(batch: int, config: Sigma, generator: torch.Generator) -> Tensor:
+    """Noise levels `[batch]` fp32 on the CPU.
+
+    Logit-normal is Esser et al. 2024, section 3.1; the shift is their section 5.3.2.
+    """
+    if config.name == "uniform":
+        sigma = torch.rand(batch, generator=generator)
+    else:
+        normal = torch.randn(batch, generator=generator)
+        sigma = torch.sigmoid(config.mean + config.std * normal)
+    return config.shift * sigma / (1 + (config.shift - 1) * sigma)
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noisy latents fp32 for clean ones `[B, ...]` at noise levels `[B]`."""
+    sigma = sigma.float().view(-1, *[1] * (clean.dim() - 1))
+    return (1 - sigma) * clean.float() + sigma * noise.float()
+
+
+def sample(clean: Tensor, config: Sigma, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise like `clean` and noise levels `[B]` of one training step, fp32 on its device.
+
+    generator: of the CPU, so that a seed gives the same values whatever the device.
+    """
+    sigma = sample_sigmas(clean.shape[0], config, generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    return noise.to(clean.device), sigma.to(clean.device)
+
+
+def flow_matching_loss(
+    family: ModelFamily,
+    transformer: nn.Module,
+    clean: Tensor,
+    text: Text,
+    sigma: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Mean squared error of the prediction, fp32: the loss of training and of validation.
+
+    clean, noise: latents `[B, C, f, h, w]`; text: from `collate_text`; sigma: `[B]`; all on the
+    transformer's device.
+    """
+    noisy = add_noise(clean, noise, sigma)
+    prediction = family.predict(transformer, noisy, sigma, text)
+    return F.mse_loss(prediction, family.target(clean.float(), noise.float()))

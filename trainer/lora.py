@@ -1,0 +1,231 @@
+"""LoRA adapters: attached to a frozen base, saved for stock diffusers, loaded strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import ConfigError
+from .families.base import ModelFamily
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+ENTRY = "longreel"  # our key in the header of that file
+PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' key
+ADAPTER = "default"  # PEFT's name for the adapter in training
+PREFIX = "transformer."  # of tensor names, for diffusers pipelines
+
+
+def attach(
+    transformer: Any,
+    family: ModelFamily,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: str | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> list[tuple[str, nn.Parameter]]:
+    """Freeze the transformer and add an fp32 adapter that changes nothing yet.
+
+    alpha: None for equal to rank. targets: regex that whole module names must match, None for the
+    family's. Returns the named trainable parameters, the adapter's alone. Raises ConfigError when
+    the regex is not one or matches no linear layer.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    targets = targets or family.lora_targets
+    lora_alpha: Any = rank if alpha is None else alpha  # PEFT's annotation says int
+    _check_targets(transformer, targets)
+    transformer.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,
+        target_modules=targets,
+        lora_dropout=dropout,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, adapter_name=ADAPTER)
+    cast_training_params(transformer, torch.float32)  # PEFT follows the base, which may be bf16
+    return [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+
+
+def _check_targets(transformer: Any, targets: str) -> None:
+    try:
+        matched = [m for name, m in transformer.named_modules() if re.fullmatch(targets, name)]
+    except re.error as error:
+        raise ConfigError(
+            f"lora.targets={targets} is not a regular expression: {error}."
+        ) from error
+    if not matched or not all(isinstance(module, nn.Linear) for module in matched):
+        what = "a module that is not linear" if matched else "no module"
+        linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+        raise ConfigError(
+            f"lora.targets={targets} matches {what} of {type(transformer).__name__}. It is a "
+            f"regular expression for whole names of linear layers, such as {linear[-1]}."
+        )
+
+
+def state_dict(transformer: Any) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in the saved file."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    return {PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def save(folder: str | Path, transformer: Any, family: ModelFamily, entry: dict[str, Any]) -> Path:
+    """Write the adapter to `folder/pytorch_lora_weights.safetensors`, whole or not at all.
+
+    `pipe.load_lora_weights(folder)` of stock diffusers reads it, alpha included. Equal inputs give
+    equal bytes. entry: what the run records of itself, kept in the file's header.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict(transformer).items()}
+    config = transformer.peft_config[ADAPTER].to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    with tempfile.TemporaryDirectory(prefix=".lora-", dir=folder) as temporary:
+        family.pipeline_class.save_lora_weights(
+            temporary,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=config,
+        )
+        file = Path(temporary) / WEIGHTS
+        _add_metadata(file, ENTRY, json.dumps(entry, sort_keys=True))
+        os.replace(file, folder / WEIGHTS)
+    return folder / WEIGHTS
+
+
+def _add_metadata(file: Path, key: str, value: str) -> None:
+    """Rewrite a safetensors header with one more metadata key, keys sorted: the library's own
+    writer puts them in an order that varies from run to run."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    metadata = header.pop("__metadata__") | {key: value}
+    header = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text + content[8 + size :])
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def load(transformer: Any, path: str | Path) -> None:
+    """Load an adapter file, or the folder that holds one, into the attached adapter, strictly.
+
+    A transformer without an adapter gets one of the saved rank, alpha and targets. Raises
+    ConfigError that lists what is missing, unexpected or of another shape.
+    """
+    from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict
+
+    file = adapter_file(path)
+    metadata, tensors = _read(file)
+    if ADAPTER in getattr(transformer, "peft_config", {}):
+        _compare(file, tensors, {name: t.shape for name, t in state_dict(transformer).items()})
+    else:
+        check_fits(transformer, file)
+        transformer.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            config = LoraConfig(**_peft_config(file, metadata))
+            transformer.add_adapter(config, adapter_name=ADAPTER)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    set_peft_model_state_dict(transformer, bare, adapter_name=ADAPTER)
+
+
+def check_fits(transformer: Any, path: str | Path) -> None:
+    """Raise ConfigError unless a transformer without an adapter can take the one at `path` whole.
+
+    diffusers loads what it can and warns of the rest.
+    """
+    file = adapter_file(path)
+    metadata, tensors = _read(file)
+    config = _peft_config(file, metadata)
+    wanted = {}
+    for name, module in transformer.named_modules():
+        if re.fullmatch(config["target_modules"], name):
+            wanted[f"{PREFIX}{name}.lora_A.weight"] = (config["r"], module.in_features)
+            wanted[f"{PREFIX}{name}.lora_B.weight"] = (module.out_features, config["r"])
+    _compare(file, tensors, wanted)
+
+
+def _peft_config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    config = json.loads(metadata.get(PEFT_CONFIG, "{}"))
+    config = {key.removeprefix(PREFIX): value for key, value in config.items()}
+    if not isinstance(config.get("target_modules"), str):
+        raise ConfigError(f"{file} does not say its rank, alpha and targets as longreel does.")
+    return config
+
+
+def _compare(file: Path, given: dict[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    problems = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} for {tuple(wanted[name])}"
+            for name in sorted(given.keys() & wanted.keys())
+            if given[name].shape != wanted[name]
+        ],
+    }
+    if any(problems.values()):
+        lines = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
+        raise ConfigError(
+            f"{file} does not fit this model (another model.path, lora.rank or lora.targets?).\n"
+            + "\n".join(lines)
+        )
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def read_entry(path: str | Path) -> dict[str, Any]:
+    """The entry that `save` put into an adapter's file; ConfigError when there is none."""
+    file = adapter_file(path)
+    metadata, _ = _read(file, tensors=False)
+    if ENTRY not in metadata:
+        raise ConfigError(
+            f"{file} was not written by longreel: its header has no `{ENTRY}` entry. Load it with "
+            "`pipe.load_lora_weights` of diffusers."
+        )
+    entry = json.loads(metadata[ENTRY])
+    if entry["version"] != 1:
+        raise ConfigError(f"{file} is of a newer longreel (entry version {entry['version']}).")
+    return entry
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The adapter file at `path`, which is that file or its folder; ConfigError otherwise."""
+    path = Path(path)
+    file = path / WEIGHTS if path.is_dir() else path
+    if file.is_file():
+        return file
+    below = sorted(str(found) for found in path.glob(f"**/{WEIGHTS}"))
+    hint = f" Below it: {_some(below)}." if below else ""
+    raise ConfigError(f"{path} holds no adapter ({WEIGHTS}).{hint}")
+
+
+def _read(file: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            names = content.keys() if tensors else ()
+            return content.metadata() or {}, {name: content.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is not a whole safetensors file: {error}") from error

@@ -1,0 +1,184 @@
+"""Videos from a trained adapter: `pipe = load_pipeline("runs/x")`, then any stock pipeline call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.block_sparse.op import Backend
+from ..sparse.attention import SparseAttention
+from . import lora
+from .config import Cache, ConfigError, pattern_from_dict
+from .families import FAMILIES, ModelFamily, family_of, installed_attention
+from .families.base import Text
+
+
+def load_pipeline(
+    run: str | Path,
+    *,
+    model_path: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    sparse: bool = True,
+    backend: Backend = "auto",
+    cache_dir: str | Path = Cache.dir,
+) -> Any:
+    """The stock diffusers pipeline with the adapter and the attention it was trained with.
+
+        pipe = load_pipeline("runs/x")
+        frames = pipe(prompt="...", num_frames=161).frames[0]
+
+    run: an adapter's folder or file. model_path: in place of the recorded base model. dtype: None
+    for bf16 on a GPU and fp32 on a CPU. sparse: False for the model's own dense attention.
+    backend: of the block-sparse kernel. cache_dir: where a `tiny` base model is kept.
+    """
+    entry = lora.read_entry(run)
+    family = family_of(entry)
+    path, revision = entry["model"]["path"], entry["model"]["revision"]
+    if model_path is not None:
+        path, revision = model_path, None
+    path = family.resolve(path, cache_dir)
+    family.geometry(path, revision)  # refuses what is missing or unsupported before any weights
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    transformer = family.load_transformer(path, revision, dtype)
+    file = lora.adapter_file(run)
+    lora.check_fits(transformer, file)
+    pipe = family.load_pipeline(path, revision, transformer=transformer, dtype=dtype).to(device)
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="longreel")
+    if sparse:
+        apply_sparse_attention(pipe, entry, backend=backend)
+    return pipe
+
+
+def apply_sparse_attention(
+    pipe: Any, entry: dict[str, Any], *, backend: Backend = "auto"
+) -> SparseAttention:
+    """Let a stock pipeline attend as the adapter of `entry` (`lora.read_entry`) was trained.
+
+    Returns the attention, whose fields may be changed between calls of the pipeline.
+    """
+    family = family_of(entry)
+    if type(pipe).__name__ != family.pipeline_name:
+        raise ConfigError(
+            f"The adapter is for {family.pipeline_name}, the pipeline is a {type(pipe).__name__}."
+        )
+    attention = SparseAttention(
+        pattern_from_dict(entry["pattern"]),
+        block=entry["block"],
+        backend=backend,
+        dense_layers=entry["dense_layers"],
+        dense_steps=entry["dense_steps"],
+    )
+    attention.schedule = _step_of(pipe)
+    family.install(pipe.transformer, attention)
+    return attention
+
+
+def _step_of(pipe: Any) -> Callable[[Tensor], int]:
+    """Index of the diffusion step that a model's timestep belongs to.
+
+    By the timestep's value among the scheduler's: guidance calls the model twice a step.
+    """
+
+    def step(timestep: Tensor) -> int:
+        timesteps = pipe.scheduler.timesteps
+        return int((timesteps - timestep.flatten()[0].to(timesteps.device)).abs().argmin())
+
+    return step
+
+
+def generate(
+    pipe: Any,
+    *,
+    prompt: str | Text,
+    negative: str | Text = "",
+    frames: int,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    progress: bool = False,
+) -> np.ndarray:
+    """One video, uint8 `[frames, height, width, 3]`.
+
+    pipe: of one of the FAMILIES, with a VAE. prompt, negative: text, or what the family's
+    `encode_text` gave when the pipeline has no text encoder.
+    guidance: at most 1 for none, which leaves `negative` unread. seed: of the initial noise, drawn
+    on the CPU, so it does not depend on the device.
+
+    The transformer may be one in training: its modes, its attention's plan and schedule, gradients
+    and torch's global random state are left as they were.
+    """
+    family = next(f for f in FAMILIES.values() if f.pipeline_name == type(pipe).__name__)
+    shape = family.latent_shape(frames, height, width, family.geometry_of(pipe))
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+    text = _encoded(pipe, family, prompt)
+    against = _encoded(pipe, family, negative) if guidance > 1 else None
+    device = pipe._execution_device
+    kwargs = {k: v.to(device) for k, v in family.pipeline_text(text, against).items()}
+    with _sampling(pipe, progress):
+        video = pipe(
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=noise,
+            output_type="np",
+            **kwargs,
+        ).frames[0]
+    return (video * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _encoded(pipe: Any, family: ModelFamily, text: str | Text) -> Text:
+    if not isinstance(text, str):
+        return text
+    if any(getattr(pipe, name) is None for name in family.text_components):
+        raise ValueError(
+            f"The pipeline has no text encoder for {text!r}: give what `encode_text` made of it."
+        )
+    return family.encode_text(pipe, text)
+
+
+@contextmanager
+def _sampling(pipe: Any, progress: bool) -> Iterator[None]:
+    """Evaluation mode, dense steps and a quiet pipeline; afterwards everything as it was."""
+    modes = {module: module.training for module in pipe.transformer.modules()}
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    logger = logging.getLogger(type(pipe).__module__)
+    level = logger.level
+    try:
+        pipe.transformer.eval()
+        pipe.set_progress_bar_config(**bar | {"disable": not progress})
+        # It warns of a rounded `num_frames`; sizes are checked, and `latents` decide.
+        logger.setLevel(logging.ERROR)
+        with _scheduled(installed_attention(pipe.transformer), pipe):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        pipe.set_progress_bar_config(**bar)
+        logger.setLevel(level)
+
+
+@contextmanager
+def _scheduled(attention: SparseAttention | None, pipe: Any) -> Iterator[None]:
+    """Let an installed attention know the diffusion step; its own plan and schedule come back."""
+    if attention is None:
+        yield
+        return
+    schedule, attention.schedule = attention.schedule, _step_of(pipe)
+    try:
+        with attention.using(attention.current):
+            yield
+    finally:
+        attention.schedule = schedule
