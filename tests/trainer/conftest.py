@@ -1,0 +1,52 @@
+"""A folder of small real video files, and runs small enough to repeat in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longreel.data.decode import write_video
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three videos of 17 frames at 16 fps with captions."""
+    folder = tmp_path_factory.mktemp("videos")
+    y, x = np.mgrid[:64, :64]
+    for index in range(3):
+        shift = np.arange(17)[:, None, None] * (index + 1)
+        waves = [np.sin((x + shift) / (5 + index + c)) * np.cos(y / 7) for c in range(3)]
+        frames = (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
+        write_video(folder / f"{index}.mp4", frames, 16)
+        (folder / f"{index}.txt").write_text(f"waves number {index}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def arguments(videos: Path, cache: Path, tmp_path: Path) -> list[str]:
+    """A complete run in a few seconds: 17 latent frames of 4 x 4 patches, 4 steps."""
+    return [
+        "recipe=tiny_wan",
+        f"data.path={videos}",
+        f"cache.dir={cache}",
+        f"run.dir={tmp_path / 'run'}",
+        "extend.native=9",
+        "height=64",
+        "width=64",
+        "sparse.block=16",
+        "lora.rank=4",
+        "train.steps=4",
+        "train.warmup=1",
+        "checkpoint.every=2",
+        "validate.every=4",
+        "validate.prompts=[]",
+        "validate.steps=2",
+        "log.wandb=false",
+    ]

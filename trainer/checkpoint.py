@@ -1,0 +1,141 @@
+"""Checkpoints: one safetensors file and one JSON file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+TENSORS = "state.safetensors"
+STATE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it
+        and of the seed, so it is all there is to restore besides tensors.
+    """
+
+    step: int
+    world_size: int = 1
+
+
+def save(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    keep_last: int,
+    extra: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write `folder/step-N` and drop all but the newest `keep_last`.
+
+    Everything goes to a temporary folder that is renamed when complete and on disk: a process that
+    dies at any moment leaves the checkpoints before it whole.
+
+    extra: writes further files, such as the adapter, into the folder it is given.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    target = folder / f"step-{progress.step:06d}"
+    temporary = folder / f".tmp-{target.name}"
+    temporary.mkdir()
+    tensors, adam_steps = _tensors(parameters, optimizer)
+    save_file(tensors, temporary / TENSORS)
+    state = {"version": 1, "progress": asdict(progress), "adam_steps": adam_steps}
+    (temporary / STATE).write_text(json.dumps(state, indent=1))
+    if extra is not None:
+        extra(temporary)
+    for file in temporary.iterdir():
+        _sync(file)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    _sync(folder)
+    for old in _by_age(folder)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint that can be read, None if there is none."""
+    return next((path for path in reversed(_by_age(folder)) if _readable(path)), None)
+
+
+def restore(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Load weights and optimizer moments in place; raises ValueError if the names differ."""
+    state = json.loads((path / STATE).read_text())
+    with safe_open(path / TENSORS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored = {name.removeprefix("lora.") for name in tensors if name.startswith("lora.")}
+    if stored != set(parameters):
+        differing = sorted(stored ^ set(parameters))
+        raise ValueError(
+            f"{path} holds other parameters than this run trains, {len(differing)} differ, such as "
+            f"{differing[0]}: lora.targets or the model has changed."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"lora.{name}"])
+            if name in state["adam_steps"]:
+                optimizer.state[parameter] = _moments(name, parameter, tensors, state)
+    return Progress(**state["progress"])
+
+
+def _tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    tensors: dict[str, Tensor] = {}
+    adam_steps: dict[str, float] = {}
+    for name, parameter in parameters.items():
+        tensors[f"lora.{name}"] = parameter.detach().cpu().contiguous()
+        moments = optimizer.state.get(parameter)
+        if moments:
+            adam_steps[name] = float(moments["step"])
+            for moment in MOMENTS:
+                tensors[f"{moment}.{name}"] = moments[moment].detach().cpu().contiguous()
+    return tensors, adam_steps
+
+
+def _moments(
+    name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
+    return {"step": torch.tensor(state["adam_steps"][name], dtype=torch.float32), **moments}
+
+
+def _by_age(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _readable(path: Path) -> bool:
+    try:
+        json.loads((path / STATE).read_text())
+        with safe_open(path / TENSORS, framework="pt"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,177 @@
+"""What a run will do, settled from its config and the model's JSON files before weights load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..sparse.attention import SparseAttention
+from ..sparse.grid import TokenGrid
+from . import checkpoint
+from .config import Config, ConfigError, config_hash, load_file, pattern_to_dict, to_dict
+from .families import FAMILIES
+from .families.base import Geometry, ModelFamily
+from .settings import flatten
+
+# A resumed run may differ from the one that it continues in these alone.
+FREE_KEYS = ("log", "validate", "checkpoint", "cache", "train.steps", "train.workers")
+HEAD_DIMS = (16, 32, 64, 128)  # what the kernels are built for
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config whose open choices are filled in, with the model it names.
+
+    config: as given, with `frames`, `fps`, `extend.native`, `lora.alpha`, `model.path` and
+        `run.dir` settled; loading it back gives the same job.
+    model_path: where the model is read from: a folder, or a Hub repository.
+    """
+
+    config: Config
+    family: ModelFamily
+    geometry: Geometry
+    model_path: str
+
+    @classmethod
+    def from_config(cls, config: Config) -> Job:
+        """Raises ConfigError for what cannot run: lengths, sizes, layers, missing files."""
+        if config.family not in FAMILIES:
+            raise ConfigError(
+                f"family={config.family} is unknown. Families: {', '.join(FAMILIES)}."
+            )
+        family = FAMILIES[config.family]
+        if config.data.path is not None and not Path(config.data.path).is_dir():
+            raise ConfigError(f"data.path={config.data.path} is not a folder.")
+        path = config.model.path or family.default_path
+        model_path = family.resolve(path, config.cache.dir)
+        geometry = family.geometry(model_path, config.model.revision)
+        config = replace(config, model=replace(config.model, path=path))
+        config = _settle(config, family, geometry)
+        return cls(config, family, geometry, model_path)
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError if there is no data to train on, or the run folder is another run's."""
+        if self.config.data.path is None:
+            raise ConfigError("data.path is not set: the folder of videos with captions.")
+        _check_resumable(self.config, self.config.run_dir)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a training clip."""
+        assert self.config.frames is not None
+        return self.config.frames
+
+    @property
+    def native_frames(self) -> int:
+        """Frames that the base model was trained for."""
+        assert self.config.extend.native is not None
+        return self.config.extend.native
+
+    @property
+    def fps(self) -> int:
+        assert self.config.fps is not None
+        return self.config.fps
+
+    def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
+        """`(channels, frames, height, width)` of a clip's latents."""
+        height, width = self.config.height, self.config.width
+        return self.family.latent_shape(frames, height, width, self.geometry)
+
+    def grid(self, frames: int) -> TokenGrid:
+        """The video tokens of a clip of so many frames."""
+        return self.family.grid(self.latent_shape(frames), self.geometry.patch)
+
+    def attention(self) -> SparseAttention:
+        """A fresh sparse attention as the config sets it."""
+        sparse = self.config.sparse
+        return SparseAttention(
+            sparse.pattern,
+            block=sparse.block,
+            backend=sparse.backend,
+            dense_layers=sparse.dense_layers,
+            dense_steps=sparse.dense_steps,
+        )
+
+    def adapter_entry(self) -> dict[str, Any]:
+        """What the adapter file records so that sampling can restore the attention it needs."""
+        config, sparse = self.config, self.config.sparse
+        path = config.model.path
+        assert path is not None
+        if path != "tiny" and Path(path).is_dir():
+            path = str(Path(path).absolute())  # sampling may start in another folder
+        return {
+            "version": 1,
+            "family": self.family.name,
+            "model": {"path": path, "revision": config.model.revision},
+            "pattern": pattern_to_dict(sparse.pattern),
+            "block": sparse.block,
+            "dense_layers": sparse.dense_layers,
+            "dense_steps": sparse.dense_steps,
+            "native_frames": self.native_frames,
+            "frames": self.frames,
+            "height": config.height,
+            "width": config.width,
+            "fps": self.fps,
+            "rope": "native",
+            "config_hash": config_hash(config),
+        }
+
+
+def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
+    native = config.extend.native or family.native_frames
+    frames = config.frames
+    if config.extend.factor is not None:
+        extended = family.extended_frames(native, config.extend.factor, geometry)
+        if frames not in (None, extended):
+            raise ConfigError(
+                f"frames={frames} and extend.factor={config.extend.factor} disagree: "
+                f"{config.extend.factor} x {native} native frames is {extended}. Set one of them."
+            )
+        frames = extended
+    assert frames is not None
+    family.latent_shape(frames, config.height, config.width, geometry)
+    for name, count in (("extend.native", native), ("validate.frames", config.validate.frames)):
+        if count is not None:
+            try:
+                family.check_frames(count, geometry)
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from error
+    if frames < native:
+        raise ConfigError(f"frames={frames} is less than the native length of {native} frames.")
+    if geometry.head_dim not in HEAD_DIMS:
+        raise ConfigError(
+            f"The model's heads have {geometry.head_dim} channels; the kernels take {HEAD_DIMS}."
+        )
+    if config.sparse.dense_layers > geometry.layers:
+        raise ConfigError(
+            f"sparse.dense_layers={config.sparse.dense_layers}, but the model has "
+            f"{geometry.layers} layers."
+        )
+    return replace(
+        config,
+        frames=frames,
+        fps=config.fps or family.fps,
+        extend=replace(config.extend, native=native),
+        lora=replace(config.lora, alpha=config.lora_alpha),
+        run=replace(config.run, dir=str(config.run_dir)),
+    )
+
+
+def _check_resumable(config: Config, run_dir: Path) -> None:
+    """A run folder belongs to one config, but for keys that do not change what is learnt."""
+    path = run_dir / "config.yaml"
+    if not path.is_file() or checkpoint.latest(run_dir / "checkpoints") is None:
+        return
+    before, now = flatten(to_dict(load_file(path))), flatten(to_dict(config))
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings ({'; '.join(changed)}). Choose another "
+            "run.dir, delete the folder, or go back to its settings to resume it."
+        )

@@ -1,0 +1,163 @@
+"""What a run reports: metrics.csv always and wandb if it can, which never fails the run."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import netrc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.files import replacing
+from ..sparse.attention import SparseAttention
+from ..sparse.grid import TokenGrid
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]  # one line of metrics.csv by column, `step` among them
+UNMEASURED = "n/a (oracle)"  # the attention speedup of a CPU
+
+COLUMNS: tuple[str, ...] = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "seconds_per_step",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "attention_density",
+    "attention_sparsity",
+    "attention_pflops",
+    "attention_dense_pflops",
+    "attention_speedup",
+    "heldout_loss_target",
+    "heldout_loss_native",
+)
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """What a run's self-attention computes, over all layers, text and dense layers counted.
+
+    density: computed share of token pairs. layer_density: of one sparse layer. pflops,
+        dense_pflops: matrix products of one forward of one sample, and what they would be without
+        sparsity (4 x tokens^2 x heads x head_dim a layer).
+    """
+
+    density: float
+    layer_density: float
+    pflops: float
+    dense_pflops: float
+
+    @classmethod
+    def of(
+        cls, attention: SparseAttention, grid: TokenGrid, layers: int, heads: int, head_dim: int
+    ) -> AttentionCost:
+        density = attention.token_density(grid, layers)
+        dense = 4 * len(grid) ** 2 * heads * head_dim * layers / 1e15
+        return cls(density, attention.layout(grid).token_density(len(grid)), density * dense, dense)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.density
+
+    def training(self, samples: int, *, recomputed: bool) -> AttentionCost:
+        """The same for an update over `samples`: backward takes 2.5 forwards, recomputation one."""
+        passes = samples * (4.5 if recomputed else 3.5)
+        return replace(self, pflops=passes * self.pflops, dense_pflops=passes * self.dense_pflops)
+
+
+class Metrics:
+    """The run's log: `metrics.csv` in its folder, and the same figures in wandb."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int) -> None:
+        self.path = run_dir / "metrics.csv"
+        kept = [row for row in self.rows() if int(row["step"]) <= resumed_step]
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept if resumed_step else [])
+        self._wandb: Any = None
+
+    def start_wandb(
+        self, project: str, config: Mapping[str, Any], run_dir: Path, run_id: str
+    ) -> None:
+        """Log to wandb as well: offline without a key, so that nothing asks for one."""
+        try:
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+            self._wandb = wandb.init(
+                project=project,
+                name=run_dir.name,
+                id=run_id,
+                resume="allow",
+                dir=run_dir,
+                config=dict(config),
+                mode=mode,  # type: ignore[arg-type]
+                settings=wandb.Settings(silent=True, init_timeout=60),
+            )
+            log.info(
+                f"wandb: {mode}" + ("" if mode == "online" else f", `wandb sync {run_dir}/wandb/*`")
+            )
+        except Exception as error:  # a run is worth more than its log
+            self._give_up(error)
+
+    def write(self, row: Row) -> None:
+        """One line of metrics.csv, and its numbers to wandb."""
+        with self.path.open("a", newline="") as file:
+            writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
+            writer.writerow(row)
+        figures = {k: v for k, v in row.items() if isinstance(v, float)}
+        self._to_wandb(figures, row["step"])
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        if self._wandb is not None:
+            import wandb
+
+            self._to_wandb({name: wandb.Image(str(path))}, step)
+
+    def video(self, name: str, path: Path, step: int, caption: str) -> None:
+        if self._wandb is not None:
+            import wandb
+
+            self._to_wandb({name: wandb.Video(str(path), caption=caption, format="mp4")}, step)
+
+    def rows(self) -> list[dict[str, str]]:
+        """What metrics.csv holds; a last line that was cut off is left out."""
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            try:
+                self._wandb.finish(quiet=True)
+            except Exception as error:
+                self._give_up(error)
+
+    def _to_wandb(self, values: Mapping[str, Any], step: int) -> None:
+        if self._wandb is not None:
+            try:
+                self._wandb.log(dict(values), step=step)
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._wandb = None
+        log.warning(f"wandb is off from here on, metrics.csv goes on: {error}")
+
+
+def _has_key() -> bool:
+    """Whether wandb can log in without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

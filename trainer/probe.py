@@ -1,0 +1,89 @@
+"""What the sparse attention gains at this run's shape, measured before the run."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..sparse.attention import SparseAttention
+from ..sparse.grid import TokenGrid
+
+# The baseline is the fastest dense attention that torch ships, not the one it would pick.
+DENSE_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Milliseconds of forward plus backward of one layer's attention, heads as probed."""
+
+    dense_ms: float
+    sparse_ms: float
+
+    @property
+    def ratio(self) -> float:
+        return self.dense_ms / self.sparse_ms
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}x (dense {self.dense_ms:.1f} ms, sparse {self.sparse_ms:.1f} ms)"
+
+
+def measure_speedup(
+    attention: SparseAttention,
+    grid: TokenGrid,
+    *,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 5,
+) -> Speedup | None:
+    """Dense SDPA against one sparse layer, forward and backward, interleaved, medians.
+
+    None where there is nothing to measure: on a CPU, which runs the oracle, or with dense attention
+    in every layer. At most 4 heads, which fill the GPU at lengths that matter.
+    """
+    sparse_layer = next((i for i in range(layers) if not attention.is_dense(i)), None)
+    if device.type != "cuda" or sparse_layer is None:
+        return None
+    shape = (1, len(grid), min(heads, 4), head_dim)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(4)
+    )
+    for x in (q, k, v):
+        x.requires_grad_()
+
+    def dense() -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    def sparse() -> Tensor:
+        with attention.using(attention.planned(grid)):
+            return attention.attention(sparse_layer, q, k, v)
+
+    def milliseconds(forward) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.autograd.grad(forward(), (q, k, v), grad)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for repeat in range(repeats + 2):  # two warm-ups
+        for name, forward in (("dense", dense), ("sparse", sparse)):
+            elapsed = milliseconds(forward)
+            if repeat >= 2:
+                times[name].append(elapsed)
+    return Speedup(statistics.median(times["dense"]), statistics.median(times["sparse"]))

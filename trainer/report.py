@@ -1,0 +1,76 @@
+"""What a finished run shows: the curve of its losses and a short table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from ..data.files import replacing
+from .job import Job
+from .metrics import UNMEASURED, AttentionCost
+from .probe import Speedup
+
+Rows = Sequence[Mapping[str, str]]  # of metrics.csv
+
+
+def column(rows: Rows, name: str) -> dict[int, float]:
+    """The values of one column of metrics.csv by step."""
+    return {int(row["step"]): float(row[name]) for row in rows if row[name]}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_losses(rows: Rows) -> Figure:
+    """Training and held-out losses over steps."""
+    figure = Figure(figsize=(7, 4), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    loss = column(rows, "loss")
+    axes.plot(list(loss), list(loss.values()), color="0.7", linewidth=0.8, label="training")
+    for name in ("target", "native"):
+        heldout = column(rows, f"heldout_loss_{name}")
+        axes.plot(
+            list(heldout), list(heldout.values()), marker="o", label=f"held out, {name} length"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("flow-matching loss")
+    axes.legend()
+    figure.tight_layout()
+    return figure
+
+
+def summary(
+    job: Job, cost: AttentionCost, speedup: Speedup | None, rows: Rows, files: Sequence[str]
+) -> Table:
+    """Density, work saved, losses from start to end, pace, and where the files are."""
+    run_dir = job.config.run_dir
+    table = Table(title=str(run_dir), show_header=False)
+    table.add_row(
+        "length",
+        f"{job.native_frames} -> {job.frames} frames, {len(job.grid(job.frames)):,} tokens",
+    )
+    table.add_row("attention density", f"{cost.density:.1%} of all pairs, over all layers")
+    of = f"{cost.dense_pflops - cost.pflops:.3g} of {cost.dense_pflops:.3g} PFLOP a forward"
+    table.add_row("attention FLOPs saved", f"{cost.sparsity:.1%} ({of})")
+    table.add_row("attention speedup", str(speedup or UNMEASURED))
+    for name in ("target", "native"):
+        losses = list(column(rows, f"heldout_loss_{name}").values())
+        if losses:
+            change = losses[-1] / losses[0] - 1
+            text = f"{losses[0]:.4f} -> {losses[-1]:.4f} ({change:+.1%})"
+            table.add_row(f"held-out loss, {name} length", text)
+    seconds = column(rows, "seconds_per_step").values()
+    if seconds:
+        table.add_row("seconds a step (median)", f"{statistics.median(seconds):.2f}")
+    for name in files:
+        table.add_row("file", str(run_dir / name))
+    return table
