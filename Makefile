@@ -1,0 +1,52 @@
+# make demo ARGS="..."   train, extend and sample in miniature on this machine
+# make test              everything that runs on a CPU, but the slow tests
+# make test-slow         the slow ones; make test-gpu: the ones for an NVIDIA GPU
+# make check             ruff and pyright
+#
+# Each sets up first: a virtual environment in .venv with the versions of constraints.txt.
+# Another interpreter: make PYTHON=python3.12. Another environment: make VENV=/path/to/venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.longreel-setup
+
+# One thread a worker: the tests are many small tensors, and two workers share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu check clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)
+
+# torch comes first and alone, so that a CPU build from a local index is kept by what follows.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m longreel.launch.demo $(ARGS)
+
+test: $(STAMP)
+	$(PYTEST) -q -n 2 $(ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -q -m slow $(ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

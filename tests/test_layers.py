@@ -1,0 +1,187 @@
+"""The architecture: which folder may import which, and what a bare machine can import."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Imports point down: kernels <- sparse <- trainer -> data, and launch on top.
+MAY_IMPORT = {
+    "kernels": set(),
+    "sparse": {"kernels"},
+    "data": set(),
+    "trainer": {"kernels", "sparse", "data"},
+    "launch": {"sparse", "data", "trainer"},
+    "recipes": set(),
+}
+# The layers that know nothing of models import no model library either.
+THIRD_PARTY = {
+    "kernels": {"torch", "triton"},
+    "sparse": {"torch", "matplotlib"},
+    "data": {"torch", "numpy", "safetensors", "av", "datasets"},
+}
+MOST_LINES = 500
+
+
+def modules():
+    return [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path, text=None):
+    """Absolute names of all that a file imports, anywhere in it; ours begin with `longreel.`."""
+    package = ["longreel", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if text is None else text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def test_imports_are_seen_wherever_they_stand():
+    """The reader that the tests below rely on."""
+    text = """
+import os.path
+from ..kernels import block_sparse
+from ..kernels.block_sparse import op
+from . import layout
+if True:
+    from .. import data
+def later():
+    import longreel.trainer.loop
+    from .patterns.radial import Radial
+"""
+    assert set(imported(ROOT / "sparse" / "some.py", text)) == {
+        "os.path",
+        "longreel.kernels.block_sparse",
+        "longreel.kernels.block_sparse.op",
+        "longreel.sparse.layout",
+        "longreel.data",
+        "longreel.trainer.loop",
+        "longreel.sparse.patterns.radial.Radial",
+    }
+    deeper = imported(ROOT / "sparse" / "patterns" / "some.py", "from ..grid import TokenGrid")
+    assert list(deeper) == ["longreel.sparse.grid.TokenGrid"]
+
+
+def test_every_folder_is_known():
+    assert {path.parent.relative_to(ROOT).parts[0] for path in modules()} == set(MAY_IMPORT) - {
+        "recipes"
+    }
+    with_code = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert with_code <= set(MAY_IMPORT) | {"tests", "benchmarks", "build"}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_point_down(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        ours = {name.split(".")[1] for name in imported(path) if name.startswith("longreel.")}
+        assert ours <= MAY_IMPORT[folder] | {folder}, path
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_of_our_own_are_relative(folder):
+    """Type checkers and editors follow these from a bare checkout."""
+    for path in (ROOT / folder).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) longreel\b", text, re.MULTILINE), path
+
+
+@pytest.mark.parametrize("folder", THIRD_PARTY)
+def test_lower_layers_know_no_model_library(folder):
+    ours = {"longreel"} | sys.stdlib_module_names
+    for path in (ROOT / folder).rglob("*.py"):
+        foreign = {name.split(".")[0] for name in imported(path)} - ours
+        assert foreign <= THIRD_PARTY[folder], path
+
+
+def test_no_torchvision():
+    """Its builds must match torch's to the digit; PyAV and Pillow do what is needed."""
+    for path in modules():
+        assert "torchvision" not in {name.split(".")[0] for name in imported(path)}, path
+
+
+def test_files_stay_readable():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {path: n for path, n in lengths.items() if n > MOST_LINES} == {}
+
+
+def python(script, *, cwd=ROOT, **environment):
+    """Run a script in a new interpreter that starts in `cwd`, as `python -c` does."""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=cwd,
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_top_folders_hold_no_init():
+    assert [path for folder in MAY_IMPORT for path in ROOT.glob(f"{folder}/__init__.py")] == []
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_top_folders_hide_no_installed_package(folder, tmp_path):
+    """An installed `kernels` is imported from the repository's root too, by diffusers for one."""
+    installed = tmp_path / folder
+    installed.mkdir()
+    (installed / "__init__.py").touch()
+    script = f"import sys; assert sys.path[0] == ''; import {folder}; print({folder}.__file__)"
+    assert python(script, PYTHONPATH=str(tmp_path)) == str(installed / "__init__.py")
+
+
+def blocked(*names):
+    return f"import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
+
+
+def test_training_from_a_ready_cache_needs_no_decoder():
+    python(
+        blocked("av", "datasets")
+        + """
+import longreel.data.dataset, longreel.data.sampler, longreel.trainer.loop
+try:
+    import longreel.data.decode
+except ImportError:
+    pass
+else:
+    raise AssertionError("the block does not work")
+"""
+    )
+
+
+def test_kernels_and_sparse_work_without_triton():
+    script = """
+import torch
+from longreel.kernels.block_sparse import resolve_backend
+from longreel.sparse.attention import SparseAttention
+from longreel.sparse.grid import TokenGrid
+from longreel.sparse.patterns import Radial
+grid = TokenGrid(4, 4, 4)
+q, k, v = (torch.randn(1, len(grid), 1, 16, requires_grad=True) for _ in range(3))
+attention = SparseAttention(Radial(), block=16)
+attention.plan(grid)
+attention.attention(0, q, k, v).sum().backward()
+assert q.grad.abs().sum() > 0
+print(resolve_backend("auto", q.device, q.dtype, 16))
+"""
+    assert python(blocked("triton") + script) == "reference"
+
+
+def test_reading_a_recipe_imports_no_model_library():
+    """A typo on the command line is told in a moment."""
+    script = """
+import sys
+from longreel.trainer.config import load
+load(["recipe=tiny_wan"])
+print(*({"diffusers", "transformers", "peft", "accelerate", "av", "triton"} & set(sys.modules)))
+"""
+    assert python(script) == ""
