@@ -60,8 +60,10 @@ def sample(argv: list[str]) -> None:
     family.latent_shape(**size, geometry=geometry)  # refuses impossible sizes before weights load
 
     from ..data.decode import write_video
+    from ..trainer.progress import quiet_libraries
     from ..trainer.sampling import generate, load_pipeline
 
+    quiet_libraries()
     pipe = load_pipeline(
         options.lora,
         model_path=options.model,

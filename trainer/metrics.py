@@ -136,7 +136,7 @@ class Metrics:
     def close(self) -> None:
         if self._wandb is not None:
             try:
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()
             except Exception as error:
                 self._give_up(error)
 

@@ -73,9 +73,7 @@ class StageLog:
 
 def open_console(main_process: bool) -> Console:
     """The one place that prints; longreel's log goes there too. Other processes only log errors."""
-    import diffusers
-    import transformers
-
+    quiet_libraries()
     console = Console(quiet=not main_process)
     if not console.is_terminal:
         console = Console(quiet=not main_process, width=120)  # a file need not break lines at 80
@@ -83,6 +81,13 @@ def open_console(main_process: bool) -> Console:
     logger = logging.getLogger("longreel")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if main_process else logging.ERROR)
+    return console
+
+
+def quiet_libraries() -> None:
+    """No progress bars of diffusers and transformers for every file they read."""
+    import diffusers
+    import transformers
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    return console

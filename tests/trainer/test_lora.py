@@ -87,6 +87,24 @@ def test_stock_diffusers_gives_the_same_output(tmp_path, rank, alpha):
     assert torch.equal(pipe.transformer(**inputs).sample, bare)
 
 
+def test_stock_diffusers_in_bf16_is_within_the_trained_model_s_own_error(tmp_path):
+    """diffusers rounds the adapter to the base's bf16, which training keeps in fp32."""
+    trained = wan_transformer(torch.bfloat16)
+    randomise(lora.attach(trained, WAN, rank=4), seed=0)
+    lora.save(tmp_path, trained, WAN, ENTRY)
+    exact = wan_transformer()
+    exact.load_state_dict(wan_transformer(torch.bfloat16).state_dict())
+    randomise(lora.attach(exact, WAN, rank=4), seed=0)
+    pipe = wan_pipeline(wan_transformer(torch.bfloat16))
+    pipe.load_lora_weights(tmp_path)
+    inputs, rounded = wan_inputs(), wan_inputs(dtype=torch.bfloat16)
+    with torch.no_grad():
+        oracle = exact(**inputs).sample
+        own = (trained(**rounded).sample - oracle).norm()
+        loaded = (pipe.transformer(**rounded).sample - oracle).norm()
+    assert 0 < loaded <= 2 * own
+
+
 def test_names_and_header_of_the_file(tmp_path):
     file = lora.save(tmp_path, adapted(), WAN, ENTRY)
     assert file == tmp_path / "pytorch_lora_weights.safetensors"

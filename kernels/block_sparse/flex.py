@@ -1,0 +1,132 @@
+"""The same attention through PyTorch's FlexAttention: an independent one to compare with.
+
+Compiled FlexAttention walks the block lists and asks `mask_mod` only inside of partial blocks:
+those that reach past `valid`, all others being full. The eager one reads nothing but `mask_mod`,
+which then has to repeat the lists.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Entry(NamedTuple):
+    version: tuple
+    others: tuple[Tensor | None, ...]  # the tensors besides the key that the mask was made from
+    mask: BlockMask
+
+
+# One mask a `row_indices` tensor, dropped with it. An entry serves only the very tensors it was
+# made from, unchanged since.
+_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    head_to_layout: Tensor,
+    valid: Tensor | None,
+    block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Shapes and meanings are `block_sparse_attention`'s; autograd is FlexAttention's own."""
+    mask = _block_mask(row_indptr, row_indices, head_to_layout, valid, q.shape[1], block)
+    attend = _compiled() if q.is_cuda else flex_attention
+    out, aux = attend(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        block_mask=mask,
+        scale=scale,
+        return_aux=AuxRequest(lse=True),
+    )
+    assert aux.lse is not None
+    return out.transpose(1, 2).contiguous(), aux.lse
+
+
+@cache
+def _compiled():
+    # fullgraph: past its limit of shapes torch.compile raises, where it would otherwise run the
+    # eager form, which holds tokens x tokens scores.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _block_mask(
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    head_to_layout: Tensor,
+    valid: Tensor | None,
+    tokens: int,
+    block: int,
+) -> BlockMask:
+    """The mask of these lists, from the cache if it holds that of these same tensors."""
+    others = (row_indptr, head_to_layout, valid)
+    version = (tokens, block, *(_version(x) for x in (row_indices, *others)))
+    entry = _masks.get(row_indices)
+    if (
+        entry is None
+        or entry.version != version
+        or any(a is not b for a, b in zip(entry.others, others, strict=True))
+    ):
+        mask = _build(row_indptr, row_indices, head_to_layout, valid, tokens, block)
+        entry = _masks[row_indices] = _Entry(version, others, mask)
+    return entry.mask
+
+
+def _version(x: Tensor | None) -> int:
+    """Counts in-place changes; inference tensors keep no count (and rarely change)."""
+    return 0 if x is None or x.is_inference() else x._version
+
+
+def _build(
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    head_to_layout: Tensor,
+    valid: Tensor | None,
+    tokens: int,
+    block: int,
+) -> BlockMask:
+    """Lists to dense block maps to BlockMask, all on the device."""
+    layouts, rows = row_indptr.shape[0], row_indptr.shape[1] - 1
+    device = row_indices.device
+    row = torch.repeat_interleave(
+        torch.arange(layouts * rows, device=device),
+        row_indptr.diff().flatten(),
+        output_size=len(row_indices),
+    )
+    kept = torch.zeros(layouts * rows, rows, dtype=torch.bool, device=device)
+    kept[row, row_indices.long()] = True
+    kept = kept.view(layouts, rows, rows)
+    # [1 or B, 1 or H, rows, columns]: FlexAttention broadcasts a mask that heads or samples share.
+    visit = kept[None] if layouts == 1 else kept[head_to_layout.long()][None]
+    mask_mods = []
+    if device.type == "cpu":
+        mask_mods.append(lambda b, h, q, kv: kept[head_to_layout[h], q // block, kv // block])
+    if valid is None:
+        partial, full = torch.zeros_like(visit), visit
+    else:
+        starts = torch.arange(rows, device=device) * block
+        end = valid[:, None, None, None]
+        full = visit & (starts + block <= end)
+        partial = visit & (starts < end) & ~full
+        mask_mods.append(lambda b, h, q, kv: kv < valid[b])
+    return BlockMask.from_kv_blocks(
+        *_ordered(partial),
+        *_ordered(full),
+        BLOCK_SIZE=block,
+        mask_mod=and_masks(*mask_mods),
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _ordered(visit: Tensor) -> tuple[Tensor, Tensor]:
+    """(counts [..., rows], indices [..., rows, columns]), the kept columns first and ascending."""
+    counts = visit.sum(-1, dtype=torch.int32)
+    return counts, torch.argsort(visit.byte(), dim=-1, descending=True, stable=True).int()

@@ -1,0 +1,268 @@
+"""`block_sparse_attention`: checks, choice of backend, and the custom op with its gradient."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+Backend = Literal["auto", "triton", "flex", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+HEAD_DIMS = (16, 32, 64, 128)
+BLOCKS = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    col_indptr: Tensor,
+    col_indices: Tensor,
+    head_to_layout: Tensor,
+    *,
+    block: int,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v, where each block of queries attends to the key blocks it lists.
+
+    All of a listed pair of blocks is attended, except keys at or past `valid` and the ragged tail
+    past the sequence. Deterministic, differentiable once in q, k and v through both outputs, and
+    without host synchronisation (the `reference` backend reads the lists, so on a GPU it waits).
+    The algorithm is FlashAttention-2's (Dao, 2023), over block lists.
+
+    Args:
+        q, k, v: [B, S, H, D] bf16, fp16 or fp32 (`reference`: fp64 too), D in {16, 32, 64, 128};
+            any strides with contiguous D, so views of a fused projection need no copy.
+        row_indptr: [L, rows + 1] int32, rows = ceil(S / block). Block row r of layout l lists
+            `row_indices[row_indptr[l, r] : row_indptr[l, r + 1]]`.
+        row_indices: [nnz] int32, key blocks of all L layouts, ascending within a row.
+        col_indptr, col_indices: the same pairs by key block column, which lists query blocks.
+        head_to_layout: [H] int32, the layout of each head.
+        block: tokens a block: 16, 32, 64 or 128 (the fast one).
+        valid: [B] int32 on the same device: keys at positions >= valid[b] do not count. Queries
+            there are computed like any others.
+        scale: positive factor of the logits; D ** -0.5 by default.
+        backend: see `resolve_backend`.
+
+    Returns:
+        out [B, S, H, D], contiguous, in q's dtype; and the natural log-sum-exp of the scaled logits
+        [B, H, S], fp32 (fp64 for fp64). A query that sees no key has out 0, lse -inf and zero
+        gradients.
+
+    Raises:
+        ValueError: naming the argument, its value and the remedy.
+    """
+    lists = (row_indptr, row_indices, col_indptr, col_indices, head_to_layout)
+    _check(q, k, v, lists, block, valid)
+    factor: float = q.shape[3] ** -0.5 if scale is None else scale
+    if not factor > 0:
+        raise ValueError(f"scale is {scale}; it must be positive (negate q for a negative one)")
+    resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3])
+    if resolved == "flex":
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if wanted and q.device.type == "cpu":
+            raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
+        from . import flex
+
+        return flex.attention(
+            q, k, v, row_indptr, row_indices, head_to_layout, valid, block, factor
+        )
+    return _attention(q, k, v, *lists, valid, block, factor, resolved)
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that `backend` means for such inputs; an explicit one never falls back.
+
+    "auto" is "triton" on NVIDIA GPUs since Ampere and "reference" on CPUs. "flex" is PyTorch's
+    FlexAttention on the same lists: an independent implementation to compare with.
+
+    Raises:
+        ValueError: what stands in the way, and the remedy.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "reference" if device.type == "cpu" else "triton"
+    if backend != "reference" and dtype not in DTYPES:
+        raise ValueError(
+            f"the {backend} backend does not compute in {dtype}; use bfloat16, float16 or float32, "
+            "or backend='reference'"
+        )
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}; it must be one of {HEAD_DIMS}")
+    if backend == "triton":
+        _check_triton(device)
+    return backend
+
+
+def _check_triton(device: torch.device) -> None:
+    """Raise unless Triton is installed and can compile for `device`."""
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise ValueError(
+            "the triton backend needs the triton package (pip install 'triton>=3.6'); "
+            "on a CPU use backend='reference'"
+        ) from error
+    if device.type == "cpu" and knobs.runtime.interpret:
+        return
+    if device.type != "cuda" or torch.version.hip is not None:
+        kind = "AMD GPU" if torch.version.hip is not None else device.type
+        raise ValueError(
+            f"the triton backend needs an NVIDIA GPU, and q is on: {kind}; use backend='reference'"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise ValueError(
+            "the triton backend needs compute capability 8.0 (Ampere) or newer, and this GPU has "
+            f"{capability[0]}.{capability[1]}; use backend='reference'"
+        )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: tuple[Tensor, ...],
+    block: int,
+    valid: Tensor | None,
+) -> None:
+    """Everything that shapes, dtypes and devices can tell; contents stay on the device."""
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or 0 in q.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v must all be [B, S, H, D] and not empty; got {shapes}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; cast them")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1:
+            raise ValueError(
+                f"{name} has strides {x.stride()}; its last dimension must be contiguous "
+                f"(pass {name}.contiguous())"
+            )
+    if block not in BLOCKS:
+        raise ValueError(f"block is {block}; it must be one of {BLOCKS}")
+    batch, tokens, heads, _ = q.shape
+    row_indptr, row_indices, col_indptr, col_indices, head_to_layout = lists
+    rows = -(-tokens // block)
+    for name, indptr in (("row_indptr", row_indptr), ("col_indptr", col_indptr)):
+        if indptr.ndim != 2 or indptr.shape[1] != rows + 1:
+            raise ValueError(
+                f"{name} has shape {tuple(indptr.shape)}; {tokens} tokens in blocks of {block} "
+                f"need [layouts, {rows + 1}]: build the layout for this sequence"
+            )
+    if row_indices.ndim != 1 or row_indices.shape != col_indices.shape:
+        raise ValueError(
+            "row_indices and col_indices must be flat and of one length; got "
+            f"{tuple(row_indices.shape)} and {tuple(col_indices.shape)}"
+        )
+    if col_indptr.shape != row_indptr.shape:
+        raise ValueError(
+            f"row_indptr {tuple(row_indptr.shape)} and col_indptr {tuple(col_indptr.shape)} "
+            "hold different numbers of layouts"
+        )
+    if head_to_layout.shape != (heads,):
+        raise ValueError(
+            f"head_to_layout has shape {tuple(head_to_layout.shape)}; q has {heads} heads"
+        )
+    if valid is not None and valid.shape != (batch,):
+        raise ValueError(f"valid has shape {tuple(valid.shape)}; the batch is {batch}")
+    small = (*lists, *(() if valid is None else (valid,)))
+    for x in small:
+        if x.dtype != torch.int32 or x.device != q.device or not x.is_contiguous():
+            raise ValueError(
+                "the lists, head_to_layout and valid must be contiguous int32 tensors on q's "
+                f"device ({q.device}); got one of {x.dtype} on {x.device}"
+            )
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}; move them")
+
+
+@torch.library.custom_op("longreel::block_sparse_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    col_indptr: Tensor,
+    col_indices: Tensor,
+    head_to_layout: Tensor,
+    valid: Tensor | None,
+    block: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = (q, k, v, row_indptr, row_indices, head_to_layout, valid, block, scale)
+    if backend == "reference":
+        return reference.forward(*arguments)
+    from .forward import forward
+
+    return forward(*arguments)
+
+
+@_attention.register_fake
+def _(q, k, v, row_indptr, row_indices, col_indptr, col_indices, head_to_layout, *_):
+    batch, tokens, heads, _ = q.shape
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=statistics)
+
+
+@torch.library.custom_op("longreel::block_sparse_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    col_indptr: Tensor,
+    col_indices: Tensor,
+    head_to_layout: Tensor,
+    valid: Tensor | None,
+    block: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved = (grad_out, grad_lse, q, k, v, out, lse, row_indptr, row_indices)
+    rest = (head_to_layout, valid, block, scale)
+    if backend == "reference":
+        return reference.backward(*saved, *rest)
+    from .backward import backward
+
+    return backward(*saved, col_indptr, col_indices, *rest)
+
+
+@_attention_backward.register_fake
+def _(grad_out, grad_lse, q, *_):
+    return tuple(q.new_empty(q.shape) for _ in range(3))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.block, ctx.scale, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+    q, k, v, *lists, valid, out, lse = ctx.saved_tensors
+    unused = (None,) * 9
+    if grad_out is None:
+        if grad_lse is None:
+            return None, None, None, *unused
+        grad_out = torch.zeros_like(out)
+    grads = _attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, *lists, valid, ctx.block, ctx.scale, ctx.backend
+    )
+    return *grads, *unused
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)

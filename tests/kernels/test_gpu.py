@@ -1,0 +1,229 @@
+"""The compiled kernels on an NVIDIA GPU: every variant small, then real sizes."""
+
+import pytest
+import torch
+from testing import (
+    Case,
+    Lists,
+    assert_within_budget,
+    check_attention,
+    make_lists,
+    plain_attention,
+    random_lists,
+    with_gradients,
+)
+from torch import Tensor
+
+from longreel.kernels.block_sparse import block_sparse_attention, resolve_backend
+
+pytestmark = pytest.mark.gpu
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+CASES = {
+    "product": Case(BF16, 1000, 128, 128, valid=(777, 1000), layouts=(0, 1, 0)),
+    "no mask": Case(BF16, 1024, 128, 128),
+    "some samples without keys": Case(BF16, 1000, 128, 128, valid=(0, 200), layouts=(0,)),
+    "below zero": Case(BF16, 1000, 128, 128, valid=(777, 1000), shift=2.0),
+    "half": Case(FP16, 1000, 128, 128, valid=(777, 900)),
+    "narrow heads": Case(BF16, 1000, 64, 128, valid=(777, 1000), layouts=(0, 1, 0)),
+    "narrow heads, no mask": Case(BF16, 1024, 64, 128),
+    "narrower heads": Case(BF16, 500, 32, 128, valid=(377, 500)),
+    "narrowest heads": Case(BF16, 500, 16, 128, valid=(377, 500)),
+    "small blocks": Case(BF16, 500, 64, 64, valid=(377, 500)),
+    "smallest blocks": Case(BF16, 200, 16, 16, valid=(77, 200)),
+    "fp32": Case(FP32, 300, 64, 32, valid=(177, 300)),
+    "wide fp32": Case(FP32, 300, 128, 128, valid=(177, 300)),
+}
+
+
+def triton(*args, **kw):
+    return block_sparse_attention(*args, **kw, backend="triton")
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same values, one element past a 16-byte boundary: beyond tensor descriptors."""
+    wide = x.new_empty(*x.shape[:3], x.shape[3] + 1)[..., 1:]
+    return wide.copy_(x)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_small(case):
+    check_attention(triton, case, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["product", "narrow heads"])
+def test_unaligned(name):
+    check_attention(triton, CASES[name], device="cuda", move=unaligned)
+
+
+@pytest.mark.parametrize("name", ["product", "narrow heads"])
+def test_flex(name):
+    def flex(*args, **kw):
+        return block_sparse_attention(*args, **kw, backend="flex")
+
+    check_attention(flex, CASES[name], device="cuda")
+
+
+def test_auto_is_triton():
+    device = torch.device("cuda")
+    assert resolve_backend("auto", device, BF16, 128) == "triton"
+    with pytest.raises(ValueError, match="backend='reference'"):
+        resolve_backend("triton", device, torch.float64, 128)
+
+
+def test_compile_fullgraph():
+    qkv, grads, lists, valid = CASES["product"].make("cuda")
+
+    def attend(q, k, v):
+        out, lse = block_sparse_attention(q, k, v, *lists.tensors, block=128, valid=valid)
+        return out * 2, lse
+
+    compiled = torch.compile(attend, fullgraph=True)
+    eager = with_gradients(attend, *qkv, *grads)
+    for name, value in with_gradients(compiled, *qkv, *grads).items():
+        torch.testing.assert_close(value, eager[name], msg=name)
+
+
+def test_no_host_synchronisation():
+    qkv, grads, lists, valid = CASES["product"].make("cuda")
+    leaves = [x.requires_grad_() for x in (x.detach() for x in qkv)]
+    triton(*leaves, *lists.tensors, block=128, valid=valid)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, lse = triton(*leaves, *lists.tensors, block=128, valid=valid)
+        torch.autograd.grad((out, lse), leaves, (grads[0].to(out.dtype), grads[1]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def video_lists(tokens: int, per_frame: int, text: int, layouts: int) -> Lists:
+    """Lists shaped like Radial Attention's: all of the near frames, thinning with distance, a first
+    frame that all see, dense text. One block row in the middle is empty."""
+    rows = -(-tokens // 128)
+    place = torch.arange(rows, device="cuda")
+    frames_apart = (place[:, None] - place).abs() * 128 / per_frame
+    keep = torch.rand(layouts, rows, rows, device="cuda") < 1 / frames_apart.clamp(min=1)
+    keep[:, :, : per_frame // 128] = True
+    first_text = (tokens - text) // 128
+    keep[:, first_text:] = True
+    keep[:, :, first_text:] = True
+    keep[:, rows // 2] = False
+    return make_lists(keep, 128, list(range(layouts)))
+
+
+def one_head_in_chunks(
+    qkv: tuple[Tensor, ...], grads: tuple[Tensor, Tensor], lists: Lists, head: int, end: int
+) -> dict[str, Tensor]:
+    """`plain_attention` of one [1, S, 1, D] head and its gradients, some queries at a time."""
+    q, k, v = qkv
+    tokens = q.shape[1]
+    key_block = torch.arange(tokens, device="cuda") // 128
+    counts = torch.arange(tokens, device="cuda") < end
+    parts, dk, dv = [], 0, 0
+    for start in range(0, tokens, 512):
+        rows = slice(start, start + 512)
+        mask = lists.keep[head, key_block[rows, None], key_block] & counts
+
+        def attend(q, k, v, mask=mask):
+            return plain_attention(q, k, v, mask, q.shape[-1] ** -0.5)
+
+        part = with_gradients(attend, q[:, rows], k, v, grads[0][:, rows], grads[1][..., rows])
+        dk, dv = dk + part.pop("dk").double(), dv + part.pop("dv").double()
+        parts.append(part)
+    whole = {
+        name: torch.cat([p[name] for p in parts], 2 if name == "lse" else 1) for name in parts[0]
+    }
+    return {**whole, "dk": dk.to(k.dtype), "dv": dv.to(k.dtype)}
+
+
+REAL = {  # frames, tokens a frame, text, head_dim, valid text tokens per sample
+    "hunyuan 30 x 3600 + 77": (30, 3600, 77, 128, None),
+    "hunyuan 41 x 3840": (41, 3840, 0, 128, None),
+    "mochi 56 x 1590 + 256, batch 2": (56, 1590, 256, 128, (40, 251)),
+    "narrow heads, batch 2": (30, 3600, 300, 64, (7, 300)),
+}
+
+
+@pytest.mark.parametrize("shape", REAL.values(), ids=REAL)
+def test_real_sizes(shape):
+    """All of one head against fp64; all heads bit-equal when repeated, with no NaN left in them."""
+    frames, per_frame, text, head_dim, valid_text = shape
+    tokens, heads, batch = frames * per_frame + text, 2, len(valid_text or [0])
+    lists = video_lists(tokens, per_frame, text, heads)
+    valid = None
+    if valid_text:
+        valid = torch.tensor(valid_text, dtype=torch.int32, device="cuda") + frames * per_frame
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device="cuda", dtype=BF16).unbind(2)
+    grad_out = torch.randn_like(qkv[0])
+    grad_lse = torch.randn(batch, heads, tokens, device="cuda")
+
+    def ours(q, k, v):
+        return triton(q, k, v, *lists.tensors, block=128, valid=valid)
+
+    got = with_gradients(ours, *qkv, grad_out, grad_lse)
+    again = with_gradients(ours, *qkv, grad_out, grad_lse)
+    for name, value in got.items():
+        assert torch.equal(value, again[name]), name
+        assert not value.isnan().any(), name
+
+    def only(x: Tensor, sample: int, head: int) -> Tensor:
+        one = slice(sample, sample + 1), slice(head, head + 1)
+        return x[one] if x.ndim == 3 else x[one[0], :, one[1]]
+
+    sample, head = 0, heads - 1
+    end = tokens if valid is None else int(valid[sample])
+    qkv_one = tuple(only(x, sample, head).contiguous() for x in qkv)
+    grads_one = only(grad_out, sample, head), only(grad_lse, sample, head)
+    same = one_head_in_chunks(qkv_one, grads_one, lists, head, end)
+    oracle = one_head_in_chunks(tuple(x.double() for x in qkv_one), grads_one, lists, head, end)
+    for name, expected in oracle.items():
+        value = only(got[name], sample, head)
+        assert_within_budget(name, value, same[name], expected)
+        if name == "lse":  # a bf16 competitor is no measure of an fp32 output
+            finite = expected.isfinite()
+            assert (value - expected)[finite].abs().max() < 1e-4
+
+
+def test_past_two_to_the_31():
+    """The last head of more than 2**31 elements equals the same head alone, bit for bit."""
+    tokens, heads, head_dim = 130_000, 132, 128
+    keep = torch.eye(-(-tokens // 128), dtype=torch.bool, device="cuda")
+    keep |= keep.roll(1, 0) | keep.roll(-7, 1)
+    lists = make_lists(keep[None], 128, [0] * heads)
+    alone = make_lists(keep[None], 128, [0])
+    qkv = tuple(
+        torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=BF16) for _ in range(3)
+    )
+    assert qkv[0].numel() > 2**31
+    grads = torch.randn_like(qkv[0]), torch.randn(1, heads, tokens, device="cuda")
+
+    def run(lists, qkv, grads):
+        return with_gradients(lambda *x: triton(*x, *lists.tensors, block=128), *qkv, *grads)
+
+    whole = run(lists, qkv, grads)
+    last = tuple(x[:, :, -1:].contiguous() for x in qkv)
+    one = run(alone, last, (grads[0][:, :, -1:], grads[1][:, -1:]))
+    for name, value in one.items():
+        part = whole[name][:, -1:] if name == "lse" else whole[name][:, :, -1:]
+        assert torch.equal(part, value), name
+
+
+def test_random_layouts_equal_flex():
+    """An independent compiled implementation agrees on random layouts, per head."""
+    lists = random_lists(5000, 128, [0, 1, 2], density=0.3, device="cuda")
+    qkv = torch.randn(2, 5000, 3, 3, 128, device="cuda", dtype=BF16).unbind(2)
+    valid = torch.tensor([4900, 3001], dtype=torch.int32, device="cuda")
+    out, lse = (
+        pair
+        for pair in zip(
+            *(
+                block_sparse_attention(
+                    *qkv, *lists.tensors, block=128, valid=valid, backend=backend
+                )
+                for backend in ("triton", "flex")
+            ),
+            strict=True,
+        )
+    )
+    torch.testing.assert_close(*out, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(*lse, atol=1e-4, rtol=1e-4)
