@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -35,6 +36,7 @@ GRIDS = {
     "Wan 480p, 2x": TokenGrid(41, 30, 52),
 }
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Kernel = tuple[Attend, tuple[Tensor, ...]]
 
 
 @dataclass
@@ -59,7 +61,8 @@ class Problem:
         pairs = len(self.grid) ** 2 if dense else len(self.layout.row_indices) * BLOCK**2
         return 4.0 * self.heads * self.head_dim * pairs
 
-    def kernels(self, dense: bool) -> dict[str, Attend]:
+    def kernels(self, dense: bool) -> dict[str, Kernel]:
+        """What to time, with its inputs."""
         lists = (
             self.layout.row_indptr,
             self.layout.row_indices,
@@ -72,8 +75,20 @@ class Problem:
             settings = {"block": BLOCK, "backend": backend}
             return lambda *qkv: block_sparse_attention(*qkv, *lists, **settings)[0]
 
-        found = {"triton": sparse("triton"), "flex": sparse("flex")}
-        return {**found, "dense cuDNN": cudnn} if dense else found
+        def heads_first(attend: Attend) -> Kernel:
+            """Of inputs that lie in memory as FlexAttention likes them, [B, H, S, D]."""
+            lying = tuple(
+                x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+                for x in self.qkv
+            )
+            return attend, lying
+
+        found = {
+            "triton": (sparse("triton"), self.qkv),
+            "flex": (sparse("flex"), self.qkv),
+            "flex, heads first": heads_first(sparse("flex")),
+        }
+        return {**found, "dense cuDNN": (cudnn, self.qkv)} if dense else found
 
     def check(self, name: str, out: Tensor) -> None:
         """Raise if 64 sampled queries of the last head differ from fp32 by more than bf16 does."""
@@ -110,24 +125,22 @@ def milliseconds(function: Callable[[], object]) -> float:
 def measure(problem: Problem, dense: bool, repeats: int) -> list[tuple[str, float, float]]:
     """(kernel, forward ms, backward ms): medians, the kernels taking turns."""
     kernels = problem.kernels(dense)
-    outs = {name: attend(*problem.qkv) for name, attend in kernels.items()}
+    outs = {name: attend(*qkv) for name, (attend, qkv) in kernels.items()}
     for name, out in outs.items():
         problem.check(name, out)
     times = {name: ([], []) for name in kernels}
+
+    def forward(attend: Attend, qkv: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            attend(*qkv)
+
+    def backward(out: Tensor, qkv: tuple[Tensor, ...]) -> None:
+        torch.autograd.grad(out, qkv, problem.grad, retain_graph=True)
+
     for _ in range(repeats + 3):
-        for name, attend in kernels.items():
-            with torch.no_grad():
-                times[name][0].append(milliseconds(lambda: attend(*problem.qkv)))  # noqa: B023
-            times[name][1].append(
-                milliseconds(
-                    lambda: torch.autograd.grad(
-                        outs[name],  # noqa: B023
-                        problem.qkv,
-                        problem.grad,
-                        retain_graph=True,
-                    )
-                )
-            )
+        for name, (attend, qkv) in kernels.items():
+            times[name][0].append(milliseconds(partial(forward, attend, qkv)))
+            times[name][1].append(milliseconds(partial(backward, outs[name], qkv)))
     return [(name, *(median(ms[3:]) for ms in pair)) for name, pair in times.items()]
 
 
@@ -170,9 +183,9 @@ def write(table: str, head_dim: int) -> Path:
     folder.mkdir(exist_ok=True)
     gpu = device.split()[-1].lower()
     path = folder / f"{date.today()}-attention-{gpu}-head-dim-{head_dim}.md"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
     return path
 
 

@@ -7,15 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..trainer.config import Cache, ConfigError, load, parse
 from ..trainer.families import family_of
 from ..trainer.job import Job
 from ..trainer.lora import read_entry
+from ..trainer.sampling import base_model
 
 USAGE = """\
 longreel sample lora=RUN prompt="..." [key=value ...]   generate a video with a trained adapter
-longreel train recipe=NAME [key=value ...]              train on one process; on more, or with
-                                                        DeepSpeed: accelerate launch train.py ...
+longreel train recipe=NAME [key=value ...]              train on one process; on more:
+                                                        accelerate launch train.py ...
 
 Keys of `sample`: lora, prompt, out, negative, frames, height, width, steps, guidance, seed, fps,
 model (folder or repository, if the base model has moved), cache (folder of tiny models), device,
@@ -47,17 +50,14 @@ class Sample:
 def sample(argv: list[str]) -> None:
     """Generate one video and write it as an mp4."""
     options = parse(Sample, argv)
-    for key in ("lora", "prompt"):
-        if not getattr(options, key):
-            raise ConfigError(f"{key}=... is missing.\n\n{USAGE}")
-    if not options.out.endswith(".mp4"):
-        raise ConfigError(f"out={options.out} must end in .mp4.")
+    _check(options)
     entry = read_entry(options.lora)
-    size = {key: getattr(options, key) or entry[key] for key in ("frames", "height", "width")}
-    family = family_of(entry)
-    path, revision = options.model or entry["model"]["path"], entry["model"]["revision"]
-    geometry = family.geometry(family.resolve(path, options.cache), revision)
-    family.latent_shape(**size, geometry=geometry)  # refuses impossible sizes before weights load
+    size = {
+        key: entry[key] if getattr(options, key) is None else getattr(options, key)
+        for key in ("frames", "height", "width")
+    }
+    geometry = family_of(entry).geometry(*base_model(entry, options.model, options.cache))
+    family_of(entry).latent_shape(**size, geometry=geometry)  # refused before weights load
 
     from ..data.decode import write_video
     from ..trainer.progress import quiet_libraries
@@ -83,6 +83,25 @@ def sample(argv: list[str]) -> None:
     )
     write_video(Path(options.out), frames, options.fps or entry["fps"])
     print(options.out)
+
+
+def _check(options: Sample) -> None:
+    """Raise ConfigError for what would fail only after the model has loaded or sampled."""
+    for key in ("lora", "prompt"):
+        if not getattr(options, key):
+            raise ConfigError(f"{key}=... is missing.\n\n{USAGE}")
+    if not options.out.endswith(".mp4"):
+        raise ConfigError(f"out={options.out} must end in .mp4.")
+    for key in ("frames", "height", "width", "steps", "fps"):
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value} must be positive.")
+    if options.device is not None:
+        try:
+            torch.empty(0, device=options.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device={options.device} cannot be used: {reason}") from error
 
 
 def train(argv: list[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .config import ConfigError
+
 TENSORS = "state.safetensors"
 STATE = "state.json"
+NAME = re.compile(r"step-\d+")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -24,12 +29,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Progress:
     """Where a run stands.
 
-    step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it
-        and of the seed, so it is all there is to restore besides tensors.
+    step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it,
+        of the seed, and of the two below.
+    world_size: processes. clips: `fingerprint` of the training clips.
     """
 
     step: int
-    world_size: int = 1
+    world_size: int
+    clips: str
+
+
+def fingerprint(ids: Iterable[str]) -> str:
+    """Twelve hex digits that name a list of clips."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
 
 
 def save(
@@ -41,7 +53,7 @@ def save(
     keep_last: int,
     extra: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write `folder/step-N` and drop all but the newest `keep_last`.
+    """Write `folder/step-N` and keep `keep_last` checkpoints, it and those whole ones before it.
 
     Everything goes to a temporary folder that is renamed when complete and on disk: a process that
     dies at any moment leaves the checkpoints before it whole.
@@ -62,12 +74,15 @@ def save(
         extra(temporary)
     for file in temporary.iterdir():
         _sync(file)
+    _sync(temporary)
     if target.exists():
         shutil.rmtree(target)
     os.rename(temporary, target)
     _sync(folder)
-    for old in _by_age(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    older = [path for path in _by_age(folder) if path != target]
+    kept = [path for path in older if _readable(path) and _step(path) < progress.step]
+    for path in set(older) - set(kept[len(kept) - keep_last + 1 :]):
+        shutil.rmtree(path)
     return target
 
 
@@ -76,17 +91,35 @@ def latest(folder: Path) -> Path | None:
     return next((path for path in reversed(_by_age(folder)) if _readable(path)), None)
 
 
+def load_progress(path: Path) -> Progress:
+    return Progress(**json.loads((path / STATE).read_text())["progress"])
+
+
+def check_continues(path: Path, saved: Progress, now: Progress) -> None:
+    """Raise ConfigError where going on would silently be another run."""
+    if saved.world_size != now.world_size:
+        raise ConfigError(
+            f"{path} is of a run on {saved.world_size} processes, and there are {now.world_size}: "
+            "other batches would follow. Launch as many, or choose another run.dir."
+        )
+    if saved.clips != now.clips:
+        raise ConfigError(
+            f"{path} is of a run on other clips than data.path now gives: restore the folder, or "
+            "choose another run.dir."
+        )
+
+
 def restore(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Load weights and optimizer moments in place; raises ValueError if the names differ."""
+) -> None:
+    """Load weights and optimizer moments in place; raises ConfigError if the names differ."""
     state = json.loads((path / STATE).read_text())
     with safe_open(path / TENSORS, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     stored = {name.removeprefix("lora.") for name in tensors if name.startswith("lora.")}
     if stored != set(parameters):
         differing = sorted(stored ^ set(parameters))
-        raise ValueError(
+        raise ConfigError(
             f"{path} holds other parameters than this run trains, {len(differing)} differ, such as "
             f"{differing[0]}: lora.targets or the model has changed."
         )
@@ -95,7 +128,6 @@ def restore(
             parameter.copy_(tensors[f"lora.{name}"])
             if name in state["adam_steps"]:
                 optimizer.state[parameter] = _moments(name, parameter, tensors, state)
-    return Progress(**state["progress"])
 
 
 def _tensors(
@@ -121,7 +153,11 @@ def _moments(
 
 
 def _by_age(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _readable(path: Path) -> bool:

@@ -148,7 +148,7 @@ class Memory:
     """checkpoint: recompute each block in backward. base_dtype: of the frozen weights."""
 
     checkpoint: bool = True
-    base_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -392,8 +392,8 @@ def _problems(config: Config) -> Iterator[str]:
         f"{key}={value} must not be negative." for key, value in not_negative.items() if value < 0
     )
     block = config.sparse.block
-    if block > 0 and (block < 16 or block & (block - 1)):
-        yield f"sparse.block={block} must be a power of two, at least 16; 128 is the tuned one."
+    if block > 0 and (not 16 <= block <= 128 or block & (block - 1)):
+        yield f"sparse.block={block} must be 16, 32, 64 or 128; the kernels are tuned for 128."
     if config.frames is None and config.extend.factor is None:
         yield (
             "Neither frames nor extend.factor is set: give the length to train at, e.g. "

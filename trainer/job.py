@@ -14,8 +14,18 @@ from .families import FAMILIES
 from .families.base import Geometry, ModelFamily
 from .settings import flatten
 
-# A resumed run may differ from the one that it continues in these alone.
-FREE_KEYS = ("log", "validate", "checkpoint", "cache", "train.steps", "train.workers")
+# A resumed run may differ from the one that it continues in these alone: they do not change what
+# is learnt, or what held-out losses are compared with. The clips are compared by themselves.
+FREE_KEYS = (
+    "recipe",
+    "run",
+    "log",
+    "cache",
+    "checkpoint",
+    "data.path",
+    "train.workers",
+    *(f"validate.{key}" for key in ("every", "prompts", "frames", "steps", "guidance")),
+)
 HEAD_DIMS = (16, 32, 64, 128)  # what the kernels are built for
 
 
@@ -120,6 +130,12 @@ class Job:
 
 def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
     native = config.extend.native or family.native_frames
+    for name, count in (("extend.native", native), ("validate.frames", config.validate.frames)):
+        if count is not None:
+            try:
+                family.check_frames(count, geometry)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from error
     frames = config.frames
     if config.extend.factor is not None:
         extended = family.extended_frames(native, config.extend.factor, geometry)
@@ -131,12 +147,6 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
         frames = extended
     assert frames is not None
     family.latent_shape(frames, config.height, config.width, geometry)
-    for name, count in (("extend.native", native), ("validate.frames", config.validate.frames)):
-        if count is not None:
-            try:
-                family.check_frames(count, geometry)
-            except ValueError as error:
-                raise ConfigError(f"{name}: {error}") from error
     if frames < native:
         raise ConfigError(f"frames={frames} is less than the native length of {native} frames.")
     if geometry.head_dim not in HEAD_DIMS:
@@ -159,16 +169,17 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
 
 
 def _check_resumable(config: Config, run_dir: Path) -> None:
-    """A run folder belongs to one config, but for keys that do not change what is learnt."""
+    """A run folder belongs to one config, but for FREE_KEYS and, at a constant rate, its steps."""
     path = run_dir / "config.yaml"
     if not path.is_file() or checkpoint.latest(run_dir / "checkpoints") is None:
         return
     before, now = flatten(to_dict(load_file(path))), flatten(to_dict(config))
+    free = FREE_KEYS + (("train.steps",) if config.train.schedule == "constant" else ())
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        and not any(key == name or key.startswith(name + ".") for name in free)
     ]
     if changed:
         raise ConfigError(

@@ -6,17 +6,16 @@ import contextlib
 import hashlib
 import logging
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ..data.dataset import LatentDataset, read_text, split
@@ -28,15 +27,17 @@ from ..sparse.draw import draw_layout
 from . import checkpoint, flow, lora, report
 from .caching import prepare_data
 from .config import Config, ConfigError, save, to_dict, to_yaml
-from .families.base import Text
+from .families.base import ModelFamily
 from .job import Job
-from .metrics import UNMEASURED, AttentionCost, Metrics, Row
-from .probe import measure_speedup
+from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
+from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
-from .sampling import generate
-from .validate import heldout_loss
+from .validate import Validator
 
 log = logging.getLogger(__name__)
+
+# What this version can train under; the precision is the recipe's, not accelerate's.
+ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Trainer:
@@ -51,20 +52,26 @@ class Trainer:
         self.config = job.config
         self.run_dir = job.config.run_dir
         job.check_trainable()
-        timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 may encode for long
-        self.accelerator = Accelerator(kwargs_handlers=[timeout])
+        waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for rank 0 to fill the cache
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[waiting])
+        if self.accelerator.distributed_type not in ENGINES:
+            raise ConfigError(
+                f"accelerate is configured for {self.accelerator.distributed_type.value}, which is "
+                "not supported yet; launch/ddp.yaml is a configuration that is."
+            )
         self.device = self.accelerator.device
         self.console = open_console(self.accelerator.is_main_process)
         self.dtype = getattr(torch, self.config.memory.base_dtype)
+        self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
+        lora.check_targets(
+            job.family.blank_transformer(job.model_path, self.config.model.revision),
+            self.config.lora.targets or job.family.lora_targets,
+        )
         self.attention = job.attention()
         self.grid = job.grid(job.frames)
-        self._sampler: Any = None  # the pipeline of the sample videos, loaded when first needed
+        geometry = job.geometry
         self.cost = AttentionCost.of(
-            self.attention,
-            self.grid,
-            job.geometry.layers,
-            job.geometry.heads,
-            job.geometry.head_dim,
+            self.attention, self.grid, geometry.layers, geometry.heads, geometry.head_dim
         )
 
     def fit(self) -> None:
@@ -73,43 +80,35 @@ class Trainer:
         prepared = self._prepare_data()
         train, heldout = self._split(prepared)
         self._load_model()
-        start = self._restore()
+        start = self._restore(train)
+        speedup = self._measure_attention()
         if self.accelerator.is_main_process:
-            self._open_log(start)
-        self._report_attention()
-        self._prompts = [
-            read_text(prepared.texts[prompt]) for prompt in self.config.validate.prompts
-        ]
-        self._negative = read_text(prepared.texts[""]) if self._prompts else {}
+            self._open_log(start, prepared, heldout)
         steps = self.config.train.steps
         if start >= steps:
             log.info(f"{self.run_dir} is complete at step {start}; train.steps={steps}.")
-        if self._validation_is_due(start):
-            self._validate(start, heldout)
+        self._validate(start)
         batches = self._batches(train, start)
         with StepProgress(self.console, start, steps, self.cost.density) as progress:
             for step in range(start + 1, steps + 1):
-                row = self._step(step, batches)
+                row = self._step(step, batches) | {"attention_layer_speedup": speedup}
                 progress.advance(step, row)
                 if self.accelerator.is_main_process and step % self.config.log.every == 0:
                     self.metrics.write(row)
                 if step % self.config.checkpoint.every == 0 or step == steps:
                     self._save(step)
-                if self._validation_is_due(step):
-                    self._validate(step, heldout)
-        self._finish()
+                self._validate(step)
+        self._finish(str(speedup))
 
     # Before the first step
 
     def _announce(self) -> None:
         self.console.print(to_yaml(self.config).rstrip(), markup=False, highlight=False)
-        backend = resolve_backend(
-            self.config.sparse.backend, self.device, self.dtype, self.job.geometry.head_dim
+        note = ": the eager oracle, right but slow; meant for small models"
+        log.info(
+            f"Attention backend on {self.device}: {self.backend}"
+            f"{note if self.backend == 'reference' else ''}."
         )
-        note = ": the eager oracle, right but slow; meant for small models" * (
-            backend == "reference"
-        )
-        log.info(f"Attention backend on {self.device}: {backend}{note}.")
         job, grid = self.job, self.grid
         log.info(
             f"{job.native_frames} -> {job.frames} frames: {len(grid):,} tokens "
@@ -167,24 +166,24 @@ class Trainer:
         self.model, self.optimizer = prepared
         self.transformer: nn.Module = self.accelerator.unwrap_model(self.model)
 
-    def _restore(self) -> int:
+    def _restore(self, dataset: LatentDataset) -> int:
+        self._clips = checkpoint.fingerprint(entry.id for entry in dataset.entries)
         newest = checkpoint.latest(self.run_dir / "checkpoints")
         if newest is None:
             return 0
-        progress = checkpoint.restore(newest, self.parameters, self.optimizer.optimizer)
+        progress = checkpoint.load_progress(newest)
+        checkpoint.check_continues(newest, progress, self._progress(progress.step))
+        checkpoint.restore(newest, self.parameters, self.optimizer.optimizer)
+        if self.accelerator.is_main_process:
+            self._publish(newest)  # the run may have ended between the checkpoint and this copy
         log.info(f"Resuming from {newest} at step {progress.step}.")
         return progress.step
 
-    def _open_log(self, start: int) -> None:
-        self.metrics = Metrics(self.run_dir, resumed_step=start)
-        if self.config.log.wandb:
-            run_id = hashlib.sha256(str(self.run_dir.absolute()).encode()).hexdigest()[:12]
-            self.metrics.start_wandb(
-                self.config.log.project, to_dict(self.config), self.run_dir, run_id
-            )
-        self.metrics.image("mask", self.run_dir / "mask.png", start)
+    def _progress(self, step: int) -> checkpoint.Progress:
+        return checkpoint.Progress(step, self.accelerator.num_processes, self._clips)
 
-    def _report_attention(self) -> None:
+    def _measure_attention(self) -> float | str:
+        """How much faster than dense a sparse layer's attention is; why not, if not measured."""
         geometry = self.job.geometry
         speedup = measure_speedup(
             self.attention,
@@ -195,8 +194,25 @@ class Trainer:
             device=self.device,
             dtype=self.dtype,
         )
-        log.info(f"Attention of a sparse layer against dense: {speedup or UNMEASURED}.")
-        self.speedup = speedup
+        log.info(f"Attention of a sparse layer against dense, forward and backward: {speedup}.")
+        return speedup.ratio if isinstance(speedup, Speedup) else speedup
+
+    def _open_log(self, start: int, prepared: Prepared, heldout: LatentDataset) -> None:
+        """What the main process alone keeps: metrics, and the validator that writes to them."""
+        self.metrics = Metrics(self.run_dir, resumed_step=start)
+        if self.config.log.wandb:
+            self.metrics.start_wandb(self.config.log.project, to_dict(self.config))
+        self.metrics.image("mask", self.run_dir / "mask.png", start)
+        prompts = self.config.validate.prompts
+        self.validator = Validator(
+            self.job,
+            self.transformer,
+            heldout,
+            {text: read_text(prepared.texts[text]) for text in ([*prompts, ""] if prompts else [])},
+            self.metrics,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
     # Training
 
@@ -212,16 +228,12 @@ class Trainer:
         )
         return iter(
             torch.utils.data.DataLoader(
-                dataset, batch_sampler=sampler, num_workers=train.workers, collate_fn=self._collate
+                dataset,
+                batch_sampler=sampler,
+                num_workers=train.workers,
+                collate_fn=partial(collate, self.job.family),
             )
         )
-
-    def _collate(self, clips: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "latents": torch.stack([clip["latents"] for clip in clips]),
-            "text": self.job.family.collate_text([clip["text"] for clip in clips]),
-            "ids": [clip["id"] for clip in clips],
-        }
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> Row:
         """One optimizer update; returns its line of metrics."""
@@ -230,12 +242,15 @@ class Trainer:
         lr = train.lr * lr_factor(step, train.warmup, train.steps, train.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=self.device)
+        loss, ids = torch.zeros((), device=self.device), []
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         for micro in range(train.accumulate):
             last = micro == train.accumulate - 1
             waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with waiting:
                 batch = next(batches)
+                ids += batch["ids"]
                 part = self._loss(batch, step, micro) / train.accumulate
                 self.accelerator.backward(part)
             loss += part.detach()
@@ -246,8 +261,9 @@ class Trainer:
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise SystemExit(
                 f"error: step {step}: loss {mean_loss}, gradient norm {norm}, with "
-                f"{', '.join(batch['ids'])} in the batch. Weights are as of the last checkpoint in "
-                f"{self.run_dir / 'checkpoints'}; a lower train.lr is the usual remedy."
+                f"{', '.join(ids)} on process {self.accelerator.process_index}. The last "
+                f"checkpoint in {self.run_dir / 'checkpoints'} is whole; a lower train.lr is the "
+                "usual remedy."
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -264,9 +280,8 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.device),
             "attention_density": cost.density,
             "attention_sparsity": cost.sparsity,
-            "attention_pflops": cost.pflops,
-            "attention_dense_pflops": cost.dense_pflops,
-            "attention_speedup": self.speedup.ratio if self.speedup else UNMEASURED,
+            "attention_pflop": cost.pflop,
+            "attention_dense_pflop": cost.dense_pflop,
         }
 
     def _loss(self, batch: dict[str, Any], step: int, micro: int) -> Tensor:
@@ -274,74 +289,17 @@ class Trainer:
         key = f"{train.seed}/{step}/{micro}/{self.accelerator.process_index}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
         torch.manual_seed(seed)  # LoRA dropout draws from the global generator
-        generator = torch.Generator().manual_seed(seed)  # the CPU's: equal draws on every device
+        generator = torch.Generator().manual_seed(seed)
         clean = batch["latents"].to(self.device)
-        sigma = flow.sample_sigmas(len(clean), train.sigma, generator).to(self.device)
-        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        noise, sigma = flow.sample(clean, train.sigma, generator)
         text = {key: value.to(self.device) for key, value in batch["text"].items()}
         return flow.flow_matching_loss(self.job.family, self.model, clean, text, sigma, noise)
 
     # Beside training
 
-    def _validation_is_due(self, step: int) -> bool:
-        """At step 0, at the last, every so often; not again if the run stopped right after it."""
-        if not self.accelerator.is_main_process:
-            return False
-        due = step % self.config.validate.every == 0 or step == self.config.train.steps
-        return due and step not in report.column(self.metrics.rows(), "heldout_loss_target")
-
-    def _validate(self, step: int, heldout: LatentDataset) -> None:
-        """Held-out loss and sample videos, on the main process."""
-        validate, job = self.config.validate, self.job
-        if len(heldout):
-            row: Row = {"step": step}
-            for name, frames in (("target", job.frames), ("native", job.native_frames)):
-                row[f"heldout_loss_{name}"] = heldout_loss(
-                    job.family,
-                    self.transformer,
-                    heldout,
-                    sigmas=validate.sigmas,
-                    latent_frames=job.latent_shape(frames)[1],
-                    seed=validate.seed,
-                    device=self.device,
-                )
-            self.metrics.write(row)
-            log.info(
-                f"step {step}: held-out loss {row['heldout_loss_target']:.4f} at {job.frames} "
-                f"frames, {row['heldout_loss_native']:.4f} at {job.native_frames}."
-            )
-        for index, (prompt, text) in enumerate(zip(validate.prompts, self._prompts, strict=True)):
-            path = self.run_dir / "samples" / f"step-{step:06d}-{index}.mp4"
-            self._sample(path, text)
-            self.metrics.video(f"samples/{index}", path, step, prompt)
-
-    def _sample(self, path: Path, text: Text) -> None:
-        """One video of the model as it stands; the VAE is on the device for as long as it takes."""
-        from ..data.decode import write_video
-
-        validate, job = self.config.validate, self.job
-        if self._sampler is None:
-            self._sampler = job.family.load_pipeline(
-                job.model_path,
-                self.config.model.revision,
-                transformer=self.transformer,
-                text=False,
-                dtype=self.dtype,
-            )
-        self._sampler.vae.to(self.device)
-        frames = generate(
-            self._sampler,
-            prompt=text,
-            negative=self._negative,
-            frames=validate.frames or job.frames,
-            height=self.config.height,
-            width=self.config.width,
-            steps=validate.steps,
-            guidance=validate.guidance,
-            seed=validate.seed,
-        )
-        self._sampler.vae.to("cpu")
-        write_video(path, frames, job.fps)
+    def _validate(self, step: int) -> None:
+        if self.accelerator.is_main_process and self.validator.due(step):
+            self.validator.run(step)
 
     def _save(self, step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -350,28 +308,39 @@ class Trainer:
             self.run_dir / "checkpoints",
             self.parameters,
             self.optimizer.optimizer,
-            checkpoint.Progress(step, self.accelerator.num_processes),
+            self._progress(step),
             keep_last=self.config.checkpoint.keep_last,
             extra=lambda folder: lora.save(
                 folder, self.transformer, self.job.family, self.job.adapter_entry()
             ),
         )
-        with replacing(self.run_dir / lora.WEIGHTS) as temporary:
-            shutil.copyfile(folder / lora.WEIGHTS, temporary)
+        self._publish(folder)
 
-    def _finish(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        rows = self.metrics.rows()
-        report.save_figure(report.draw_losses(rows), self.run_dir / "loss.png")
-        self.metrics.image("losses", self.run_dir / "loss.png", self.config.train.steps)
-        self.metrics.close()
-        samples = [
-            f"samples/step-{self.config.train.steps:06d}-{i}.mp4"
-            for i, _ in enumerate(self._prompts)
-        ]
-        files = [lora.WEIGHTS, "metrics.csv", "mask.png", "loss.png", *samples]
-        self.console.print(report.summary(self.job, self.cost, self.speedup, rows, files))
+    def _publish(self, newest: Path) -> None:
+        """The run folder holds the adapter of its newest checkpoint."""
+        with replacing(self.run_dir / lora.WEIGHTS) as temporary:
+            shutil.copyfile(newest / lora.WEIGHTS, temporary)
+
+    def _finish(self, speedup: str) -> None:
+        if self.accelerator.is_main_process:
+            rows = self.metrics.rows()
+            report.save_figure(report.draw_losses(rows), self.run_dir / "loss.png")
+            self.metrics.image("losses", self.run_dir / "loss.png", self.config.train.steps)
+            self.metrics.close()
+            names = (lora.WEIGHTS, "metrics.csv", "mask.png", "loss.png")
+            samples = self.validator.samples(self.config.train.steps)
+            files = [*(self.run_dir / name for name in names), *samples]
+            self.console.print(report.summary(self.job, self.cost, speedup, rows, files))
+        self.accelerator.end_training()
+
+
+def collate(family: ModelFamily, clips: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of a `LatentDataset`'s items; a function, since workers may have to pickle it."""
+    return {
+        "latents": torch.stack([clip["latents"] for clip in clips]),
+        "text": family.collate_text([clip["text"] for clip in clips]),
+        "ids": [clip["id"] for clip in clips],
+    }
 
 
 def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:
@@ -384,12 +353,15 @@ def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps + 1 - warmup)))
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: allocated on the GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def _check_backend(config: Config, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that will compute sparse attention; ConfigError if it cannot train here."""
+    try:
+        backend = resolve_backend(config.sparse.backend, device, dtype, head_dim)
+    except ValueError as error:
+        raise ConfigError(f"sparse.backend={config.sparse.backend}: {error}") from error
+    if backend == "flex" and device.type == "cpu":
+        raise ConfigError("sparse.backend=flex has no gradients on a CPU: use auto or reference.")
+    return backend
 
 
 def _pattern_title(config: Config) -> str:

@@ -45,7 +45,7 @@ def attach(
 
     targets = targets or family.lora_targets
     lora_alpha: Any = rank if alpha is None else alpha  # PEFT's annotation says int
-    _check_targets(transformer, targets)
+    check_targets(transformer, targets)
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=rank,
@@ -60,7 +60,8 @@ def attach(
     return [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
 
 
-def _check_targets(transformer: Any, targets: str) -> None:
+def check_targets(transformer: Any, targets: str) -> None:
+    """Raise ConfigError unless the regex matches linear layers of the transformer alone."""
     try:
         matched = [m for name, m in transformer.named_modules() if re.fullmatch(targets, name)]
     except re.error as error:
@@ -121,32 +122,6 @@ def _add_metadata(file: Path, key: str, value: str) -> None:
         stream.write(len(text).to_bytes(8, "little") + text + content[8 + size :])
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def load(transformer: Any, path: str | Path) -> None:
-    """Load an adapter file, or the folder that holds one, into the attached adapter, strictly.
-
-    A transformer without an adapter gets one of the saved rank, alpha and targets. Raises
-    ConfigError that lists what is missing, unexpected or of another shape.
-    """
-    from peft import LoraConfig
-    from peft.utils import set_peft_model_state_dict
-
-    file = adapter_file(path)
-    metadata, tensors = _read(file)
-    if ADAPTER in getattr(transformer, "peft_config", {}):
-        _compare(file, tensors, {name: t.shape for name, t in state_dict(transformer).items()})
-    else:
-        check_fits(transformer, file)
-        transformer.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            config = LoraConfig(**_peft_config(file, metadata))
-            transformer.add_adapter(config, adapter_name=ADAPTER)
-        for parameter in transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    set_peft_model_state_dict(transformer, bare, adapter_name=ADAPTER)
 
 
 def check_fits(transformer: Any, path: str | Path) -> None:

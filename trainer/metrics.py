@@ -6,10 +6,15 @@ import csv
 import logging
 import netrc
 import os
-from collections.abc import Mapping
+import resource
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..data.files import replacing
 from ..sparse.attention import SparseAttention
@@ -18,7 +23,6 @@ from ..sparse.grid import TokenGrid
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # one line of metrics.csv by column, `step` among them
-UNMEASURED = "n/a (oracle)"  # the attention speedup of a CPU
 
 COLUMNS: tuple[str, ...] = (
     "step",
@@ -30,9 +34,9 @@ COLUMNS: tuple[str, ...] = (
     "peak_memory_gib",
     "attention_density",
     "attention_sparsity",
-    "attention_pflops",
-    "attention_dense_pflops",
-    "attention_speedup",
+    "attention_pflop",
+    "attention_dense_pflop",
+    "attention_layer_speedup",
     "heldout_loss_target",
     "heldout_loss_native",
 )
@@ -42,15 +46,15 @@ COLUMNS: tuple[str, ...] = (
 class AttentionCost:
     """What a run's self-attention computes, over all layers, text and dense layers counted.
 
-    density: computed share of token pairs. layer_density: of one sparse layer. pflops,
-        dense_pflops: matrix products of one forward of one sample, and what they would be without
+    density: computed share of token pairs. layer_density: of one sparse layer. pflop,
+        dense_pflop: matrix products of one forward of one sample, and what they would be without
         sparsity (4 x tokens^2 x heads x head_dim a layer).
     """
 
     density: float
     layer_density: float
-    pflops: float
-    dense_pflops: float
+    pflop: float
+    dense_pflop: float
 
     @classmethod
     def of(
@@ -67,14 +71,15 @@ class AttentionCost:
     def training(self, samples: int, *, recomputed: bool) -> AttentionCost:
         """The same for an update over `samples`: backward takes 2.5 forwards, recomputation one."""
         passes = samples * (4.5 if recomputed else 3.5)
-        return replace(self, pflops=passes * self.pflops, dense_pflops=passes * self.dense_pflops)
+        return replace(self, pflop=passes * self.pflop, dense_pflop=passes * self.dense_pflop)
 
 
 class Metrics:
     """The run's log: `metrics.csv` in its folder, and the same figures in wandb."""
 
     def __init__(self, run_dir: Path, *, resumed_step: int) -> None:
-        self.path = run_dir / "metrics.csv"
+        self.run_dir, self.path = run_dir, run_dir / "metrics.csv"
+        self._resumed = resumed_step > 0
         kept = [row for row in self.rows() if int(row["step"]) <= resumed_step]
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
@@ -82,9 +87,7 @@ class Metrics:
             writer.writerows(kept if resumed_step else [])
         self._wandb: Any = None
 
-    def start_wandb(
-        self, project: str, config: Mapping[str, Any], run_dir: Path, run_id: str
-    ) -> None:
+    def start_wandb(self, project: str, config: Mapping[str, Any]) -> None:
         """Log to wandb as well: offline without a key, so that nothing asks for one."""
         try:
             import wandb
@@ -92,19 +95,26 @@ class Metrics:
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
             self._wandb = wandb.init(
                 project=project,
-                name=run_dir.name,
-                id=run_id,
+                name=self.run_dir.name,
+                id=self._run_id(),
                 resume="allow",
-                dir=run_dir,
+                dir=self.run_dir,
                 config=dict(config),
                 mode=mode,  # type: ignore[arg-type]
                 settings=wandb.Settings(silent=True, init_timeout=60),
             )
-            log.info(
-                f"wandb: {mode}" + ("" if mode == "online" else f", `wandb sync {run_dir}/wandb/*`")
-            )
+            sync = f"; `wandb sync {self.run_dir}/wandb/offline-run-*` uploads it"
+            log.info(f"wandb: {mode}{sync if mode == 'offline' else ''}.")
         except Exception as error:  # a run is worth more than its log
             self._give_up(error)
+
+    def _run_id(self) -> str:
+        """Kept in the run folder, so that a resumed run goes on in wandb and a new one does not."""
+        file = self.run_dir / "wandb_id"
+        if not (self._resumed and file.is_file()):
+            with replacing(file) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:12])
+        return file.read_text()
 
     def write(self, row: Row) -> None:
         """One line of metrics.csv, and its numbers to wandb."""
@@ -112,19 +122,15 @@ class Metrics:
             writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
             writer.writerow(row)
         figures = {k: v for k, v in row.items() if isinstance(v, float)}
-        self._to_wandb(figures, row["step"])
+        self._to_wandb(lambda wandb: figures, row["step"])
 
     def image(self, name: str, path: Path, step: int) -> None:
-        if self._wandb is not None:
-            import wandb
-
-            self._to_wandb({name: wandb.Image(str(path))}, step)
+        self._to_wandb(lambda wandb: {name: wandb.Image(str(path))}, step)
 
     def video(self, name: str, path: Path, step: int, caption: str) -> None:
-        if self._wandb is not None:
-            import wandb
-
-            self._to_wandb({name: wandb.Video(str(path), caption=caption, format="mp4")}, step)
+        self._to_wandb(
+            lambda wandb: {name: wandb.Video(str(path), caption=caption, format="mp4")}, step
+        )
 
     def rows(self) -> list[dict[str, str]]:
         """What metrics.csv holds; a last line that was cut off is left out."""
@@ -133,6 +139,10 @@ class Metrics:
         with self.path.open(newline="") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
 
+    def column(self, name: str) -> dict[int, float]:
+        """The numbers of one column by step."""
+        return column(self.rows(), name)
+
     def close(self) -> None:
         if self._wandb is not None:
             try:
@@ -140,10 +150,13 @@ class Metrics:
             except Exception as error:
                 self._give_up(error)
 
-    def _to_wandb(self, values: Mapping[str, Any], step: int) -> None:
+    def _to_wandb(self, values: Callable[[Any], dict[str, Any]], step: int) -> None:
+        """values: given the wandb module; making them copies files, which can fail as well."""
         if self._wandb is not None:
             try:
-                self._wandb.log(dict(values), step=step)
+                import wandb
+
+                self._wandb.log(values(wandb), step=step)
             except Exception as error:
                 self._give_up(error)
 
@@ -161,3 +174,16 @@ def _has_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def column(rows: Sequence[Mapping[str, str]], name: str) -> dict[int, float]:
+    """The numbers of one column of metrics.csv by step."""
+    return {int(row["step"]): float(row[name]) for row in rows if row[name]}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: allocated on the GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -46,15 +46,17 @@ def measure_speedup(
     device: torch.device,
     dtype: torch.dtype,
     repeats: int = 5,
-) -> Speedup | None:
+) -> Speedup | str:
     """Dense SDPA against one sparse layer, forward and backward, interleaved, medians.
 
-    None where there is nothing to measure: on a CPU, which runs the oracle, or with dense attention
-    in every layer. At most 4 heads, which fill the GPU at lengths that matter.
+    Where there is nothing to measure, says so and why: on a CPU, which runs the oracle, or with
+    dense attention in every layer. At most 4 heads, which fill the GPU at lengths that matter.
     """
     sparse_layer = next((i for i in range(layers) if not attention.is_dense(i)), None)
-    if device.type != "cuda" or sparse_layer is None:
-        return None
+    if sparse_layer is None:
+        return "n/a (dense)"
+    if device.type != "cuda":
+        return "n/a (oracle)"
     shape = (1, len(grid), min(heads, 4), head_dim)
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, grad = (

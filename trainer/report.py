@@ -8,19 +8,14 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from ..data.files import replacing
 from .job import Job
-from .metrics import UNMEASURED, AttentionCost
-from .probe import Speedup
+from .metrics import AttentionCost, column
 
 Rows = Sequence[Mapping[str, str]]  # of metrics.csv
-
-
-def column(rows: Rows, name: str) -> dict[int, float]:
-    """The values of one column of metrics.csv by step."""
-    return {int(row["step"]): float(row[name]) for row in rows if row[name]}
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -49,19 +44,18 @@ def draw_losses(rows: Rows) -> Figure:
 
 
 def summary(
-    job: Job, cost: AttentionCost, speedup: Speedup | None, rows: Rows, files: Sequence[str]
+    job: Job, cost: AttentionCost, speedup: str, rows: Rows, files: Sequence[Path]
 ) -> Table:
     """Density, work saved, losses from start to end, pace, and where the files are."""
-    run_dir = job.config.run_dir
-    table = Table(title=str(run_dir), show_header=False)
+    table = Table(title=escape(str(job.config.run_dir)), show_header=False)
     table.add_row(
         "length",
         f"{job.native_frames} -> {job.frames} frames, {len(job.grid(job.frames)):,} tokens",
     )
     table.add_row("attention density", f"{cost.density:.1%} of all pairs, over all layers")
-    of = f"{cost.dense_pflops - cost.pflops:.3g} of {cost.dense_pflops:.3g} PFLOP a forward"
+    of = f"{cost.dense_pflop - cost.pflop:.3g} of {cost.dense_pflop:.3g} PFLOP a forward"
     table.add_row("attention FLOPs saved", f"{cost.sparsity:.1%} ({of})")
-    table.add_row("attention speedup", str(speedup or UNMEASURED))
+    table.add_row("attention speedup, sparse layer", speedup)
     for name in ("target", "native"):
         losses = list(column(rows, f"heldout_loss_{name}").values())
         if losses:
@@ -71,6 +65,6 @@ def summary(
     seconds = column(rows, "seconds_per_step").values()
     if seconds:
         table.add_row("seconds a step (median)", f"{statistics.median(seconds):.2f}")
-    for name in files:
-        table.add_row("file", str(run_dir / name))
+    for file in files:
+        table.add_row("file", escape(str(file)))
     return table

@@ -18,6 +18,7 @@ from . import lora
 from .config import Cache, ConfigError, pattern_from_dict
 from .families import FAMILIES, ModelFamily, family_of, installed_attention
 from .families.base import Text
+from .validate import evaluating
 
 
 def load_pipeline(
@@ -41,10 +42,7 @@ def load_pipeline(
     """
     entry = lora.read_entry(run)
     family = family_of(entry)
-    path, revision = entry["model"]["path"], entry["model"]["revision"]
-    if model_path is not None:
-        path, revision = model_path, None
-    path = family.resolve(path, cache_dir)
+    path, revision = base_model(entry, model_path, cache_dir)
     family.geometry(path, revision)  # refuses what is missing or unsupported before any weights
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -56,6 +54,16 @@ def load_pipeline(
     if sparse:
         apply_sparse_attention(pipe, entry, backend=backend)
     return pipe
+
+
+def base_model(
+    entry: dict[str, Any], model_path: str | None, cache_dir: str | Path
+) -> tuple[str, str | None]:
+    """Folder or repository, and revision, of an adapter's base; `model_path` overrides both."""
+    path, revision = entry["model"]["path"], entry["model"]["revision"]
+    if model_path is not None:
+        path, revision = model_path, None
+    return family_of(entry).resolve(path, cache_dir), revision
 
 
 def apply_sparse_attention(
@@ -152,22 +160,18 @@ def _encoded(pipe: Any, family: ModelFamily, text: str | Text) -> Text:
 @contextmanager
 def _sampling(pipe: Any, progress: bool) -> Iterator[None]:
     """Evaluation mode, dense steps and a quiet pipeline; afterwards everything as it was."""
-    modes = {module: module.training for module in pipe.transformer.modules()}
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     logger = logging.getLogger(type(pipe).__module__)
     level = logger.level
-    try:
-        pipe.transformer.eval()
-        pipe.set_progress_bar_config(**bar | {"disable": not progress})
-        # It warns of a rounded `num_frames`; sizes are checked, and `latents` decide.
-        logger.setLevel(logging.ERROR)
-        with _scheduled(installed_attention(pipe.transformer), pipe):
+    with evaluating(pipe.transformer), _scheduled(installed_attention(pipe.transformer), pipe):
+        try:
+            pipe.set_progress_bar_config(**bar | {"disable": not progress})
+            # It warns of a rounded `num_frames`; sizes are checked, and `latents` decide.
+            logger.setLevel(logging.ERROR)
             yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        pipe.set_progress_bar_config(**bar)
-        logger.setLevel(level)
+        finally:
+            pipe.set_progress_bar_config(**bar)
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -1,16 +1,114 @@
-"""Held-out loss: the flow-matching loss of clips that are never trained on, at fixed noise."""
+"""What a run is judged by: the loss of clips it never trains on, and sample videos."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.dataset import LatentDataset
-from .families.base import ModelFamily
+from .families.base import ModelFamily, Text
 from .flow import flow_matching_loss
+from .job import Job
+from .metrics import Metrics, Row
+
+log = logging.getLogger(__name__)
+
+
+class Validator:
+    """Held-out loss and sample videos of a transformer in training, which it leaves as it was.
+
+    texts: `encode_text` results of the prompts, and of "" for guidance.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        transformer: nn.Module,
+        heldout: LatentDataset,
+        texts: Mapping[str, Text],
+        metrics: Metrics,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.job, self.transformer, self.heldout, self.texts = job, transformer, heldout, texts
+        self.metrics, self.device, self.dtype = metrics, device, dtype
+        self._pipeline: Any = None  # of the samples, loaded when first needed
+
+    def samples(self, step: int) -> list[Path]:
+        """Where the sample videos of a step are, one a prompt."""
+        folder = self.job.config.run_dir / "samples"
+        return [
+            folder / f"step-{step:06d}-{index}.mp4"
+            for index, _ in enumerate(self.job.config.validate.prompts)
+        ]
+
+    def due(self, step: int) -> bool:
+        """At step 0, at the last, every so often; whether a run that stopped in it must redo it."""
+        config = self.job.config
+        if step % config.validate.every and step != config.train.steps:
+            return False
+        measured = step in self.metrics.column("heldout_loss_target") or not len(self.heldout)
+        return not (measured and all(path.is_file() for path in self.samples(step)))
+
+    def run(self, step: int) -> None:
+        config, job = self.job.config, self.job
+        for prompt, path in zip(config.validate.prompts, self.samples(step), strict=True):
+            self._sample(prompt, path)
+            self.metrics.video(f"samples/{path.stem.rpartition('-')[2]}", path, step, prompt)
+        if not len(self.heldout):
+            return
+        row: Row = {"step": step}
+        for name, frames in (("target", job.frames), ("native", job.native_frames)):
+            row[f"heldout_loss_{name}"] = heldout_loss(
+                job.family,
+                self.transformer,
+                self.heldout,
+                sigmas=config.validate.sigmas,
+                latent_frames=job.latent_shape(frames)[1],
+                seed=config.validate.seed,
+                device=self.device,
+            )
+        log.info(
+            f"step {step}: held-out loss {row['heldout_loss_target']:.4f} at {job.frames} frames, "
+            f"{row['heldout_loss_native']:.4f} at {job.native_frames}."
+        )
+        self.metrics.write(row)
+
+    def _sample(self, prompt: str, path: Path) -> None:
+        """One video; the VAE is on the device for as long as it takes."""
+        from ..data.decode import write_video
+        from .sampling import generate
+
+        config, job = self.job.config, self.job
+        if self._pipeline is None:
+            self._pipeline = job.family.load_pipeline(
+                job.model_path,
+                config.model.revision,
+                transformer=self.transformer,
+                text=False,
+                dtype=self.dtype,
+            )
+        self._pipeline.vae.to(self.device)
+        frames = generate(
+            self._pipeline,
+            prompt=self.texts[prompt],
+            negative=self.texts[""],
+            frames=config.validate.frames or job.frames,
+            height=config.height,
+            width=config.width,
+            steps=config.validate.steps,
+            guidance=config.validate.guidance,
+            seed=config.validate.seed,
+        )
+        self._pipeline.vae.to("cpu")
+        write_video(path, frames, job.fps)
 
 
 @torch.no_grad()
@@ -33,31 +131,24 @@ def heldout_loss(
     with evaluating(transformer):
         for index in range(len(clips)):
             clip = clips[index]
-            clean = clip["latents"][None, :, :latent_frames].float()
-            text = {
-                key: value.to(device) for key, value in family.collate_text([clip["text"]]).items()
-            }
+            clean = clip["latents"][None, :, :latent_frames].float().to(device)
+            text = {k: v.to(device) for k, v in family.collate_text([clip["text"]]).items()}
             for level, sigma in enumerate(sigmas):
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + index * 101 + level)
-                noise = torch.randn(clean.shape, generator=generator)
-                loss = flow_matching_loss(
-                    family,
-                    transformer,
-                    clean.to(device),
-                    text,
-                    torch.full((1,), sigma, device=device),
-                    noise.to(device),
-                )
+                noise = torch.randn(clean.shape, generator=generator).to(device)
+                noise_level = torch.full((1,), sigma, device=device)
+                loss = flow_matching_loss(family, transformer, clean, text, noise_level, noise)
                 losses.append(loss.item())
     return sum(losses) / len(losses)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout and checkpointing inside, in training mode again afterwards if it was."""
-    training = module.training
+    """Without dropout inside; afterwards every submodule is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, mode in modes.items():
+            part.training = mode

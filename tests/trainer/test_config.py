@@ -259,9 +259,9 @@ MISTAKES = {
     "train.seed=-1": "train.seed=-1 must not be negative.",
     "data.stride=-2": "data.stride=-2 must not be negative.",
     "lora.dropout=1": "lora.dropout=1.0 must be below 1.",
-    "sparse.block=100": "sparse.block=100 must be a power of two, at least 16",
-    "sparse.block=8": "sparse.block=8 must be a power of two, at least 16",
-    "train.warmup=500": "train.warmup=500 is more than train.steps=100.",
+    "sparse.block=100": "sparse.block=100 must be 16, 32, 64 or 128",
+    "sparse.block=8": "sparse.block=8 must be 16, 32, 64 or 128",
+    "train.warmup=500": "train.warmup=500 is more than train.steps=80.",
     "validate.sigmas=[0]": "validate.sigmas: 0.0 is not between 0 and 1",
     "validate.sigmas=[1.5]": "validate.sigmas: 1.5 is not between 0 and 1",
     "validate.sigmas=[]": "validate.sigmas is empty",
@@ -367,7 +367,7 @@ configs = st.builds(
         Sparse,
         pattern=st.just(Dense())
         | st.builds(Radial, decay=st.floats(1e-9, 1e9), sink=st.booleans(), near=st.integers(1, 9)),
-        block=st.sampled_from([16, 32, 64, 128, 256]),
+        block=st.sampled_from([16, 32, 64, 128]),
     ),
     validate=st.builds(
         Validate,
@@ -414,7 +414,7 @@ def test_plain_values_are_plain():
 def test_the_hash_names_a_config():
     one = config_hash(load([TINY]))
     assert len(one) == 12 and int(one, 16) >= 0
-    assert config_hash(load([TINY, "train.steps=100"])) == one  # as in the recipe
+    assert config_hash(load([TINY, "train.steps=80"])) == one  # as in the recipe
     others = ["train.steps=101", "sparse.pattern.decay=0.5", "sparse.pattern.name=dense"]
     assert len({one, *(config_hash(load([TINY, other])) for other in others)}) == 4
 

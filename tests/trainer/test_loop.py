@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from longreel.trainer import checkpoint, lora, metrics
@@ -18,6 +20,7 @@ from longreel.trainer.config import ConfigError, load
 from longreel.trainer.config import load_file as load_config
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer, lr_factor
+from longreel.trainer.validate import Validator
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("seconds_per_step", "tokens_per_second", "peak_memory_gib")
@@ -67,7 +70,6 @@ def test_resumed_equals_uninterrupted(arguments, tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             train(arguments, *settings)
     resumed = train(arguments, *settings).run_dir
-    assert (whole / lora.WEIGHTS).read_bytes() != b""
     one, two = load_file(whole / lora.WEIGHTS), load_file(resumed / lora.WEIGHTS)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -113,6 +115,33 @@ def test_what_a_run_leaves_behind(arguments, tmp_path):
     assert tuple(table[0]) == tuple(c for c in metrics.COLUMNS if c not in TIMES)
 
 
+def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path):
+    """Data parallel over gloo, with workers that read the cache; one process may not go on."""
+    settings = [*arguments, "train.accumulate=2", "lora.dropout=0.1", "train.workers=1"]
+
+    def launch(run_dir: Path, steps: int) -> None:
+        given = [a for a in settings if not a.startswith(("run.dir", "train.steps"))]
+        given += [f"run.dir={run_dir}", f"train.steps={steps}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node=2", "train.py", *given]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    launch(tmp_path / "whole", 4)
+    launch(tmp_path / "halves", 2)
+    launch(tmp_path / "halves", 4)
+    one, two = (tmp_path / name / "checkpoints/step-000004" for name in ("whole", "halves"))
+    assert (one / "state.safetensors").read_bytes() == (two / "state.safetensors").read_bytes()
+    losses = [
+        [row["loss"] for row in rows(tmp_path / name) if row["loss"]]
+        for name in ("whole", "halves")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    with pytest.raises(ConfigError, match="2 processes, and there are 1"):
+        train(settings, f"run.dir={tmp_path / 'halves'}", "train.steps=5")
+
+
 def test_a_finished_run_is_left_alone(arguments):
     first = train(arguments)
     before = (first.run_dir / lora.WEIGHTS).read_bytes()
@@ -122,13 +151,76 @@ def test_a_finished_run_is_left_alone(arguments):
     assert rows(first.run_dir) == table
 
 
-def test_other_settings_do_not_resume(arguments):
+def test_other_settings_do_not_resume(arguments, tmp_path):
     train(arguments, "train.steps=2")
     with pytest.raises(
         ConfigError, match=r"lora\.alpha: 4\.0 -> 8\.0; .*lora\.rank: 4 -> 8.*run\.dir"
     ):
         train(arguments, "lora.rank=8")
+    for held in ("validate.clips=2", "validate.sigmas=[0.5]", "train.schedule=cosine"):
+        with pytest.raises(ConfigError, match=held.partition("=")[0].replace(".", r"\.")):
+            train(arguments, held)
     train(arguments, "train.steps=3", "validate.every=1", "checkpoint.every=1")  # these may change
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)  # and so may the place, and the recipe's name
+    train([f"recipe={moved / 'config.yaml'}", f"run.dir={moved}", "train.steps=4"])
+    assert checkpoint.latest(moved / "checkpoints").name == "step-000004"
+
+
+def test_other_clips_do_not_resume(arguments, videos, tmp_path):
+    other = tmp_path / "videos"
+    shutil.copytree(videos, other)
+    train(arguments, "train.steps=2", f"data.path={other}")
+    train(arguments, "train.steps=3")  # the same clips in another place
+    for suffix in (".mp4", ".txt"):
+        for index in range(3):
+            (other / f"{index}{suffix}").rename(other / f"new-{index}{suffix}")
+    with pytest.raises(ConfigError, match="other clips than data.path now gives"):
+        train(arguments, f"data.path={other}")
+
+
+def test_the_adapter_is_published_again_if_the_run_died_before(arguments, monkeypatch):
+    def dies(*args):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_publish", dies)
+        with pytest.raises(Interrupted):
+            train(arguments, "train.steps=2")
+    run_dir = train(arguments, "train.steps=2").run_dir
+    newest = run_dir / "checkpoints/step-000002" / lora.WEIGHTS
+    assert (run_dir / lora.WEIGHTS).read_bytes() == newest.read_bytes()
+
+
+def test_validation_that_was_cut_short_is_made_up_for(arguments, monkeypatch):
+    settings = [*arguments, "validate.prompts=a wave", "validate.frames=5", "train.steps=2"]
+    cut_short = []
+    real = Validator._sample
+
+    def sample(self, prompt, path):
+        if path.stem.startswith("step-000002") and not cut_short:
+            cut_short.append(path)
+            raise Interrupted
+        real(self, prompt, path)
+
+    monkeypatch.setattr(Validator, "_sample", sample)
+    with pytest.raises(Interrupted):
+        train(settings)
+    run_dir = train(settings).run_dir
+    assert [row["step"] for row in rows(run_dir) if row["heldout_loss_target"]] == ["0", "2"]
+    written = cut_short[0].stat().st_mtime_ns
+    train(settings)
+    assert cut_short[0].stat().st_mtime_ns == written
+
+
+def test_torn_checkpoints_are_not_kept_in_place_of_whole_ones(arguments):
+    run_dir = train(arguments).run_dir
+    (run_dir / "checkpoints/step-000004-mine").mkdir()  # a user's copy
+    newest = run_dir / "checkpoints/step-000004/state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(arguments, "checkpoint.keep_last=1", "checkpoint.every=3", "train.steps=3")
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000004-mine"]
 
 
 KILLED = """
@@ -202,8 +294,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(arguments, monkeypatch):
     ("override", "message"),
     [
         ("frames=18", "frames=18 and extend.factor=2 disagree"),
-        ("extend.native=10", r"4k \+ 1"),
         ("validate.frames=6", "validate.frames"),
+        ("extend.native=10", r"extend\.native: frames=10"),
         ("height=100", "height=100 must be a multiple of 16"),
         ("data.path=/no/such/folder", "data.path=/no/such/folder is not a folder"),
         ("sparse.dense_layers=9", "the model has 3 layers"),
@@ -224,6 +316,7 @@ def test_refused_before_anything_heavy(arguments, override, message):
         (["extend.factor=4"], r"17 frames at 16 fps.*33 needed"),
         (["validate.clips=3"], "leaves none to train on"),
         (["lora.targets=no.such.layer"], "matches no module"),
+        (["sparse.backend=flex"], "no gradients on a CPU"),
     ],
 )
 def test_refused_by_what_the_files_hold(arguments, overrides, message):
@@ -234,6 +327,15 @@ def test_refused_by_what_the_files_hold(arguments, overrides, message):
 def test_data_path_is_required(arguments):
     with pytest.raises(ConfigError, match=r"data\.path is not set"):
         Trainer(Job.from_config(load([a for a in arguments if not a.startswith("data.path")])))
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
+def test_precision_is_the_recipe_s(arguments, tmp_path, monkeypatch, mode):
+    """Whatever accelerate is configured to do."""
+    plain = train(arguments, "train.steps=1", f"run.dir={tmp_path / 'plain'}").run_dir
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", mode)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert rows(train(arguments, "train.steps=1").run_dir) == rows(plain)
 
 
 def test_main_prints_the_message_alone(arguments):
@@ -254,14 +356,23 @@ def test_wandb_offline_and_out_of_order(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", os.devnull)
     run_dir = train(arguments, "log.wandb=true", "train.steps=2").run_dir
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    name = (run_dir / "wandb_id").read_text()
+    train(arguments, "log.wandb=true", "train.steps=3")
+    assert (run_dir / "wandb_id").read_text() == name
+    shutil.rmtree(run_dir)
+    train(arguments, "log.wandb=true", "train.steps=2")
+    assert (run_dir / "wandb_id").read_text() != name
     import wandb
 
     def broken(*args, **kwargs):
         raise RuntimeError("no space left on device")
 
-    monkeypatch.setattr(wandb, "init", broken)
-    other = train(arguments, "log.wandb=true", "train.steps=2", f"run.dir={tmp_path / 'other'}")
-    assert len(rows(other.run_dir)) == len(rows(run_dir))
+    for place, name in ((wandb, "init"), (wandb, "Image"), (wandb.Run, "log")):
+        other = tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, broken)
+            train(arguments, "log.wandb=true", "train.steps=2", f"run.dir={other}")
+        assert rows(other) == rows(run_dir)
 
 
 def test_lr_factor():

@@ -121,6 +121,13 @@ class ModelFamily(ABC):
                 path, subfolder="transformer", revision=revision, dtype=dtype
             )
 
+    def blank_transformer(self, path: str, revision: str | None) -> Any:
+        """The transformer's modules on the meta device, from its config: names and shapes alone."""
+        with self._fetching(path), torch.device("meta"):
+            cls = diffusers_class(self.transformer_name)
+            config = cls.load_config(path, subfolder="transformer", revision=revision)
+            return cls.from_config(config)
+
     def load_pipeline(
         self,
         path: str,
