@@ -82,6 +82,7 @@ class Trainer:
         self._load_model()
         start = self._restore(train)
         speedup = self._measure_attention()
+        ratio = speedup.ratio if isinstance(speedup, Speedup) else speedup
         if self.accelerator.is_main_process:
             self._open_log(start, prepared, heldout)
         steps = self.config.train.steps
@@ -91,7 +92,7 @@ class Trainer:
         batches = self._batches(train, start)
         with StepProgress(self.console, start, steps, self.cost.density) as progress:
             for step in range(start + 1, steps + 1):
-                row = self._step(step, batches) | {"attention_layer_speedup": speedup}
+                row = self._step(step, batches) | {"attention_layer_speedup": ratio}
                 progress.advance(step, row)
                 if self.accelerator.is_main_process and step % self.config.log.every == 0:
                     self.metrics.write(row)
@@ -182,7 +183,7 @@ class Trainer:
     def _progress(self, step: int) -> checkpoint.Progress:
         return checkpoint.Progress(step, self.accelerator.num_processes, self._clips)
 
-    def _measure_attention(self) -> float | str:
+    def _measure_attention(self) -> Speedup | str:
         """How much faster than dense a sparse layer's attention is; why not, if not measured."""
         geometry = self.job.geometry
         speedup = measure_speedup(
@@ -195,7 +196,7 @@ class Trainer:
             dtype=self.dtype,
         )
         log.info(f"Attention of a sparse layer against dense, forward and backward: {speedup}.")
-        return speedup.ratio if isinstance(speedup, Speedup) else speedup
+        return speedup
 
     def _open_log(self, start: int, prepared: Prepared, heldout: LatentDataset) -> None:
         """What the main process alone keeps: metrics, and the validator that writes to them."""

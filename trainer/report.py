@@ -63,8 +63,10 @@ def summary(
             text = f"{losses[0]:.4f} -> {losses[-1]:.4f} ({change:+.1%})"
             table.add_row(f"held-out loss, {name} length", text)
     seconds = column(rows, "seconds_per_step").values()
+    memory = column(rows, "peak_memory_gib").values()
     if seconds:
         table.add_row("seconds a step (median)", f"{statistics.median(seconds):.2f}")
+        table.add_row("peak memory of a step", f"{max(memory):.1f} GiB")
     for file in files:
         table.add_row("file", escape(str(file)))
     return table

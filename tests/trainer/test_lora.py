@@ -142,7 +142,10 @@ FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
             lambda t: t.update({FIRST: t[FIRST][:2].clone()}),
             r"another shape: \S+ \(2, 32\) for \(4, 32\)",
         ),
-        (lambda t: t.update({"transformer.head.lora_A.weight": t[FIRST].clone()}), "unexpected: .*head"),
+        (
+            lambda t: t.update({"transformer.head.lora_A.weight": t[FIRST].clone()}),
+            "unexpected: .*head",
+        ),
         (lambda t: t.pop(FIRST), "missing: " + FIRST.replace(".", r"\.")),
     ],
 )
