@@ -13,6 +13,13 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..trainer.metrics import column, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "demo"
@@ -93,15 +100,29 @@ def main(overrides: list[str]) -> None:
             "steps=8",
         ],
     )
-    total = time.perf_counter() - started
-    print(
-        f"\nTrained in {training:.0f} s, reloaded and sampled in {sampling:.0f} s, "
-        f"{total:.0f} s in all.\n"
-        f"adapter  {run_dir / 'pytorch_lora_weights.safetensors'}\n"
-        f"video    {out}\n"
-        f"mask     {run_dir / 'mask.png'}\n"
-        f"losses   {run_dir / 'loss.png'}"
-    )
+    show(run_dir, out, training, sampling, time.perf_counter() - started)
+
+
+def show(run_dir: Path, out: Path, training: float, sampling: float, total: float) -> None:
+    """The run in a few lines, from its metrics.csv."""
+    rows = read_rows(run_dir / "metrics.csv")
+    step = next(row for row in reversed(rows) if row["loss"])
+    heldout = list(column(rows, "heldout_loss_target").values())
+    pflop, dense = float(step["attention_pflop"]), float(step["attention_dense_pflop"])
+    table = Table(title="longreel demo", show_header=False)
+    table.add_row("attention density, all layers", f"{float(step['attention_density']):.1%}")
+    table.add_row("attention FLOPs saved", f"{1 - pflop / dense:.1%}")
+    change = heldout[-1] / heldout[0] - 1
+    table.add_row("held-out loss", f"{heldout[0]:.3f} -> {heldout[-1]:.3f} ({change:+.1%})")
+    seconds = median(column(rows, "seconds_per_step").values())
+    table.add_row("seconds a step", f"{seconds:.2f}")
+    parts = f"{training:.0f} s training, {sampling:.0f} s reloading and sampling"
+    table.add_row("time", f"{total:.0f} s: {parts}")
+    table.add_row("adapter", escape(str(run_dir / "pytorch_lora_weights.safetensors")))
+    table.add_row("video (random weights: noise)", escape(str(out)))
+    table.add_row("mask", escape(str(run_dir / "mask.png")))
+    table.add_row("losses", escape(str(run_dir / "loss.png")))
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The tiny Wan model and small inputs for it."""
+"""The tiny Wan model, small inputs for it, and a pattern that keeps all."""
 
 import atexit
 import functools
 import shutil
 import tempfile
+from dataclasses import dataclass
 
 import torch
 
@@ -56,3 +57,14 @@ def randomise(named_parameters, seed=0):
     with torch.no_grad():
         for _, parameter in named_parameters:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@dataclass(frozen=True)
+class AllBlocks:
+    """Keeps everything, and unlike `Dense` goes through the block-sparse kernel."""
+
+    def keep(self, grid, q, kv):
+        return torch.ones(torch.broadcast_shapes(q.shape, kv.shape), dtype=torch.bool)
+
+    def blocks(self, grid, block):
+        return torch.ones(2 * [-(-grid.video // block)], dtype=torch.bool)

@@ -133,11 +133,8 @@ class Metrics:
         )
 
     def rows(self) -> list[dict[str, str]]:
-        """What metrics.csv holds; a last line that was cut off is left out."""
-        if not self.path.is_file():
-            return []
-        with self.path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+        """What metrics.csv holds, as text."""
+        return read_rows(self.path)
 
     def column(self, name: str) -> dict[int, float]:
         """The numbers of one column by step."""
@@ -174,6 +171,14 @@ def _has_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a metrics.csv by column; a last one that was cut off is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def column(rows: Sequence[Mapping[str, str]], name: str) -> dict[int, float]:

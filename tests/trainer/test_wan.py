@@ -3,13 +3,12 @@
 import filecmp
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from tiny import WAN, wan_folder, wan_inputs, wan_pipeline, wan_text, wan_transformer
+from tiny import WAN, AllBlocks, wan_folder, wan_inputs, wan_pipeline, wan_text, wan_transformer
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
@@ -18,17 +17,6 @@ from longreel.trainer.config import ConfigError
 from longreel.trainer.families import installed_attention
 from longreel.trainer.flow import add_noise
 from longreel.trainer.lora import attach
-
-
-@dataclass(frozen=True)
-class AllBlocks:
-    """Keeps everything, and unlike `Dense` goes through the block-sparse kernel."""
-
-    def keep(self, grid, q, kv):
-        return torch.ones(torch.broadcast_shapes(q.shape, kv.shape), dtype=torch.bool)
-
-    def blocks(self, grid, block):
-        return torch.ones(2 * [-(-grid.video // block)], dtype=torch.bool)
 
 
 def sparse_transformer(pattern, dtype=torch.float32, block=16, **options):
