@@ -121,7 +121,7 @@ class Trainer:
             save(self.config, self.run_dir / "config.yaml")
             layout = self.attention.layout(grid)
             title = (
-                f"{_pattern_title(self.config)}, {grid.frames} x {grid.height} x {grid.width} "
+                f"{self.config.sparse.pattern}, {grid.frames} x {grid.height} x {grid.width} "
                 f"tokens, density {layout.density:.1%}"
             )
             report.save_figure(draw_layout(layout, title), self.run_dir / "mask.png")
@@ -332,7 +332,9 @@ class Trainer:
             samples = self.validator.samples(self.config.train.steps)
             files = [*(self.run_dir / name for name in names), *samples]
             self.console.print(report.summary(self.job, self.cost, speedup, rows, files))
-        self.accelerator.end_training()
+        # Leave together. The process group is not destroyed here: DDP's reducer still refers to it,
+        # and would join gloo's threads under the GIL that they wait for when it goes.
+        self.accelerator.wait_for_everyone()
 
 
 def collate(family: ModelFamily, clips: list[dict[str, Any]]) -> dict[str, Any]:
@@ -363,9 +365,3 @@ def _check_backend(config: Config, head_dim: int, device: torch.device, dtype: t
     if backend == "flex" and device.type == "cpu":
         raise ConfigError("sparse.backend=flex has no gradients on a CPU: use auto or reference.")
     return backend
-
-
-def _pattern_title(config: Config) -> str:
-    pattern = to_dict(config)["sparse"]["pattern"]
-    name = pattern.pop("name")
-    return f"{name}({', '.join(f'{key}={value}' for key, value in pattern.items())})"

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tiny import WAN
 
 from longreel.trainer import checkpoint, lora, metrics
 from longreel.trainer.config import ConfigError, load
@@ -125,7 +127,9 @@ def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node=2", "train.py", *given]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stderr[-3000:]
 
     launch(tmp_path / "whole", 4)
@@ -308,6 +312,16 @@ def test_refused_before_anything_heavy(arguments, override, message):
     given = [a for a in arguments if not a.startswith(key + "=")]
     with pytest.raises(ConfigError, match=message):
         Job.from_config(load([*given, override]))
+
+
+def test_heads_that_the_kernels_do_not_take_are_refused(arguments, monkeypatch):
+    """3 heads of a model 144 wide, say."""
+    real = type(WAN).read_geometry
+    monkeypatch.setattr(
+        type(WAN), "read_geometry", lambda *a: replace(real(*a), heads=3, head_dim=48)
+    )
+    with pytest.raises(ConfigError, match=r"heads have 48 channels; the kernels take \(16, 32, 64"):
+        Job.from_config(load(arguments))
 
 
 @pytest.mark.parametrize(
