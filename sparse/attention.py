@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +48,6 @@ class SparseAttention:
     dense_steps: int = 0
     schedule: Callable[[Tensor], int] | None = None
     _plan: Plan | None = field(default=None, init=False, repr=False)
-    _layouts: dict[tuple[BlockLayout, torch.device], BlockLayout] = field(
-        default_factory=dict, init=False, repr=False
-    )
-    _zeros: dict[tuple[int, torch.device], Tensor] = field(
-        default_factory=dict, init=False, repr=False
-    )
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_layers, int):
@@ -128,7 +123,7 @@ class SparseAttention:
             raise ValueError(f"{q.shape[1]} tokens were given, but the plan is for {plan.grid}.")
         if self.is_dense(layer_index, plan):
             return _dense_attention(q, k, v, plan.valid)
-        layout = self._layout_on(q.device, plan.grid)
+        layout = _on_device(self.layout(plan.grid), q.device)
         out, _ = block_sparse_attention(
             q,
             k,
@@ -137,26 +132,26 @@ class SparseAttention:
             layout.row_indices,
             layout.col_indptr,
             layout.col_indices,
-            self._first_layout(q.shape[2], q.device),
+            _first_layout(q.shape[2], q.device),
             block=self.block,
             valid=plan.valid,
             backend=self.backend,
         )
         return out
 
-    def _layout_on(self, device: torch.device, grid: TokenGrid) -> BlockLayout:
-        layout = self.layout(grid)
-        if device.type == "cpu":
-            return layout
-        if (layout, device) not in self._layouts:
-            self._layouts[layout, device] = layout.to(device)
-        return self._layouts[layout, device]
 
-    def _first_layout(self, heads: int, device: torch.device) -> Tensor:
-        """Every head follows the one layout."""
-        if (heads, device) not in self._zeros:
-            self._zeros[heads, device] = torch.zeros(heads, dtype=torch.int32, device=device)
-        return self._zeros[heads, device]
+@lru_cache(maxsize=32)
+def _on_device(layout: BlockLayout, device: torch.device) -> BlockLayout:
+    """Made outside of inference mode, as below: a backward may later save these very tensors."""
+    with torch.inference_mode(False):
+        return layout.to(device)
+
+
+@lru_cache(maxsize=32)
+def _first_layout(heads: int, device: torch.device) -> Tensor:
+    """Every head follows the one layout."""
+    with torch.inference_mode(False):
+        return torch.zeros(heads, dtype=torch.int32, device=device)
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernels.block_sparse.op import BLOCKS
 from .grid import TokenGrid
 from .patterns import SparsePattern
 
@@ -88,8 +89,8 @@ def build_layout(pattern: SparsePattern, grid: TokenGrid, block: int = 128) -> B
     Text begins where the video ends, often inside a block: that block's row and column are dense
     too. Cached: text lengths that end in the same block share one layout.
     """
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"block={block} must be a power of two, at least 16.")
+    if block not in BLOCKS:
+        raise ValueError(f"block={block} must be one of {BLOCKS}.")
     return _build(pattern, grid.without_text(), block, -(-len(grid) // block), grid.text > 0)
 
 
@@ -97,6 +98,11 @@ def build_layout(pattern: SparsePattern, grid: TokenGrid, block: int = 128) -> B
 def _build(
     pattern: SparsePattern, grid: TokenGrid, block: int, rows: int, text: bool
 ) -> BlockLayout:
+    with torch.inference_mode(False):  # the cached lists may later be saved for a backward
+        return BlockLayout.from_dense(_kept(pattern, grid, block, rows, text), block)
+
+
+def _kept(pattern: SparsePattern, grid: TokenGrid, block: int, rows: int, text: bool) -> Tensor:
     video = pattern.blocks(grid, block)
     kept = torch.ones(rows, rows, dtype=torch.bool)
     kept[: video.shape[0], : video.shape[1]] = video
@@ -104,4 +110,4 @@ def _build(
         first_text = grid.video // block
         kept[first_text:] = True
         kept[:, first_text:] = True
-    return BlockLayout.from_dense(kept, block)
+    return kept

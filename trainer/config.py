@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..data.files import replacing
+from ..kernels.block_sparse.op import BLOCKS
 from ..sparse.patterns import PATTERNS, SparsePattern, pattern_name
 from ..sparse.patterns.radial import Radial
 from . import settings
@@ -392,7 +393,7 @@ def _problems(config: Config) -> Iterator[str]:
         f"{key}={value} must not be negative." for key, value in not_negative.items() if value < 0
     )
     block = config.sparse.block
-    if block > 0 and (not 16 <= block <= 128 or block & (block - 1)):
+    if block > 0 and block not in BLOCKS:
         yield f"sparse.block={block} must be 16, 32, 64 or 128; the kernels are tuned for 128."
     if config.frames is None and config.extend.factor is None:
         yield (

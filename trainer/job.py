@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..kernels.block_sparse.op import HEAD_DIMS
 from ..sparse.attention import SparseAttention
 from ..sparse.grid import TokenGrid
 from . import checkpoint
@@ -26,7 +27,6 @@ FREE_KEYS = (
     "train.workers",
     *(f"validate.{key}" for key in ("every", "prompts", "frames", "steps", "guidance")),
 )
-HEAD_DIMS = (16, 32, 64, 128)  # what the kernels are built for
 
 
 @dataclass(frozen=True)

@@ -253,3 +253,16 @@ def test_using_restores_the_plan_after_an_error():
             attention.attention(LAYER, q, k, v)
         raise KeyError
     assert torch.equal(attention.attention(LAYER, q, k, v), sdpa(q, k, v))
+
+
+def test_lists_made_in_inference_mode_serve_a_backward():
+    """A pipeline may run first, in inference mode, on the grid that is then trained on."""
+    grid = TokenGrid(5, 4, 3)
+    q, k, v = (torch.randn(1, len(grid), 2, 16, requires_grad=True) for _ in range(3))
+    attention = SparseAttention(Radial(decay=0.7), block=16)
+    with torch.inference_mode():
+        attention.plan(grid)
+        attention.attention(0, q, k, v)
+    attention.plan(grid)
+    attention.attention(0, q, k, v).sum().backward()
+    assert q.grad is not None and q.grad.isfinite().all()
