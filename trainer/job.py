@@ -24,6 +24,7 @@ FREE_KEYS = (
     "cache",
     "checkpoint",
     "data.path",
+    "data.strict",
     "train.workers",
     *(f"validate.{key}" for key in ("every", "prompts", "frames", "steps", "guidance")),
 )

@@ -163,6 +163,8 @@ class ModelFamily(ABC):
         with self._fetching(path):
             if Path(path).is_dir():
                 file = Path(path) / name
+            elif path.startswith(("/", ".", "~")):
+                raise FileNotFoundError("there is no such folder.")
             else:
                 file = Path(_hub_file(path, revision, name))
             return json.loads(file.read_text())
