@@ -256,9 +256,9 @@ class Trainer:
                 self.accelerator.backward(part)
             loss += part.detach()
         limit = train.clip or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))  # type: ignore
-        reduced: Any = self.accelerator.reduce(loss, "mean")
-        mean_loss = reduced.item()
+        total: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
+        mean: Any = self.accelerator.reduce(loss, "mean")
+        norm, mean_loss = total.item(), mean.item()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise SystemExit(
                 f"error: step {step}: loss {mean_loss}, gradient norm {norm}, with "

@@ -92,7 +92,7 @@ class Metrics:
         try:
             import wandb
 
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+            mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
             self._wandb = wandb.init(
                 project=project,
                 name=self.run_dir.name,
@@ -100,7 +100,7 @@ class Metrics:
                 resume="allow",
                 dir=self.run_dir,
                 config=dict(config),
-                mode=mode,  # type: ignore[arg-type]
+                mode=mode,
                 settings=wandb.Settings(silent=True, init_timeout=60),
             )
             sync = f"; `wandb sync {self.run_dir}/wandb/offline-run-*` uploads it"
