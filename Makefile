@@ -1,4 +1,5 @@
-# make demo ARGS="..."   train, extend and sample in miniature on this machine
+# make demo              train, extend and sample in miniature on this machine, with a small Wan;
+#                        FAMILY=hunyuan or mochi for the others, ARGS="key=value ..." for settings
 # make test              everything that runs on a CPU, but the slow tests
 # make test-slow         the slow ones; make test-gpu: the ones for an NVIDIA GPU
 # make check             ruff and pyright
@@ -8,6 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+FAMILY ?= wan
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m longreel.launch.demo $(ARGS)
+	$(BIN)/python -m longreel.launch.demo $(FAMILY) $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) -q -n 2 $(ARGS)

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ..trainer.config import Cache, ConfigError, load, parse
+from ..trainer.export import export_comfyui
 from ..trainer.families import family_of
 from ..trainer.job import Job
 from ..trainer.lora import read_entry
@@ -17,18 +19,22 @@ from ..trainer.sampling import base_model
 
 USAGE = """\
 longreel sample lora=RUN prompt="..." [key=value ...]   generate a video with a trained adapter
+longreel export lora=RUN [key=value ...]                write the adapter for ComfyUI
 longreel train recipe=NAME [key=value ...]              train on one process; on more:
                                                         accelerate launch train.py ...
 
 Keys of `sample`: lora, prompt, out, negative, frames, height, width, steps, guidance, seed, fps,
 model (folder or repository, if the base model has moved), cache (folder of tiny models), device,
-dense (true: without the sparse attention the adapter was trained with)."""
+dense (true: without the sparse attention the adapter was trained with).
+
+Keys of `export`: lora, out (unset: RUN_comfyui.safetensors in the run's folder), dtype (float32 or
+bfloat16), model, cache."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`longreel sample`. lora: a run, one of its checkpoints, or an adapter file; the rest of the
-    unset keys take what the adapter records."""
+    """`longreel sample`. lora: a run, one of its checkpoints, or an adapter file. Sizes and fps
+    that are not set are those the adapter records; steps and guidance are the family's."""
 
     lora: str = ""
     prompt: str = ""
@@ -37,8 +43,8 @@ class Sample:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
-    steps: int = 50
-    guidance: float = 5.0
+    steps: int | None = None
+    guidance: float | None = None
     seed: int = 0
     fps: int | None = None
     model: str | None = None
@@ -56,8 +62,11 @@ def sample(argv: list[str]) -> None:
         key: entry[key] if getattr(options, key) is None else getattr(options, key)
         for key in ("frames", "height", "width")
     }
-    geometry = family_of(entry).geometry(*base_model(entry, options.model, options.cache))
-    family_of(entry).latent_shape(**size, geometry=geometry)  # refused before weights load
+    family = family_of(entry)
+    steps = family.steps if options.steps is None else options.steps
+    geometry = family.geometry(*base_model(entry, options.model, options.cache))
+    family.latent_shape(**size, geometry=geometry)  # refused before weights load, as are the steps
+    family.check_steps("steps", steps)
 
     from ..data.decode import write_video
     from ..trainer.progress import quiet_libraries
@@ -76,7 +85,7 @@ def sample(argv: list[str]) -> None:
         prompt=options.prompt,
         negative=options.negative,
         **size,
-        steps=options.steps,
+        steps=steps,
         guidance=options.guidance,
         seed=options.seed,
         progress=True,
@@ -87,9 +96,7 @@ def sample(argv: list[str]) -> None:
 
 def _check(options: Sample) -> None:
     """Raise ConfigError for what would fail only after the model has loaded or sampled."""
-    for key in ("lora", "prompt"):
-        if not getattr(options, key):
-            raise ConfigError(f"{key}=... is missing.\n\n{USAGE}")
+    _check_given(options, "lora", "prompt")
     if not options.out.endswith(".mp4"):
         raise ConfigError(f"out={options.out} must end in .mp4.")
     for key in ("frames", "height", "width", "steps", "fps"):
@@ -104,6 +111,37 @@ def _check(options: Sample) -> None:
             raise ConfigError(f"device={options.device} cannot be used: {reason}") from error
 
 
+def _check_given(options: Sample | Export, *keys: str) -> None:
+    for key in keys:
+        if not getattr(options, key):
+            raise ConfigError(f"{key}=... is missing.\n\n{USAGE}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """`longreel export`. lora, model, cache: as for `sample`. out, dtype: as `export_comfyui`'s."""
+
+    lora: str = ""
+    out: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    model: str | None = None
+    cache: str = Cache.dir
+
+
+def export(argv: list[str]) -> None:
+    """Write an adapter in the format that ComfyUI loads, and print the file's name."""
+    options = parse(Export, argv)
+    _check_given(options, "lora")
+    file = export_comfyui(
+        options.lora,
+        options.out,
+        model_path=options.model,
+        dtype=getattr(torch, options.dtype),
+        cache_dir=options.cache,
+    )
+    print(file)
+
+
 def train(argv: list[str]) -> None:
     """Train as the recipe says; mistakes in it are told before anything heavy is imported."""
     job = Job.from_config(load(argv))
@@ -112,7 +150,11 @@ def train(argv: list[str]) -> None:
     Trainer(job).fit()
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"sample": sample, "train": train}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "sample": sample,
+    "export": export,
+    "train": train,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """`make demo`: the main job in miniature, on real video, with the commands that users type.
 
-Fetches three short clips, trains a LoRA on a small random Wan at twice its native length, then
-loads the adapter in a fresh process and samples from it.
+Fetches three short clips, trains a LoRA on a small random model at twice its native length, then
+loads the adapter in a fresh process and samples from it. The first argument is the model's family.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..trainer.families import FAMILIES
 from ..trainer.metrics import column, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,9 +73,13 @@ def run(name: str, command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def main(overrides: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     started = time.perf_counter()
-    videos, run_dir, out = FOLDER / "videos", FOLDER / "run", FOLDER / "sample.mp4"
+    family, *overrides = arguments
+    if family not in FAMILIES:
+        raise SystemExit(f"demo: FAMILY={family} is unknown. Families: {', '.join(FAMILIES)}.")
+    videos, run_dir = FOLDER / "videos", FOLDER / family
+    out = run_dir / "sample.mp4"
     fetch_videos(videos)
     scripts = Path(sys.executable).parent
     train = [
@@ -83,7 +88,7 @@ def main(overrides: list[str]) -> None:
         "--config_file",
         "launch/cpu.yaml",
         "train.py",
-        "recipe=tiny_wan",
+        f"recipe=tiny_{family}",
         f"data.path={videos}",
         f"run.dir={run_dir}",
         *overrides,
@@ -109,7 +114,7 @@ def show(run_dir: Path, out: Path, training: float, sampling: float, total: floa
     step = next(row for row in reversed(rows) if row["loss"])
     heldout = list(column(rows, "heldout_loss_target").values())
     pflop, dense = float(step["attention_pflop"]), float(step["attention_dense_pflop"])
-    table = Table(title="longreel demo", show_header=False)
+    table = Table(title=f"longreel demo, {run_dir.name}", show_header=False)
     table.add_row("attention density, all layers", f"{float(step['attention_density']):.1%}")
     table.add_row("attention FLOPs saved", f"{1 - pflop / dense:.1%}")
     change = heldout[-1] / heldout[0] - 1

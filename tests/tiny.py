@@ -1,4 +1,4 @@
-"""The tiny Wan model, small inputs for it, and a pattern that keeps all."""
+"""The tiny models, small inputs for them, and a pattern that keeps all."""
 
 import atexit
 import functools
@@ -8,47 +8,89 @@ from dataclasses import dataclass
 
 import torch
 
+from longreel.sparse.patterns import SparsePattern
 from longreel.trainer.families import FAMILIES
+from longreel.trainer.families.base import ModelFamily
 
 WAN = FAMILIES["wan"]
 
 
 @functools.cache
-def wan_folder() -> str:
+def _cache() -> str:
+    folder = tempfile.mkdtemp(prefix="longreel-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def folder(family: ModelFamily) -> str:
     """The tiny model's folder, built once a process."""
-    cache = tempfile.mkdtemp(prefix="longreel-tiny-")
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    return WAN.resolve("tiny", cache)
+    return family.resolve("tiny", _cache())
 
 
-def wan_transformer(dtype=torch.float32):
-    return WAN.load_transformer(wan_folder(), None, dtype)
+def load_transformer(family: ModelFamily, dtype=torch.float32):
+    return family.load_transformer(folder(family), None, dtype)
 
 
-def wan_pipeline(transformer=None, **parts):
+def load_pipeline(family: ModelFamily, transformer=None, **parts):
     """A pipeline of its own around `transformer`, a fresh one by default."""
-    transformer = wan_transformer() if transformer is None else transformer
-    return WAN.load_pipeline(
-        wan_folder(), None, transformer=transformer, dtype=torch.float32, **parts
+    transformer = load_transformer(family) if transformer is None else transformer
+    return family.load_pipeline(
+        folder(family), None, transformer=transformer, dtype=torch.float32, **parts
     )
 
 
-def wan_inputs(batch=1, frames=9, height=6, width=10, seed=0, dtype=torch.float32):
-    """Arguments of a forward on `frames` x 3 x 5 tokens by default."""
+def make_inputs(
+    family: ModelFamily,
+    frames=9,
+    height=6,
+    width=10,
+    texts=(5,),
+    seed=0,
+    dtype=torch.float32,
+):
+    """Arguments of a forward, a sample for each length in `texts`; 9 x 3 x 5 tokens by default."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, 4, frames, height, width)
-    texts = [wan_text(5 + i, seed=seed + i) for i in range(batch)]
+    config = load_config(family)
+    shape = (len(texts), config["in_channels"], frames, height, width)
+    inputs = {
+        "hidden_states": torch.randn(shape, generator=generator),
+        "timestep": torch.rand(len(texts), generator=generator) * 1000,
+        **family.collate_text([make_text(family, n, seed=seed + i) for i, n in enumerate(texts)]),
+    }
+    if config.get("guidance_embeds"):
+        inputs["guidance"] = torch.full((len(texts),), 1000.0)
+    fp32 = ("timestep", "guidance")  # as the pipelines and the trainer have them
     return {
-        "hidden_states": torch.randn(shape, generator=generator).to(dtype),
-        "timestep": torch.rand(batch, generator=generator) * 1000,
-        "encoder_hidden_states": WAN.collate_text(texts)["encoder_hidden_states"].to(dtype),
+        name: x.to(dtype) if x.is_floating_point() and name not in fp32 else x
+        for name, x in inputs.items()
     }
 
 
-def wan_text(tokens=7, seed=0):
+def make_text(family: ModelFamily, tokens=7, seed=0):
     """As `encode_text` gives it."""
     generator = torch.Generator().manual_seed(seed)
-    return {"prompt_embeds": torch.randn(tokens, 32, generator=generator)}
+    config = load_config(family)
+    width = config.get("text_dim") or config["text_embed_dim"]
+    text = {"prompt_embeds": torch.randn(tokens, width, generator=generator)}
+    if family.name == "hunyuan":
+        pooled = config["pooled_projection_dim"]
+        text["pooled_prompt_embeds"] = torch.randn(pooled, generator=generator)
+    return text
+
+
+@functools.cache
+def load_config(family: ModelFamily):
+    return dict(family.blank_transformer(folder(family), None).config)
+
+
+def forward_backward(transformer, inputs):
+    """Output and the gradients of whatever is trainable, for one fixed direction."""
+    out = transformer(**inputs, return_dict=False)[0]
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
+    (out * direction).sum().backward()
+    grads = {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+    return out.detach(), grads
 
 
 def randomise(named_parameters, seed=0):
@@ -60,10 +102,10 @@ def randomise(named_parameters, seed=0):
 
 
 @dataclass(frozen=True)
-class AllBlocks:
+class AllBlocks(SparsePattern):
     """Keeps everything, and unlike `Dense` goes through the block-sparse kernel."""
 
-    def keep(self, grid, q, kv):
+    def keep(self, grid, q, kv, block=128, layout=0):
         return torch.ones(torch.broadcast_shapes(q.shape, kv.shape), dtype=torch.bool)
 
     def blocks(self, grid, block):

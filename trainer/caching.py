@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.encode import CacheSpec, Encoders, Prepared, prepare
-from .config import ConfigError
+from .config import Config, ConfigError
 from .families.base import Text
 from .job import Job
 from .progress import StageLog
@@ -36,7 +36,6 @@ def prepare_data(job: Job, device: torch.device, dtype: torch.dtype) -> Prepared
         video_encoder=identity,
         text_encoder=identity,
     )
-    prompts = config.validate.prompts
     encoders = _FamilyEncoders(job, device, dtype)
     try:
         return prepare(
@@ -44,12 +43,19 @@ def prepare_data(job: Job, device: torch.device, dtype: torch.dtype) -> Prepared
             spec,
             config.cache.dir,
             lambda: Encoders(encoders.video, encoders.text),
-            extra_captions=[*prompts, ""] if prompts else [],  # "" is what guidance leads away from
+            extra_captions=extra_captions(config),
             strict=config.data.strict,
             progress=StageLog(),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def extra_captions(config: Config) -> list[str]:
+    """What is encoded beside the clips' captions: prompts, and the empty one, which guidance leads
+    away from and which stands in for dropped captions."""
+    prompts = config.validate.prompts
+    return [*prompts, ""] if prompts or config.train.caption_dropout else []
 
 
 class _FamilyEncoders:

@@ -74,7 +74,8 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Lora:
-    """rank; alpha (None: equal to rank); targets: a regex of module names (None: the family's)."""
+    """rank; alpha (None: equal to rank); targets: a set of layers that the family names, or a regex
+    of whole module names (None: the family's first set)."""
 
     rank: int = 128
     alpha: float | None = None
@@ -121,6 +122,9 @@ class Train:
     """steps: optimizer updates. batch: clips per process and forward. clip: of the gradient norm.
 
     A clip of 0 does not clip. warmup: steps of linear warm-up. workers: that read the cache.
+    caption_dropout: share of clips that train with the empty caption, which keeps classifier-free
+    guidance alive. guidance: what a guidance-distilled model (HunyuanVideo) is told in training;
+    None for the family's, which differs from what samples are told.
     """
 
     steps: int = 2000
@@ -133,6 +137,8 @@ class Train:
     clip: float = 1.0
     seed: int = 0
     workers: int = 2
+    caption_dropout: float = 0.0
+    guidance: float | None = None
     sigma: Sigma = field(default_factory=Sigma)
 
 
@@ -158,7 +164,7 @@ class Validate:
 
     clips: videos held out of training. sigmas: noise levels of the held-out loss. prompts: of the
     sample videos (none: no samples). frames: of the samples (None: the training length).
-    steps, guidance, seed: of the sampler.
+    steps, guidance, seed: of the sampler; guidance None for the family's.
     """
 
     every: int = 500
@@ -167,7 +173,7 @@ class Validate:
     prompts: list[str] = field(default_factory=list)
     frames: int | None = None
     steps: int = 30
-    guidance: float = 5.0
+    guidance: float | None = None
     seed: int = 0
 
 
@@ -385,6 +391,7 @@ def _problems(config: Config) -> Iterator[str]:
         "extend.factor": config.extend.factor,
         "extend.native": config.extend.native,
         "lora.alpha": config.lora.alpha,
+        "train.guidance": train.guidance,
         "validate.frames": validate.frames,
     }
     positive |= {key: value for key, value in optional.items() if value is not None}
@@ -402,6 +409,8 @@ def _problems(config: Config) -> Iterator[str]:
         )
     if config.lora.dropout >= 1:
         yield f"lora.dropout={config.lora.dropout} must be below 1."
+    if not 0 <= train.caption_dropout <= 1:
+        yield f"train.caption_dropout={train.caption_dropout} is not between 0 and 1."
     if train.warmup > train.steps:
         yield f"train.warmup={train.warmup} is more than train.steps={train.steps}."
     yield from (

@@ -50,12 +50,13 @@ def flow_matching_loss(
     text: Text,
     sigma: Tensor,
     noise: Tensor,
+    guidance: float | None = None,
 ) -> Tensor:
     """Mean squared error of the prediction, fp32: the loss of training and of validation.
 
     clean, noise: latents `[B, C, f, h, w]`; text: from `collate_text`; sigma: `[B]`; all on the
-    transformer's device.
+    transformer's device. guidance: as `ModelFamily.predict` takes it.
     """
     noisy = add_noise(clean, noise, sigma)
-    prediction = family.predict(transformer, noisy, sigma, text)
+    prediction = family.predict(transformer, noisy, sigma, text, guidance)
     return F.mse_loss(prediction, family.target(clean.float(), noise.float()))

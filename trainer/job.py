@@ -90,8 +90,9 @@ class Job:
         return self.family.latent_shape(frames, height, width, self.geometry)
 
     def grid(self, frames: int) -> TokenGrid:
-        """The video tokens of a clip of so many frames."""
-        return self.family.grid(self.latent_shape(frames), self.geometry.patch)
+        """The tokens of a clip of so many frames, with a caption of the greatest length."""
+        shape, text = self.latent_shape(frames), self.family.text_tokens
+        return self.family.grid(shape, self.geometry.patch, text)
 
     def attention(self) -> SparseAttention:
         """A fresh sparse attention as the config sets it."""
@@ -125,6 +126,7 @@ class Job:
             "width": config.width,
             "fps": self.fps,
             "rope": "native",
+            "guidance": config.train.guidance,
             "config_hash": config_hash(config),
         }
 
@@ -137,6 +139,12 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
                 family.check_frames(count, geometry)
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from error
+    family.check_steps("validate.steps", config.validate.steps)
+    if config.train.guidance is not None and not geometry.guidance_embeds:
+        raise ConfigError(
+            f"train.guidance={config.train.guidance}: this model is not told its guidance; leave "
+            "the setting out."
+        )
     frames = config.frames
     if config.extend.factor is not None:
         extended = family.extended_frames(native, config.extend.factor, geometry)
@@ -165,8 +173,20 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
         fps=config.fps or family.fps,
         extend=replace(config.extend, native=native),
         lora=replace(config.lora, alpha=config.lora_alpha),
+        train=replace(config.train, guidance=_train_guidance(config, family, geometry)),
+        validate=replace(config.validate, guidance=_sample_guidance(config, family)),
         run=replace(config.run, dir=str(config.run_dir)),
     )
+
+
+def _train_guidance(config: Config, family: ModelFamily, geometry: Geometry) -> float | None:
+    if not geometry.guidance_embeds:
+        return None
+    return family.train_guidance if config.train.guidance is None else config.train.guidance
+
+
+def _sample_guidance(config: Config, family: ModelFamily) -> float:
+    return family.guidance if config.validate.guidance is None else config.validate.guidance
 
 
 def _check_resumable(config: Config, run_dir: Path) -> None:

@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from ..data.files import replacing
 from ..data.sampler import SeededBatches
 from ..kernels.block_sparse import resolve_backend
 from ..sparse.draw import draw_layout
+from ..sparse.grid import TokenGrid
 from . import checkpoint, flow, lora, report
-from .caching import prepare_data
+from .caching import extra_captions, prepare_data
 from .config import Config, ConfigError, save, to_dict, to_yaml
-from .families.base import ModelFamily
 from .job import Job
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
 from .probe import Speedup, measure_speedup
@@ -65,20 +64,19 @@ class Trainer:
         self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
         lora.check_targets(
             job.family.blank_transformer(job.model_path, self.config.model.revision),
-            self.config.lora.targets or job.family.lora_targets,
+            job.family.target_pattern(self.config.lora.targets),
         )
         self.attention = job.attention()
         self.grid = job.grid(job.frames)
-        geometry = job.geometry
-        self.cost = AttentionCost.of(
-            self.attention, self.grid, geometry.layers, geometry.heads, geometry.head_dim
-        )
+        self.cost = self._cost(self.grid)
 
     def fit(self) -> None:
         """Run to the last step. The same command again goes on from the newest checkpoint."""
         self._announce()
         prepared = self._prepare_data()
         train, heldout = self._split(prepared)
+        if self.config.train.caption_dropout:
+            self.empty_caption = read_text(prepared.texts[""])
         self._load_model()
         start = self._restore(train)
         speedup = self._measure_attention()
@@ -204,15 +202,20 @@ class Trainer:
         if self.config.log.wandb:
             self.metrics.start_wandb(self.config.log.project, to_dict(self.config))
         self.metrics.image("mask", self.run_dir / "mask.png", start)
-        prompts = self.config.validate.prompts
         self.validator = Validator(
             self.job,
             self.transformer,
             heldout,
-            {text: read_text(prepared.texts[text]) for text in ([*prompts, ""] if prompts else [])},
+            {text: read_text(prepared.texts[text]) for text in extra_captions(self.config)},
             self.metrics,
             device=self.device,
             dtype=self.dtype,
+        )
+
+    def _cost(self, grid: TokenGrid) -> AttentionCost:
+        geometry = self.job.geometry
+        return AttentionCost.of(
+            self.attention, grid, geometry.layers, geometry.heads, geometry.head_dim
         )
 
     # Training
@@ -232,7 +235,7 @@ class Trainer:
                 dataset,
                 batch_sampler=sampler,
                 num_workers=train.workers,
-                collate_fn=partial(collate, self.job.family),
+                collate_fn=collate,
             )
         )
 
@@ -244,6 +247,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss, ids = torch.zeros((), device=self.device), []
+        grids: list[TokenGrid] = []  # of each forward: captions differ in length
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         for micro in range(train.accumulate):
@@ -253,6 +257,8 @@ class Trainer:
                 batch = next(batches)
                 ids += batch["ids"]
                 part = self._loss(batch, step, micro) / train.accumulate
+                assert self.attention.current is not None
+                grids.append(self.attention.current.grid)
                 self.accelerator.backward(part)
             loss += part.detach()
         limit = train.clip or math.inf
@@ -269,15 +275,17 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        samples = train.batch * train.accumulate * self.accelerator.num_processes
-        cost = self.cost.training(samples, recomputed=self.config.memory.checkpoint)
+        samples = train.batch * self.accelerator.num_processes
+        tokens = samples * sum(len(grid) for grid in grids)
+        cost = AttentionCost.sum([self._cost(grid) for grid in grids])
+        cost = cost.training(samples, recomputed=self.config.memory.checkpoint)
         return {
             "step": step,
             "loss": mean_loss,
             "lr": lr,
             "grad_norm": norm,
             "seconds_per_step": seconds,
-            "tokens_per_second": samples * len(self.grid) / seconds,
+            "tokens_per_second": tokens / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
             "attention_density": cost.density,
             "attention_sparsity": cost.sparsity,
@@ -293,8 +301,15 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         clean = batch["latents"].to(self.device)
         noise, sigma = flow.sample(clean, train.sigma, generator)
-        text = {key: value.to(self.device) for key, value in batch["text"].items()}
-        return flow.flow_matching_loss(self.job.family, self.model, clean, text, sigma, noise)
+        texts = batch["texts"]
+        if train.caption_dropout:
+            kept = torch.rand(len(texts), generator=generator) >= train.caption_dropout
+            texts = [t if keep else self.empty_caption for t, keep in zip(texts, kept, strict=True)]
+        family = self.job.family
+        text = {key: value.to(self.device) for key, value in family.collate_text(texts).items()}
+        return flow.flow_matching_loss(
+            family, self.model, clean, text, sigma, noise, train.guidance
+        )
 
     # Beside training
 
@@ -337,11 +352,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-def collate(family: ModelFamily, clips: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of a `LatentDataset`'s items; a function, since workers may have to pickle it."""
     return {
         "latents": torch.stack([clip["latents"] for clip in clips]),
-        "text": family.collate_text([clip["text"] for clip in clips]),
+        "texts": [clip["text"] for clip in clips],
         "ids": [clip["id"] for clip in clips],
     }
 

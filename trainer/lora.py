@@ -36,14 +36,14 @@ def attach(
 ) -> list[tuple[str, nn.Parameter]]:
     """Freeze the transformer and add an fp32 adapter that changes nothing yet.
 
-    alpha: None for equal to rank. targets: regex that whole module names must match, None for the
-    family's. Returns the named trainable parameters, the adapter's alone. Raises ConfigError when
-    the regex is not one or matches no linear layer.
+    alpha: None for equal to rank. targets: as `ModelFamily.target_pattern` reads it. Returns the
+    named trainable parameters, the adapter's alone. Raises ConfigError when the regex is not one or
+    matches no linear layer.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    targets = targets or family.lora_targets
+    targets = family.target_pattern(targets)
     lora_alpha: Any = rank if alpha is None else alpha  # PEFT's annotation says int
     check_targets(transformer, targets)
     transformer.requires_grad_(False)
@@ -96,6 +96,8 @@ def save(folder: str | Path, transformer: Any, family: ModelFamily, entry: dict[
     layers = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict(transformer).items()}
     config = transformer.peft_config[ADAPTER].to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    # Of training only: a pipeline that loads an adapter leaves its new dropout layers switched on.
+    config["lora_dropout"] = 0.0
     with tempfile.TemporaryDirectory(prefix=".lora-", dir=folder) as temporary:
         family.pipeline_class.save_lora_weights(
             temporary,
@@ -129,15 +131,29 @@ def check_fits(transformer: Any, path: str | Path) -> None:
 
     diffusers loads what it can and warns of the rest.
     """
+    read_updates(transformer, path)
+
+
+def read_updates(
+    transformer: Any, path: str | Path
+) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """Of the adapter at `path`: its scale alpha / rank, and `A [rank, in]` and `B [out, rank]` by
+    layer. Raises as `check_fits` does; a transformer on the meta device will do."""
     file = adapter_file(path)
     metadata, tensors = _read(file)
     config = _peft_config(file, metadata)
-    wanted = {}
+    wanted, layers = {}, []
     for name, module in transformer.named_modules():
         if re.fullmatch(config["target_modules"], name):
+            layers.append(name)
             wanted[f"{PREFIX}{name}.lora_A.weight"] = (config["r"], module.in_features)
             wanted[f"{PREFIX}{name}.lora_B.weight"] = (module.out_features, config["r"])
     _compare(file, tensors, wanted)
+    updates = {
+        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"])
+        for name in layers
+    }
+    return config["lora_alpha"] / config["r"], updates
 
 
 def _peft_config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -159,14 +175,15 @@ def _compare(file: Path, given: dict[str, Tensor], wanted: Mapping[str, tuple[in
         ],
     }
     if any(problems.values()):
-        lines = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
+        lines = [f"{what}: {some(names)}" for what, names in problems.items() if names]
         raise ConfigError(
             f"{file} does not fit this model (another model.path, lora.rank or lora.targets?).\n"
             + "\n".join(lines)
         )
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def some(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
     rest = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -193,7 +210,7 @@ def adapter_file(path: str | Path) -> Path:
     if file.is_file():
         return file
     below = sorted(str(found) for found in path.glob(f"**/{WEIGHTS}"))
-    hint = f" Below it: {_some(below)}." if below else ""
+    hint = f" Below it: {some(below)}." if below else ""
     raise ConfigError(f"{path} holds no adapter ({WEIGHTS}).{hint}")
 
 

@@ -68,6 +68,13 @@ class AttentionCost:
     def sparsity(self) -> float:
         return 1 - self.density
 
+    @classmethod
+    def sum(cls, costs: Sequence[AttentionCost]) -> AttentionCost:
+        """Of several forwards together; densities are means by their work."""
+        pflop, dense = sum(cost.pflop for cost in costs), sum(cost.dense_pflop for cost in costs)
+        layer = sum(cost.layer_density * cost.dense_pflop for cost in costs) / dense
+        return cls(pflop / dense, layer, pflop, dense)
+
     def training(self, samples: int, *, recomputed: bool) -> AttentionCost:
         """The same for an update over `samples`: backward takes 2.5 forwards, recomputation one."""
         passes = samples * (4.5 if recomputed else 3.5)

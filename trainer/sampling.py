@@ -112,39 +112,43 @@ def generate(
     height: int,
     width: int,
     steps: int,
-    guidance: float,
+    guidance: float | None = None,
     seed: int,
     progress: bool = False,
-) -> np.ndarray:
-    """One video, uint8 `[frames, height, width, 3]`.
+) -> Iterator[np.ndarray]:
+    """The frames of one video, uint8 `[height, width, 3]`, decoded as they are asked for.
 
     pipe: of one of the FAMILIES, with a VAE. prompt, negative: text, or what the family's
     `encode_text` gave when the pipeline has no text encoder.
-    guidance: at most 1 for none, which leaves `negative` unread. seed: of the initial noise, drawn
-    on the CPU, so it does not depend on the device.
+    guidance: None for the family's; at most 1 for none, which leaves `negative` unread, as does a
+    model that is told its guidance. seed: of the initial noise, drawn on the CPU, so it does not
+    depend on the device.
 
     The transformer may be one in training: its modes, its attention's plan and schedule, gradients
     and torch's global random state are left as they were.
     """
     family = next(f for f in FAMILIES.values() if f.pipeline_name == type(pipe).__name__)
-    shape = family.latent_shape(frames, height, width, family.geometry_of(pipe))
+    geometry = family.geometry_of(pipe)
+    family.check_steps("steps", steps)
+    guidance = family.guidance if guidance is None else guidance
+    shape = family.latent_shape(frames, height, width, geometry)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
     text = _encoded(pipe, family, prompt)
-    against = _encoded(pipe, family, negative) if guidance > 1 else None
+    uses_negative = family.uses_negative(geometry, guidance)
+    against = _encoded(pipe, family, negative) if uses_negative else None
     device = pipe._execution_device
-    kwargs = {k: v.to(device) for k, v in family.pipeline_text(text, against).items()}
+    inputs = family.pipeline_inputs(text, against, guidance)
     with _sampling(pipe, progress):
-        video = pipe(
+        latents = pipe(
             num_frames=frames,
             height=height,
             width=width,
             num_inference_steps=steps,
-            guidance_scale=guidance,
             latents=noise,
-            output_type="np",
-            **kwargs,
+            output_type="latent",
+            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()},
         ).frames[0]
-    return (video * 255).round().clip(0, 255).astype(np.uint8)
+    return family.decode_video(pipe, latents)
 
 
 def _encoded(pipe: Any, family: ModelFamily, text: str | Text) -> Text:

@@ -73,6 +73,7 @@ class Validator:
                 sigmas=config.validate.sigmas,
                 latent_frames=job.latent_shape(frames)[1],
                 seed=config.validate.seed,
+                guidance=config.train.guidance,
                 device=self.device,
             )
         log.info(
@@ -107,8 +108,8 @@ class Validator:
             guidance=config.validate.guidance,
             seed=config.validate.seed,
         )
+        write_video(path, frames, job.fps)  # decodes as it writes
         self._pipeline.vae.to("cpu")
-        write_video(path, frames, job.fps)
 
 
 @torch.no_grad()
@@ -120,6 +121,7 @@ def heldout_loss(
     sigmas: Sequence[float],
     latent_frames: int,
     seed: int,
+    guidance: float | None,
     device: torch.device,
 ) -> float:
     """Mean loss over clips and noise levels, always under the same noise: only weights move it.
@@ -137,7 +139,9 @@ def heldout_loss(
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + index * 101 + level)
                 noise = torch.randn(clean.shape, generator=generator).to(device)
                 noise_level = torch.full((1,), sigma, device=device)
-                loss = flow_matching_loss(family, transformer, clean, text, noise_level, noise)
+                loss = flow_matching_loss(
+                    family, transformer, clean, text, noise_level, noise, guidance
+                )
                 losses.append(loss.item())
     return sum(losses) / len(losses)
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import WAN, randomise, wan_transformer
+import tiny
+import torch
+from safetensors.torch import load_file
+from tiny import WAN, randomise
 
 from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import main
@@ -21,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with an adapter for the tiny Wan."""
     folder = tmp_path_factory.mktemp("run")
-    transformer = wan_transformer()
+    transformer = tiny.load_transformer(WAN)
     randomise(lora.attach(transformer, WAN, rank=4))
     entry = {
         "version": 1,
@@ -79,6 +82,36 @@ def test_dense_sampling_differs(sample):
     assert np.abs(sparse - dense).mean() > 2
 
 
+def test_export_writes_a_file_for_comfyui(run, tmp_path, capsys):
+    file = tmp_path / "new" / "waves.safetensors"
+    main(["export", f"lora={run}", f"cache={tmp_path}", f"out={file}", "dtype=bfloat16"])
+    assert capsys.readouterr().out.strip() == str(file)
+    tensors = load_file(file)
+    assert len(tensors) == 3 * 4 * 2  # layers, projections, A and B
+    assert tensors["diffusion_model.blocks.0.self_attn.q.lora_A.weight"].dtype == torch.bfloat16
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["lora=/no/such/run"], "/no/such/run holds no adapter"),
+        (["lora="], "lora=... is missing."),
+        (["out=a.ckpt"], "out=a.ckpt must end in .safetensors."),
+        (["dtype=float16"], "dtype=float16 must be one of float32, bfloat16."),
+        (["model=/no/such/model"], "model.path=/no/such/model cannot be loaded"),
+        (["ouput=x"], "ouput is not a setting. Did you mean out?"),
+    ],
+)
+def test_refusals_of_export(run, tmp_path, options, message):
+    key = options[0].partition("=")[0]
+    given = [f"lora={run}", f"out={tmp_path / 'a.safetensors'}", f"cache={tmp_path / 'tiny'}"]
+    with pytest.raises(SystemExit, match="^error: ") as error:
+        main(["export", *(g for g in given if not g.startswith(key + "=")), *options])
+    assert message in str(error.value)
+    assert list(tmp_path.glob("*.*")) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -105,7 +138,8 @@ def test_refusals(run, tmp_path, options, message):
 
 def test_usage(capsys):
     main(["--help"])
-    assert "longreel sample lora=RUN" in capsys.readouterr().out
+    usage = capsys.readouterr().out
+    assert "longreel sample lora=RUN" in usage and "longreel export lora=RUN" in usage
     with pytest.raises(SystemExit, match="'smaple' is no command"):
         main(["smaple"])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import arguments_of
 
 from longreel.data.decode import write_video
 
@@ -31,22 +32,4 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(videos: Path, cache: Path, tmp_path: Path) -> list[str]:
-    """A complete run in a few seconds: 17 latent frames of 4 x 4 patches, 4 steps."""
-    return [
-        "recipe=tiny_wan",
-        f"data.path={videos}",
-        f"cache.dir={cache}",
-        f"run.dir={tmp_path / 'run'}",
-        "extend.native=9",
-        "height=64",
-        "width=64",
-        "sparse.block=16",
-        "lora.rank=4",
-        "train.steps=4",
-        "train.warmup=1",
-        "checkpoint.every=2",
-        "validate.every=4",
-        "validate.prompts=[]",
-        "validate.steps=2",
-        "log.wandb=false",
-    ]
+    return arguments_of("wan", videos, cache, tmp_path / "run")

@@ -1,8 +1,9 @@
 """Noise levels, noising and the loss."""
 
 import pytest
+import tiny
 import torch
-from tiny import WAN, wan_text, wan_transformer
+from tiny import WAN
 
 from longreel.trainer.config import Sigma
 from longreel.trainer.flow import add_noise, flow_matching_loss, sample, sample_sigmas
@@ -59,7 +60,7 @@ def test_noise_runs_from_clean_to_noise_for_each_sample():
 
 def test_loss_is_zero_for_the_true_velocity():
     clean, noise = torch.randn(2, 1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(0))
-    transformer, text = wan_transformer(), WAN.collate_text([wan_text()])
+    transformer, text = tiny.load_transformer(WAN), WAN.collate_text([tiny.make_text(WAN)])
     sigma = torch.tensor([0.3])
     seen = {}
 

@@ -1,4 +1,4 @@
-"""The command users type, on a GPU: Wan 1.3B at full width, random weights, 161 frames."""
+"""The commands users type, on a GPU, on random weights of the published widths."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from longreel.data.decode import write_video
+from longreel.data.decode import probe, write_video
 from longreel.trainer import lora
+from longreel.trainer.families import FAMILIES
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,43 +53,84 @@ def wan_1_3b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    y, x = np.mgrid[:480, :832].astype(np.float32)
+def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One dual and one single block of the published width; all else as in the tiny model."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    pipe = FAMILIES["hunyuan"].build_tiny()
+    small = {
+        name: pipe.transformer.config[name]
+        for name in ("in_channels", "out_channels", "text_embed_dim", "pooled_projection_dim")
+    }
+    with torch.device("cuda"):
+        transformer = HunyuanVideoTransformer3DModel(num_layers=1, num_single_layers=1, **small)
+    pipe.register_modules(transformer=transformer.to(torch.bfloat16))
+    folder = tmp_path_factory.mktemp("hunyuan")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def write_waves(folder: Path, frames: int, height: int, width: int, fps: int) -> Path:
+    """Two videos with captions."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
     for index in range(2):
         waves = (
             np.stack(
                 [np.sin((x + 4 * t) / (40 + 9 * c + index)) * np.cos(y / 60) for c in range(3)]
             )
-            for t in range(161)
+            for t in range(frames)
         )
-        frames = ((127 + 100 * wave).astype(np.uint8).transpose(1, 2, 0) for wave in waves)
-        write_video(folder / f"{index}.mp4", frames, 16)
+        pictures = ((127 + 100 * wave).astype(np.uint8).transpose(1, 2, 0) for wave in waves)
+        write_video(folder / f"{index}.mp4", pictures, fps)
         (folder / f"{index}.txt").write_text(f"waves number {index}")
     return folder
 
 
-def test_accelerate_launch(wan_1_3b: Path, videos: Path, tmp_path: Path):
-    """Caches, trains five steps, stops, goes on to seven, samples at the target length."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "train.py"]
-    command += ["recipe=wan_1_3b_2x", f"model.path={wan_1_3b}", f"data.path={videos}"]
+def launch(command: list[str]) -> str:
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(run.stdout[-3500:])
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def train(tmp_path: Path, *settings: str) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "train.py", *settings]
     command += [f"cache.dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
     command += ["train.warmup=2", "log.wandb=false", "validate.every=100", "validate.steps=2"]
-    command += ["validate.prompts=a wave", "checkpoint.every=5"]
-    for steps in (5, 7):
-        run = subprocess.run(
-            [*command, f"train.steps={steps}"], cwd=ROOT, capture_output=True, text=True
-        )
-        print(run.stdout[-3500:])
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert "Attention backend on cuda: triton" in run.stdout
-        assert "n/a" not in run.stdout
-    assert "Resuming from" in run.stdout
-    with (tmp_path / "run/metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    output = launch([*command, "validate.prompts=a wave"])
+    assert "Attention backend on cuda: triton" in output and "n/a" not in output
+    return output
+
+
+def column(run_dir: Path, name: str) -> list[float]:
+    with (run_dir / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def test_wan(wan_1_3b: Path, tmp_path: Path):
+    """161 frames of 480 x 832: caches, trains five steps, stops, goes on to seven, samples."""
+    settings = ["recipe=wan_1_3b_2x", f"model.path={wan_1_3b}", "checkpoint.every=5"]
+    settings += [f"data.path={write_waves(tmp_path, 161, 480, 832, 16)}"]
+    train(tmp_path, *settings, "train.steps=5")
+    assert "Resuming from" in train(tmp_path, *settings, "train.steps=7")
+    losses = column(tmp_path / "run", "loss")
     assert len(losses) == 7 and np.isfinite(losses).all()
-    heldout = [float(row["heldout_loss_target"]) for row in rows if row["heldout_loss_target"]]
+    heldout = column(tmp_path / "run", "heldout_loss_target")
     assert len(heldout) == 3 and heldout[-1] < heldout[0]
     assert lora.read_entry(tmp_path / "run")["frames"] == 161
     assert (tmp_path / "run/samples/step-000007-0.mp4").stat().st_size > 10_000
+
+
+def test_hunyuan(hunyuan: Path, tmp_path: Path):
+    """253 frames of 720 x 1280, 230,400 tokens and text; then the adapter samples by command."""
+    settings = ["recipe=hunyuan_2x", f"model.path={hunyuan}", "sparse.dense_layers=1"]
+    settings += [f"data.path={write_waves(tmp_path, 255, 180, 320, 24)}", "validate.sigmas=[0.5]"]
+    train(tmp_path, *settings, "train.steps=3", "train.caption_dropout=0.3")
+    losses = column(tmp_path / "run", "loss")
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    assert len(column(tmp_path / "run", "heldout_loss_target")) == 2
+    out = tmp_path / "sample.mp4"
+    command = [sys.executable, "-c", "from longreel.launch.commands import main; main()", "sample"]
+    launch([*command, f"lora={tmp_path / 'run'}", "prompt=a wave", "steps=2", f"out={out}"])
+    assert probe(out).duration == pytest.approx(253 / 24, abs=0.1)

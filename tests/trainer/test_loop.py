@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from runs import TIMES, Interrupted, rows, stop_at, train
 from safetensors.torch import load_file
 from tiny import WAN
 
@@ -25,36 +25,6 @@ from longreel.trainer.loop import Trainer, lr_factor
 from longreel.trainer.validate import Validator
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("seconds_per_step", "tokens_per_second", "peak_memory_gib")
-
-
-def train(arguments: list[str], *overrides: str) -> Trainer:
-    given = dict(argument.partition("=")[::2] for argument in [*arguments, *overrides])
-    trainer = Trainer(Job.from_config(load([f"{k}={v}" for k, v in given.items()])))
-    trainer.fit()
-    return trainer
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    """metrics.csv without what depends on the clock."""
-    with (run_dir / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-
-class Interrupted(Exception):
-    pass
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The next run ends without notice when it reaches an optimizer update."""
-    real = Trainer._step
-
-    def stopping(self: Trainer, current: int, batches):
-        if current == step:
-            raise Interrupted
-        return real(self, current, batches)
-
-    monkeypatch.setattr(Trainer, "_step", stopping)
 
 
 def test_resumed_equals_uninterrupted(arguments, tmp_path, monkeypatch):

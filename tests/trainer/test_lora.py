@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import WAN, randomise, wan_inputs, wan_pipeline, wan_transformer
+from tiny import WAN, randomise
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
@@ -19,15 +20,15 @@ ENTRY = {"version": 1, "family": "wan", "pattern": {"name": "radial", "decay": 0
 
 def adapted(rank=4, alpha=None, seed=0, **options):
     """A tiny transformer with an adapter that shows, installed as in training."""
-    transformer = wan_transformer()
+    transformer = tiny.load_transformer(WAN)
     randomise(lora.attach(transformer, WAN, rank=rank, alpha=alpha, **options), seed=seed)
     WAN.install(transformer, SparseAttention(Dense()))
     return transformer
 
 
 def test_only_fp32_self_attention_adapters_are_trained():
-    transformer = wan_transformer(torch.bfloat16)
-    inputs = wan_inputs(dtype=torch.bfloat16)
+    transformer = tiny.load_transformer(WAN, torch.bfloat16)
+    inputs = tiny.make_inputs(WAN, dtype=torch.bfloat16)
     before = transformer(**inputs).sample
     named = lora.attach(transformer, WAN, rank=4, seed=0)
     assert len(named) == 3 * 4 * 2  # layers, projections, A and B
@@ -42,7 +43,7 @@ def test_only_fp32_self_attention_adapters_are_trained():
 
 
 def test_seed_decides_the_weights_and_leaves_the_global_state_alone():
-    transformers = [wan_transformer() for _ in range(3)]
+    transformers = [tiny.load_transformer(WAN) for _ in range(3)]
     state = torch.random.get_rng_state()
     first, same, other = (
         dict(lora.attach(transformer, WAN, rank=2, seed=seed))
@@ -63,12 +64,12 @@ def test_seed_decides_the_weights_and_leaves_the_global_state_alone():
 )
 def test_targets_that_match_nothing_useful_are_named(targets, message):
     with pytest.raises(ConfigError, match=message) as error:
-        lora.attach(wan_transformer(), WAN, rank=2, targets=targets)
+        lora.attach(tiny.load_transformer(WAN), WAN, rank=2, targets=targets)
     assert f"lora.targets={targets}" in str(error.value)
 
 
 def test_targets_of_a_recipe():
-    named = lora.attach(wan_transformer(), WAN, rank=2, targets=r".*\.attn2\.(to_k|to_v)")
+    named = lora.attach(tiny.load_transformer(WAN), WAN, rank=2, targets=r".*\.attn2\.(to_k|to_v)")
     assert len(named) == 3 * 2 * 2
 
 
@@ -76,8 +77,8 @@ def test_targets_of_a_recipe():
 def test_stock_diffusers_gives_the_same_output(tmp_path, rank, alpha):
     trained = adapted(rank, alpha)
     lora.save(tmp_path, trained, WAN, ENTRY)
-    pipe = wan_pipeline()
-    inputs = wan_inputs()
+    pipe = tiny.load_pipeline(WAN)
+    inputs = tiny.make_inputs(WAN)
     bare = pipe.transformer(**inputs).sample
     pipe.load_lora_weights(tmp_path, adapter_name="ours")
     loaded = pipe.transformer(**inputs).sample
@@ -87,17 +88,26 @@ def test_stock_diffusers_gives_the_same_output(tmp_path, rank, alpha):
     assert torch.equal(pipe.transformer(**inputs).sample, bare)
 
 
+def test_a_loaded_adapter_samples_without_dropout(tmp_path):
+    """Stock diffusers builds it with the dropout on record, switched on."""
+    lora.save(tmp_path, adapted(dropout=0.5).eval(), WAN, ENTRY)
+    pipe = tiny.load_pipeline(WAN)
+    pipe.load_lora_weights(tmp_path)
+    inputs = tiny.make_inputs(WAN)
+    assert torch.equal(pipe.transformer(**inputs).sample, pipe.transformer(**inputs).sample)
+
+
 def test_stock_diffusers_in_bf16_is_within_the_trained_model_s_own_error(tmp_path):
     """diffusers rounds the adapter to the base's bf16, which training keeps in fp32."""
-    trained = wan_transformer(torch.bfloat16)
+    trained = tiny.load_transformer(WAN, torch.bfloat16)
     randomise(lora.attach(trained, WAN, rank=4), seed=0)
     lora.save(tmp_path, trained, WAN, ENTRY)
-    exact = wan_transformer()
-    exact.load_state_dict(wan_transformer(torch.bfloat16).state_dict())
+    exact = tiny.load_transformer(WAN)
+    exact.load_state_dict(tiny.load_transformer(WAN, torch.bfloat16).state_dict())
     randomise(lora.attach(exact, WAN, rank=4), seed=0)
-    pipe = wan_pipeline(wan_transformer(torch.bfloat16))
+    pipe = tiny.load_pipeline(WAN, tiny.load_transformer(WAN, torch.bfloat16))
     pipe.load_lora_weights(tmp_path)
-    inputs, rounded = wan_inputs(), wan_inputs(dtype=torch.bfloat16)
+    inputs, rounded = tiny.make_inputs(WAN), tiny.make_inputs(WAN, dtype=torch.bfloat16)
     with torch.no_grad():
         oracle = exact(**inputs).sample
         own = (trained(**rounded).sample - oracle).norm()
@@ -152,14 +162,14 @@ FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
 def test_adapters_that_do_not_fit_are_listed(tmp_path, change, message):
     """diffusers would load the rest and warn."""
     file = lora.save(tmp_path, adapted(), WAN, ENTRY)
-    lora.check_fits(wan_transformer(), tmp_path)
+    lora.check_fits(tiny.load_transformer(WAN), tmp_path)
     with safe_open(file, "pt") as content:
         metadata = content.metadata()
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(ConfigError, match=message):
-        lora.check_fits(wan_transformer(), file)
+        lora.check_fits(tiny.load_transformer(WAN), file)
 
 
 def test_files_that_are_not_our_adapters(tmp_path):
@@ -180,7 +190,7 @@ def test_files_that_are_not_our_adapters(tmp_path):
     with pytest.raises(ConfigError, match="not written by longreel"):
         lora.read_entry(tmp_path / "foreign.safetensors")
     with pytest.raises(ConfigError, match="does not say its rank"):
-        lora.check_fits(wan_transformer(), tmp_path / "foreign.safetensors")
+        lora.check_fits(tiny.load_transformer(WAN), tmp_path / "foreign.safetensors")
 
     newer = lora.save(tmp_path / "newer", adapted(), WAN, ENTRY | {"version": 2})
     with pytest.raises(ConfigError, match="newer longreel"):

@@ -4,9 +4,11 @@ from typing import Any
 
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, installed_attention
+from .hunyuan import Hunyuan
+from .mochi import Mochi
 from .wan import Wan
 
-FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (Wan(),)}
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (Wan(), Hunyuan(), Mochi())}
 
 
 def family_of(entry: dict[str, Any]) -> ModelFamily:

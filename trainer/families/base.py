@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Geometry:
 
     temporal, spatial: compression of the VAE. patch: latent frames, rows and columns of a token.
     max_positions: rows of the RoPE table along each axis; None when positions have no limit.
+    guidance_embeds: whether the model is distilled to be told its guidance as an input.
     """
 
     temporal: int
@@ -39,6 +41,7 @@ class Geometry:
     heads: int
     head_dim: int
     max_positions: int | None = None
+    guidance_embeds: bool = False
 
     def latent_frames(self, frames: int) -> int:
         return (frames - 1) // self.temporal + 1
@@ -57,8 +60,18 @@ class ModelFamily(ABC):
     default_path: str  # repository on the Hub
     fps: int
     native_frames: int  # the length the model was trained at
-    lora_targets: str  # regex of module names, whole names
+    guidance: float  # when sampling, as the pipeline's authors advise
+    steps: int  # likewise
+    least_steps: int = 1  # that the pipeline's schedule can take
+    train_guidance: float = 1.0  # told to a guidance-distilled model in training
+    text_tokens: int = 0  # at most, in the sequence beside the video's
+    # Regexes of whole module names by the names that `lora.targets` takes; the first is the default
+    lora_targets: Mapping[str, str]
+    # The layers of the published checkpoint, as ComfyUI names them, each with the diffusers layers
+    # whose outputs it holds one after another. `{}` is the index of a block.
+    original_layers: Mapping[str, tuple[str, ...]]
     text_components: tuple[str, ...] = ("tokenizer", "text_encoder")  # of the pipeline
+    fp32_components: tuple[str, ...] = ("vae",)
     tiny_version: int  # to be raised with every change of `build_tiny`
 
     # Files
@@ -138,22 +151,26 @@ class ModelFamily(ABC):
         vae: bool = True,
         dtype: torch.dtype,
     ) -> Any:
-        """The stock pipeline around `transformer`, its VAE in fp32, its text encoders in `dtype`.
+        """The stock pipeline around `transformer`, in `dtype` but for `fp32_components`.
 
         Components that are not asked for are None, and their files are never read.
         """
         components: dict[str, Any] = {"transformer": transformer}
-        if not text:
-            components |= dict.fromkeys(self.text_components)
-        if not vae:
-            components["vae"] = None
         with self._fetching(path):
+            if text:
+                components |= self.load_tokenizers(path, revision)
+            else:
+                components |= dict.fromkeys(self.text_components)
+            if not vae:
+                components["vae"] = None
+            fp32 = dict.fromkeys(self.fp32_components, torch.float32)
             return self.pipeline_class.from_pretrained(
-                path,
-                revision=revision,
-                dtype={"default": dtype, "vae": torch.float32},
-                **components,
+                path, revision=revision, dtype={"default": dtype, **fp32}, **components
             )
+
+    def load_tokenizers(self, path: str, revision: str | None) -> dict[str, Any]:
+        """Tokenizers that the pipeline would not load right by itself, by component."""
+        return {}
 
     @property
     def pipeline_class(self) -> Any:
@@ -186,6 +203,21 @@ class ModelFamily(ABC):
                 "the Hub (model_index.json, transformer/, vae/, text_encoder/, ...), a repository, "
                 "or `tiny`."
             ) from error
+
+    # Settings
+
+    def target_pattern(self, targets: str | None) -> str:
+        """The regex of `lora.targets`: one of `lora_targets` by name, None for the first."""
+        if targets is None:
+            return next(iter(self.lora_targets.values()))
+        return self.lora_targets.get(targets, targets)
+
+    def check_steps(self, name: str, steps: int) -> None:
+        """Raise ConfigError for a number of diffusion steps that the pipeline cannot take."""
+        if steps < self.least_steps:
+            raise ConfigError(
+                f"{name}={steps}: the schedule of {self.name} takes at least {self.least_steps}."
+            )
 
     # Shapes
 
@@ -262,8 +294,8 @@ class ModelFamily(ABC):
     @abstractmethod
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
-    ) -> tuple[TokenGrid, Tensor | None]:
-        """The grid of one forward and its valid length per sample (`[batch]` int32, or None).
+    ) -> tuple[TokenGrid, Sequence[int] | None]:
+        """The grid of one forward, and how many tokens of each sample count (None: all do).
 
         inputs: the arguments of `transformer.forward` by name.
         """
@@ -281,9 +313,16 @@ class ModelFamily(ABC):
     def collate_text(self, texts: Sequence[Text]) -> Text:
         """A batch of `encode_text` results as keyword arguments of the transformer."""
 
+    def uses_negative(self, geometry: Geometry, guidance: float) -> bool:
+        """Whether sampling leads away from a negative prompt, by a second forward a step."""
+        return guidance > 1 and not geometry.guidance_embeds
+
     @abstractmethod
-    def pipeline_text(self, text: Text, negative: Text | None) -> dict[str, Tensor]:
-        """`encode_text` results as keyword arguments of the pipeline's call, batch 1."""
+    def pipeline_inputs(self, text: Text, negative: Text | None, guidance: float) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call, batch 1, for `encode_text` results.
+
+        negative: None unless `uses_negative`.
+        """
 
     def encode_video(self, pipe: Any, pixels: Tensor) -> Tensor:
         """Latents `[C, f, h, w]` fp32, as the transformer is fed, of uint8 `[F, H, W, 3]` frames.
@@ -291,14 +330,44 @@ class ModelFamily(ABC):
         The mode of the VAE's posterior, so the same clip always gives the same latents.
         """
         vae = pipe.vae
+        self.limit_memory(vae)
         scaled = pixels.to(vae.device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
         with torch.no_grad():
             latents = vae.encode(scaled).latent_dist.mode().float()
         return self.normalise(vae, latents)[0]
 
+    def decode_video(self, pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
+        """uint8 frames `[H, W, 3]`, one after another, of the transformer's latents `[C, f, h, w]`.
+
+        A few latent frames are decoded at a time: memory does not grow with the video's length.
+        """
+        vae = pipe.vae
+        self.limit_memory(vae)
+        chunks = self.decode_chunks(vae, self.denormalise(vae, latents[None].to(vae.device)))
+        while True:
+            with torch.no_grad():  # not across the yield: it would reach the caller
+                pixels = next(chunks, None)
+            if pixels is None:
+                return
+            pixels = (pixels[0] / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+            yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+    def limit_memory(self, vae: Any) -> None:
+        """Let the VAE take large frames in spatial tiles where whole ones need too much memory."""
+        vae.enable_tiling()
+
+    @abstractmethod
+    def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
+        """Pixels `[1, 3, frames, H, W]` in [-1, 1], some frames at a time: together, those of
+        `vae.decode(latents)`."""
+
     @abstractmethod
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:
         """VAE latents `[B, C, f, h, w]` to the transformer's scale."""
+
+    @abstractmethod
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`, in the VAE's dtype."""
 
     # Flow matching; sigma is the noise level in [0, 1], noisy = (1 - sigma) clean + sigma noise
 
@@ -310,17 +379,28 @@ class ModelFamily(ABC):
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
         """What the transformer is trained to predict."""
 
-    def predict(self, transformer: Any, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
+    def predict(
+        self,
+        transformer: Any,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Text,
+        guidance: float | None = None,
+    ) -> Tensor:
         """The transformer's prediction for latents `[B, C, f, h, w]`, in their dtype.
 
-        text: from `collate_text`, on the same device.
+        text: from `collate_text`, on the same device. guidance: what a model with
+        `guidance_embeds` is told, None for others.
         """
         dtype = getattr(transformer, "module", transformer).dtype  # of the frozen base
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in text.items()}
+        if guidance is not None:
+            inputs["guidance"] = torch.full_like(sigma, 1000 * guidance)
         out = transformer(
             hidden_states=noisy.to(dtype),
             timestep=self.timestep(sigma),
             return_dict=False,
-            **{k: v.to(dtype) if v.is_floating_point() else v for k, v in text.items()},
+            **inputs,
         )
         return out[0].to(noisy.dtype)
 

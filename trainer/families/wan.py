@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, diffusers_class
+from .rope import rotate
 
 TEXT_TOKENS = 512  # the pipeline's call pads to it; `encode_prompt` alone would pad to 226
+
+PROJECTIONS = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
 
 
 class Wan(ModelFamily):
@@ -23,7 +26,18 @@ class Wan(ModelFamily):
     default_path = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     fps = 16
     native_frames = 81
-    lora_targets = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+    guidance = 5.0
+    steps = 50
+    lora_targets = {
+        "attention": r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
+        "attention+text": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+    }
+    original_layers = {
+        **{f"blocks.{{}}.self_attn.{o}": (f"blocks.{{}}.attn1.{d}",) for o, d in PROJECTIONS},
+        **{f"blocks.{{}}.cross_attn.{o}": (f"blocks.{{}}.attn2.{d}",) for o, d in PROJECTIONS},
+        "blocks.{}.ffn.0": ("blocks.{}.ffn.net.0.proj",),
+        "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
+    }
     tiny_version = 1
 
     def read_geometry(
@@ -70,7 +84,7 @@ class Wan(ModelFamily):
 
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
-    ) -> tuple[TokenGrid, Tensor | None]:
+    ) -> tuple[TokenGrid, Sequence[int] | None]:
         return self.grid(inputs["hidden_states"].shape, transformer.config.patch_size), None
 
     def encode_text(self, pipe: Any, caption: str) -> Text:
@@ -86,15 +100,38 @@ class Wan(ModelFamily):
     def collate_text(self, texts: Sequence[Text]) -> Text:
         return {"encoder_hidden_states": _pad([text["prompt_embeds"] for text in texts])}
 
-    def pipeline_text(self, text: Text, negative: Text | None) -> dict[str, Tensor]:
-        kwargs = {"prompt_embeds": _pad([text["prompt_embeds"]])}
+    def pipeline_inputs(self, text: Text, negative: Text | None, guidance: float) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"prompt_embeds": _pad([text["prompt_embeds"]])}
         if negative is not None:
-            kwargs["negative_prompt_embeds"] = _pad([negative["prompt_embeds"]])
-        return kwargs
+            inputs["negative_prompt_embeds"] = _pad([negative["prompt_embeds"]])
+        return inputs | {"guidance_scale": guidance}
+
+    def limit_memory(self, vae: Any) -> None:
+        """Nothing: the VAE takes four frames at a time anyway, and whole ones fit."""
+
+    def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
+        # As `vae.decode` without tiles, which keeps what came before in its caches.
+        vae.clear_cache()
+        try:
+            for index, frame in enumerate(vae.post_quant_conv(latents).split(1, dim=2)):
+                vae._conv_idx = [0]
+                yield vae.decoder(
+                    frame,
+                    feat_cache=vae._feat_map,
+                    feat_idx=vae._conv_idx,
+                    first_chunk=index == 0,
+                ).clamp(-1, 1)
+        finally:
+            vae.clear_cache()
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:
         mean, std = _latent_statistics(vae, latents)
         return (latents - mean) / std
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        latents = latents.to(vae.dtype)
+        mean, std = _latent_statistics(vae, latents)
+        return latents / (1 / std) + mean  # rounded as the pipeline rounds
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return 1000 * sigma
@@ -184,19 +221,12 @@ class WanSelfAttention:
         # The norms span all heads, so they come before the split.
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]  # each value comes twice
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.attention.attention(self.layer_index, q, k, v).flatten(2)
         for module in attn.to_out:
             out = module(out)
         return out
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on interleaved pairs of `[B, S, H, D]`; cos and sin `[1, S, 1, D]` repeat each value."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    rotated = (even * cos - odd * sin, even * sin + odd * cos)  # fp32, as the tables are
-    return torch.stack([part.type_as(x) for part in rotated], dim=-1).flatten(-2)
 
 
 def _pad(embeds: Sequence[Tensor]) -> Tensor:
