@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,16 @@ from .grid import TokenGrid
 from .layout import BlockLayout, build_layout
 from .patterns import Dense, SparsePattern
 
+# Index of a diffusion step; with the number of steps where the last ones are to be told.
+Step = int | tuple[int, int]
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What one forward of the model computes: set before it, the same for all of its layers."""
 
     grid: TokenGrid
-    valid: Tensor | None  # [batch] int32, keys at or past it are padding
+    valid: tuple[int, ...] | None  # tokens of each sample that count; the rest is padded text
     dense: bool  # a dense diffusion step
 
 
@@ -36,7 +40,7 @@ class SparseAttention:
     block: tokens of a block, a power of two; the kernels are tuned for 128.
     backend: of `block_sparse_attention`.
     dense_layers: a number k for the first k layers, or the indices of the layers that stay dense.
-    dense_steps: the first diffusion steps that stay dense when sampling.
+    dense_steps: the same for diffusion steps when sampling; indices below 0 count from the last.
     schedule: set while sampling; turns the model's timestep into the `step` of `plan`. By value,
         because guidance calls the model twice a step.
     """
@@ -45,8 +49,8 @@ class SparseAttention:
     block: int = 128
     backend: Backend = "auto"
     dense_layers: int | Collection[int] = 0
-    dense_steps: int = 0
-    schedule: Callable[[Tensor], int] | None = None
+    dense_steps: int | Collection[int] = 0
+    schedule: Callable[[Tensor], Step] | None = None
     _plan: Plan | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,21 +59,25 @@ class SparseAttention:
         self.dense_layers = frozenset(self.dense_layers)
 
     def plan(
-        self, grid: TokenGrid, *, valid: Tensor | None = None, step: int | None = None
+        self, grid: TokenGrid, *, valid: Sequence[int] | None = None, step: Step | None = None
     ) -> None:
         """Set the geometry of the coming forward; every layer then calls `attention`.
 
-        valid: `[batch]` int32, how many of the sequence's tokens count as keys; the rest is padded
-            text. None when nothing is padded.
-        step: index of the diffusion step when sampling, None when training.
+        valid: how many tokens of each sample's sequence count; the rest is padded text, which no
+            token attends to, and whose own result means nothing. None when nothing is padded.
+        step: the diffusion step when sampling, its index or `(index, steps)`; None when training.
+
+        Raises:
+            ValueError: if dense steps count from the last and `step` does not tell how many.
         """
         self._plan = self.planned(grid, valid=valid, step=step)
 
     def planned(
-        self, grid: TokenGrid, *, valid: Tensor | None = None, step: int | None = None
+        self, grid: TokenGrid, *, valid: Sequence[int] | None = None, step: Step | None = None
     ) -> Plan:
         """The plan that `plan` would set, for `using`."""
-        return Plan(grid, valid, step is not None and step < self.dense_steps)
+        lengths = None if valid is None or min(valid) == len(grid) else tuple(valid)
+        return Plan(grid, lengths, step is not None and _is_chosen(self.dense_steps, step))
 
     @property
     def current(self) -> Plan | None:
@@ -109,10 +117,24 @@ class SparseAttention:
         """The block layout of `grid`, on the CPU."""
         return build_layout(self.pattern, grid, self.block)
 
-    def token_density(self, grid: TokenGrid, layers: int) -> float:
+    def sparse_density(self, grid: TokenGrid, heads: int | None = None) -> float:
+        """Executed share of all token pairs in one sparse layer, text counted.
+
+        heads: of the model, whose share of each layout counts; None: all layouts count alike.
+        """
+        followed = None if heads is None else self.pattern.head_layouts(heads)
+        return self.layout(grid).token_density(len(grid), followed)
+
+    def layer_densities(
+        self, grid: TokenGrid, layers: int, heads: int | None = None
+    ) -> list[float]:
+        """The same of each of `layers` layers; dense ones compute everything."""
+        sparse = self.sparse_density(grid, heads)
+        return [1.0 if self.is_dense(index) else sparse for index in range(layers)]
+
+    def token_density(self, grid: TokenGrid, layers: int, heads: int | None = None) -> float:
         """Executed share of all token pairs over `layers` layers, text and dense layers counted."""
-        sparse = self.layout(grid).token_density(len(grid))
-        return sum(1.0 if self.is_dense(i) else sparse for i in range(layers)) / layers
+        return sum(self.layer_densities(grid, layers, heads)) / layers
 
     def attention(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one layer; q, k, v and the result are `[batch, tokens, heads, head_dim]`."""
@@ -123,21 +145,124 @@ class SparseAttention:
             raise ValueError(f"{q.shape[1]} tokens were given, but the plan is for {plan.grid}.")
         if self.is_dense(layer_index, plan):
             return _dense_attention(q, k, v, plan.valid)
-        layout = _on_device(self.layout(plan.grid), q.device)
+        # `disable` is typed for its call without a function.
+        lists = _lists(self, plan, q.shape[2], q.device)  # pyright: ignore[reportCallIssue]
+        if lists.order is not None and lists.inverse is not None:
+            q, k, v = (_reorder(x, lists.order, lists.inverse) for x in (q, k, v))
         out, _ = block_sparse_attention(
             q,
             k,
             v,
-            layout.row_indptr,
-            layout.row_indices,
-            layout.col_indptr,
-            layout.col_indices,
-            _first_layout(q.shape[2], q.device),
+            lists.layout.row_indptr,
+            lists.layout.row_indices,
+            lists.layout.col_indptr,
+            lists.layout.col_indices,
+            lists.head_to_layout,
             block=self.block,
-            valid=plan.valid,
+            valid=lists.valid,
             backend=self.backend,
         )
+        if lists.order is not None and lists.inverse is not None:
+            out = _reorder(out, lists.inverse, lists.order)
         return out
+
+
+class _Lists(NamedTuple):
+    """What one call of the attention reads, on its device."""
+
+    layout: BlockLayout
+    head_to_layout: Tensor  # [heads]
+    order: Tensor | None  # what `_gather` takes to bring tokens into their heads' orders
+    inverse: Tensor | None  # and back
+    valid: Tensor | None  # [batch]
+
+
+@torch.compiler.disable  # it would trace how lists are made, and past their caches
+def _lists(attention: SparseAttention, plan: Plan, heads: int, device: torch.device) -> _Lists:
+    layout = attention.layout(plan.grid)
+    followed = tuple(attention.pattern.head_layouts(heads))
+    order, inverse = _orders(layout, followed, device)
+    if order is not None and inverse is not None:
+        end = len(plan.grid) * (len(order) // (layout.rows * layout.block))
+        order, inverse = order[:end], inverse[:end]
+    lengths = None if plan.valid is None else _lengths(plan.valid, device)
+    to_layout = _head_to_layout(followed, device)
+    return _Lists(_on_device(layout, device), to_layout, order, inverse, lengths)
+
+
+def _is_chosen(chosen: int | Collection[int], step: Step) -> bool:
+    """Whether a step is among the first `chosen`, or one of them."""
+    index, count = (step, None) if isinstance(step, int) else step
+    if isinstance(chosen, int):
+        return index < chosen
+    if count is None and any(i < 0 for i in chosen):
+        raise ValueError(
+            f"dense_steps={sorted(chosen)} counts from the last step: plan with step=(index, "
+            "steps), not the index alone."
+        )
+    return index in chosen or (count is not None and index - count in chosen)
+
+
+class _Reorder(torch.autograd.Function):
+    """`x.flatten(0, n)[index]`, whose backward is a gather too, by the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return _gather(x, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        return _gather(grad, ctx.inverse), None, None
+
+
+def _reorder(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    result: Any = _Reorder.apply(x, index, inverse)
+    return result
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x `[batch, tokens, heads, dim]` by `index`: of tokens, or of (token, head) pairs if longer.
+
+    Whole rows along the first dimension, which is the case that `index_select` is fast in.
+    """
+    batch, size = len(x), len(index)
+    if batch > 1:
+        start = torch.arange(batch, dtype=index.dtype, device=index.device) * size
+        index = (start[:, None] + index).flatten()
+    return x.reshape(batch * size, -1).index_select(0, index).view(x.shape)
+
+
+@lru_cache(maxsize=8)  # 180 MB a pair for 460,800 tokens and 48 heads in two orders
+def _orders(
+    layout: BlockLayout, followed: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Indices for `_gather`, int32, there and back, for as many tokens as the layout's blocks hold:
+    a shorter sequence takes the first of them. None if every head takes tokens as they come.
+
+    `[tokens]` where all heads share one order, `[tokens * heads]` otherwise.
+    """
+    if layout.order is None or layout.inverse is None:
+        return None, None
+    with torch.inference_mode(False):
+        orders = layout.order[sorted(set(followed))]
+        if (orders == torch.arange(orders.shape[1])).all():
+            return None, None
+        shared = bool((orders == orders[0]).all())
+        order, inverse = (
+            _index(table[list(followed)], shared).to(device)
+            for table in (layout.order, layout.inverse)
+        )
+    return order, inverse
+
+
+def _index(orders: Tensor, shared: bool) -> Tensor:
+    """orders: `[heads, tokens]`; of (token, head) pairs, heads fastest, unless they share one."""
+    if shared:
+        return orders[0].contiguous()
+    heads = len(orders)
+    return (orders.T * heads + torch.arange(heads, dtype=orders.dtype)).flatten()
 
 
 @lru_cache(maxsize=32)
@@ -148,16 +273,29 @@ def _on_device(layout: BlockLayout, device: torch.device) -> BlockLayout:
 
 
 @lru_cache(maxsize=32)
-def _first_layout(heads: int, device: torch.device) -> Tensor:
-    """Every head follows the one layout."""
+def _head_to_layout(followed: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.zeros(heads, dtype=torch.int32, device=device)
+        return torch.tensor(followed, dtype=torch.int32, device=device)
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    mask = None
-    if valid is not None:
-        mask = torch.arange(k.shape[1], device=k.device) < valid[:, None]
-        mask = mask[:, None, None, :]
+@lru_cache(maxsize=32)
+def _lengths(valid: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(valid, dtype=torch.int32, device=device)
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, valid: tuple[int, ...] | None) -> Tensor:
+    """SDPA, never with a mask, which would cost it its fused kernels: padding is cut off and comes
+    back as zeros."""
+    if valid is None:
+        return _sdpa(q, k, v)
+    rows = []
+    for index, length in enumerate(valid):
+        row = _sdpa(*(x[index : index + 1, :length] for x in (q, k, v)))
+        rows.append(F.pad(row, (0, 0, 0, 0, 0, q.shape[1] - length)))
+    return torch.cat(rows)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

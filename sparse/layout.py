@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -21,6 +22,11 @@ class BlockLayout:
     `row_indices[row_indptr[l, r] : row_indptr[l, r + 1]]`, ascending; column c is attended by the
     query blocks `col_indices[col_indptr[l, c] : col_indptr[l, c + 1]]`. Every token pair of a kept
     block is attended: the layout, not the pattern, defines the result.
+
+    order: the token that stands at each position of a layout, up to the end of the last block, so
+        that the first S of a row permute S tokens; text stands where it stood. None when every
+        layout takes tokens as they come.
+    inverse: the position of each token.
     """
 
     row_indptr: Tensor  # [layouts, rows + 1]
@@ -28,15 +34,32 @@ class BlockLayout:
     col_indptr: Tensor  # [layouts, rows + 1]
     col_indices: Tensor  # [kept blocks]
     block: int
+    order: Tensor | None = None  # [layouts, rows * block]
+    inverse: Tensor | None = None  # [layouts, rows * block]
 
     @classmethod
-    def from_dense(cls, kept: Tensor, block: int) -> BlockLayout:
-        """From a bool tensor `[rows, rows]` or `[layouts, rows, rows]`."""
+    def from_dense(cls, kept: Tensor, block: int, order: Tensor | None = None) -> BlockLayout:
+        """From a bool tensor `[rows, rows]` or `[layouts, rows, rows]`.
+
+        order: `[layouts, n]`, n at most rows * block; tokens past n stay where they are.
+
+        Raises:
+            ValueError: if a row of `order` is not a permutation.
+        """
         if kept.dim() == 2:
             kept = kept[None]
-        row_indptr, row_indices = _csr(kept)
-        col_indptr, col_indices = _csr(kept.transpose(1, 2))
-        return cls(row_indptr, row_indices, col_indptr, col_indices, block)
+        lists = *_csr(kept), *_csr(kept.transpose(1, 2))
+        if order is None or torch.equal(order, torch.arange(order.shape[1]).expand_as(order)):
+            return cls(*lists, block)
+        order = torch.cat([order, _positions(order.shape[1], kept.shape[1] * block, order)], 1)
+        inverse = order.argsort(1)
+        if not torch.equal(order.gather(1, inverse), _positions(0, order.shape[1], order)):
+            raise ValueError("a row of the order is not a permutation: a token is missing.")
+        return cls(*lists, block, order.int(), inverse.int())
+
+    @property
+    def layouts(self) -> int:
+        return self.row_indptr.shape[0]
 
     @property
     def rows(self) -> int:
@@ -45,33 +68,60 @@ class BlockLayout:
 
     @property
     def density(self) -> float:
-        """Kept share of all blocks, the padded tail included: the figure that papers print."""
-        return self.row_indices.numel() / (self.row_indptr.shape[0] * self.rows**2)
+        """Kept share of all blocks, the padded tail included: the figure that papers print.
 
-    def token_density(self, tokens: int) -> float:
-        """Kept share of the real token pairs of a sequence of `tokens`: what is computed.
+        Of several layouts, their mean.
+        """
+        return self.row_indices.numel() / (self.layouts * self.rows**2)
+
+    def token_densities(self, tokens: int) -> list[float]:
+        """Kept share of the real token pairs of a sequence of `tokens`, of each layout.
 
         An argument, because one layout serves every text length that ends in the same block.
         """
-        if not 0 <= self.rows * self.block - tokens < self.block:
-            raise ValueError(f"{tokens} tokens do not end in the last of {self.rows} blocks.")
-        sizes = torch.full((self.rows,), self.block, dtype=torch.float64)
-        sizes[-1] = tokens - (self.rows - 1) * self.block
-        dense = self.to_dense().double()
-        return (sizes @ dense @ sizes / tokens**2).mean().item()
+        return token_densities(self.to_dense(), self.block, tokens)
+
+    def token_density(self, tokens: int, head_layouts: Sequence[int] | None = None) -> float:
+        """Kept share of the real token pairs of a sequence of `tokens`: what is computed.
+
+        head_layouts: the layout of each head, to average over heads; None: over layouts.
+        """
+        shares = self.token_densities(tokens)
+        followed = range(self.layouts) if head_layouts is None else head_layouts
+        return sum(shares[layout] for layout in followed) / len(followed)
 
     def to_dense(self) -> Tensor:
         """Kept blocks as bool `[layouts, rows, rows]`, on the CPU."""
         indptr, indices = self.row_indptr.cpu().long(), self.row_indices.cpu().long()
-        layouts, rows = indptr.shape[0], self.rows
+        layouts, rows = self.layouts, self.rows
         counts = indptr.diff(dim=1).reshape(-1)
         kept = torch.zeros(layouts * rows, rows, dtype=torch.bool)
         kept[torch.repeat_interleave(torch.arange(layouts * rows), counts), indices] = True
         return kept.view(layouts, rows, rows)
 
     def to(self, device: torch.device | str) -> BlockLayout:
-        lists = ("row_indptr", "row_indices", "col_indptr", "col_indices")
-        return replace(self, **{name: getattr(self, name).to(device) for name in lists})
+        lists = ("row_indptr", "row_indices", "col_indptr", "col_indices", "order", "inverse")
+        moved = {name: getattr(self, name) for name in lists}
+        return replace(self, **{k: v if v is None else v.to(device) for k, v in moved.items()})
+
+
+def token_densities(kept: Tensor, block: int, tokens: int) -> list[float]:
+    """Share of the token pairs of `tokens` in the kept blocks, bool `[layouts, rows, rows]`.
+
+    Raises:
+        ValueError: if `tokens` do not end in the last block.
+    """
+    rows = kept.shape[1]
+    tail = tokens - (rows - 1) * block
+    if not 0 < tail <= block:
+        raise ValueError(f"{tokens} tokens do not end in the last of {rows} blocks.")
+    keys = kept.sum(-1) * block - kept[..., -1].long() * (block - tail)  # of each block row
+    pairs = keys.sum(-1) * block - keys[:, -1] * (block - tail)
+    return [count / tokens**2 for count in pairs.tolist()]
+
+
+def _positions(start: int, end: int, like: Tensor) -> Tensor:
+    return torch.arange(start, end, dtype=like.dtype).expand(len(like), -1)
 
 
 def _csr(kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +129,9 @@ def _csr(kept: Tensor) -> tuple[Tensor, Tensor]:
     counts = kept.sum(-1).reshape(-1)
     ends = counts.cumsum(0).view(layouts, rows)
     starts = ends[:, :1] - counts.view(layouts, rows)[:, :1]
-    indices = kept.reshape(layouts * rows, -1).nonzero()[:, 1]
-    return torch.cat([starts, ends], 1).int(), indices.int()
+    # Layout by layout: `nonzero` takes 16 bytes a kept block.
+    indices = torch.cat([matrix.nonzero()[:, 1].int() for matrix in kept])
+    return torch.cat([starts, ends], 1).int(), indices
 
 
 def build_layout(pattern: SparsePattern, grid: TokenGrid, block: int = 128) -> BlockLayout:
@@ -88,6 +139,9 @@ def build_layout(pattern: SparsePattern, grid: TokenGrid, block: int = 128) -> B
 
     Text begins where the video ends, often inside a block: that block's row and column are dense
     too. Cached: text lengths that end in the same block share one layout.
+
+    Raises:
+        ValueError: for a `block` that the kernels do not take.
     """
     if block not in BLOCKS:
         raise ValueError(f"block={block} must be one of {BLOCKS}.")
@@ -99,15 +153,31 @@ def _build(
     pattern: SparsePattern, grid: TokenGrid, block: int, rows: int, text: bool
 ) -> BlockLayout:
     with torch.inference_mode(False):  # the cached lists may later be saved for a backward
-        return BlockLayout.from_dense(_kept(pattern, grid, block, rows, text), block)
+        kept, order = _kept(pattern, grid, block, rows, text), pattern.order(grid, block)
+        if order is None:
+            return BlockLayout.from_dense(kept, block)
+        layouts = max(len(kept), len(order) if order.dim() == 2 else 1)
+        kept, order = kept.expand(layouts, -1, -1), order.expand(layouts, -1)
+        return BlockLayout.from_dense(kept, block, order)
+
+
+def kept_blocks(pattern: SparsePattern, grid: TokenGrid, block: int) -> Tensor:
+    """The blocks of `build_layout`, bool `[layouts, rows, rows]`, neither listed nor cached.
+
+    One matrix may stand for several layouts that differ in their order alone.
+    """
+    return _kept(pattern, grid.without_text(), block, -(-len(grid) // block), grid.text > 0)
 
 
 def _kept(pattern: SparsePattern, grid: TokenGrid, block: int, rows: int, text: bool) -> Tensor:
     video = pattern.blocks(grid, block)
-    kept = torch.ones(rows, rows, dtype=torch.bool)
-    kept[: video.shape[0], : video.shape[1]] = video
-    if text:
-        first_text = grid.video // block
-        kept[first_text:] = True
-        kept[:, first_text:] = True
+    if video.dim() == 2:
+        video = video[None]
+    if rows == video.shape[1] and not text:
+        return video
+    kept = torch.ones(len(video), rows, rows, dtype=torch.bool)
+    kept[:, : video.shape[1], : video.shape[2]] = video
+    first_text = grid.video // block
+    kept[:, first_text:] = True
+    kept[:, :, first_text:] = True
     return kept

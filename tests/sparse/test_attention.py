@@ -3,9 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse.toys import Scattered, Slashes
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.checkpoint import checkpoint as plain_checkpoint
 
+from longreel.kernels.block_sparse import block_sparse_attention
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
@@ -14,6 +18,7 @@ from longreel.sparse.patterns import Dense, Radial
 SMALL = TokenGrid(12, 3, 5)  # 180 tokens: frames straddle blocks of 16 and the end is ragged
 WITH_TEXT = TokenGrid(12, 3, 5, text=21)
 LAYER = 3
+RADIAL = Radial()
 
 
 def inputs(tokens, batch=2, heads=2, dim=16, dtype=torch.float32, seed=0):
@@ -29,12 +34,20 @@ def sdpa(q, k, v, mask=None):
 
 
 def masked_sdpa(pattern, grid, block, q, k, v, valid=None):
-    """SDPA over the token pairs that the layout keeps, `[batch, 1, tokens, tokens]`."""
-    block_of = torch.arange(len(grid)) // block
-    mask = build_layout(pattern, grid, block).to_dense()[0, block_of[:, None], block_of[None]]
-    mask = mask[None, None]
+    """SDPA over the token pairs that the layout of each head keeps."""
+    dense, token = build_layout(pattern, grid, block).to_dense(), torch.arange(len(grid))
+    order = pattern.order(grid, block)
+    masks = []
+    for layout in pattern.head_layouts(q.shape[2]):
+        block_of = token // block
+        if order is not None:
+            place = torch.empty(grid.video, dtype=torch.int64)
+            place[order.expand(len(dense), -1)[layout]] = token[: grid.video]
+            block_of[: grid.video] = place // block
+        masks.append(dense[layout, block_of[:, None], block_of[None]])
+    mask = torch.stack(masks)[None]
     if valid is not None:
-        mask = mask & (torch.arange(len(grid)) < valid[:, None, None, None])
+        mask = mask & (token < torch.tensor(valid)[:, None, None, None])
     return sdpa(q, k, v, mask)
 
 
@@ -47,21 +60,115 @@ def gradients(function, q, k, v, out_grad):
 @pytest.mark.parametrize("grid", [SMALL, WITH_TEXT], ids=["video", "video and text"])
 def test_sparse_layers_equal_sdpa_over_the_kept_pairs(grid, valid):
     if valid is not None:
-        valid = torch.tensor(valid, dtype=torch.int32).clamp(max=len(grid))
-    pattern = Radial()
+        valid = [min(length, len(grid)) for length in valid]
+    tensors = inputs(len(grid), dtype=torch.float64)
+    out = check_against_sdpa(Radial(), grid, valid, tensors)
+    assert not torch.allclose(out, sdpa(*tensors[:3])), "the pattern must leave something out"
+
+
+def check_against_sdpa(pattern, grid, valid, tensors):
     attention = SparseAttention(pattern, block=16, backend="reference")
     attention.plan(grid, valid=valid)
-    tensors = inputs(len(grid), dtype=torch.float64)
     got = gradients(lambda q, k, v: attention.attention(LAYER, q, k, v), *tensors)
     want = gradients(lambda *qkv: masked_sdpa(pattern, grid, 16, *qkv, valid=valid), *tensors)
     for name, one, other in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: n + m)
-    assert not torch.allclose(got[0], sdpa(*tensors[:3])), "the pattern must leave something out"
+    return got[0]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.builds(TokenGrid, *[st.integers(1, 5)] * 3, text=st.integers(0, 40)),
+    st.lists(st.sampled_from(["raster", "shared", "own"]), min_size=1, max_size=3).map(tuple),
+    st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple),
+    st.integers(0, 20),
+    st.integers(0, 10**6),
+)
+def test_heads_with_orders_equal_sdpa_over_their_pairs(grid, orders, heads, padding, seed):
+    """One order, several, or none, among any number of heads; forward and gradients."""
+    heads = tuple(head % len(orders) for head in heads)
+    pattern = Scattered(orders, heads, seed=seed)
+    valid = [len(grid), len(grid) - min(padding, grid.text)]
+    tensors = inputs(len(grid), heads=len(heads), dtype=torch.float64, seed=seed)
+    check_against_sdpa(pattern, grid, valid, tensors)
+
+
+def test_orders_take_views_of_a_fused_projection():
+    attention = SparseAttention(Slashes(), block=16, backend="reference")
+    attention.plan(SMALL)
+    fused = torch.randn(2, len(SMALL), 3, 4, 16, dtype=torch.float64, requires_grad=True)
+    out = attention.attention(LAYER, *fused.unbind(2))
+    want = masked_sdpa(Slashes(), SMALL, 16, *fused.unbind(2))
+    torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-10)
+    grads = [torch.autograd.grad(x.square().sum(), fused)[0] for x in (out, want)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("heads", [(0, 1), (1,), (2, 0, 1)], ids=["two orders", "one", "three"])
+def test_each_head_is_computed_in_its_own_order(heads, device):
+    """Bit for bit the op on tokens that were put in order by hand, a head at a time."""
+    pattern = Scattered(("raster", "own", "own"), heads)
+    attention = SparseAttention(pattern, block=16)
+    attention.plan(WITH_TEXT)
+    made = inputs(len(WITH_TEXT), heads=5, dtype=torch.bfloat16)
+    tensors = [x.detach().to(device).requires_grad_() for x in made]
+    got = gradients(lambda q, k, v: attention.attention(LAYER, q, k, v), *tensors)
+    layout = build_layout(pattern, WITH_TEXT, 16).to(device)
+    lists = (layout.row_indptr, layout.row_indices, layout.col_indptr, layout.col_indices)
+    text = torch.arange(WITH_TEXT.video, len(WITH_TEXT))
+    for head, index in enumerate(pattern.head_layouts(5)):
+        order = torch.cat([pattern.order(WITH_TEXT, 16)[index], text]).to(device)
+        alone = [x.detach()[:, order, head : head + 1].requires_grad_() for x in tensors]
+        follow = torch.tensor([index], dtype=torch.int32, device=device)
+        want = gradients(
+            lambda q, k, v, f=follow: block_sparse_attention(q, k, v, *lists, f, block=16)[0],
+            *alone,
+        )
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one[:, order, head : head + 1], other)
+
+
+def test_bf16_with_orders_repeats_bit_for_bit():
+    attention = SparseAttention(Slashes(), block=16, backend="reference")
+    attention.plan(WITH_TEXT, valid=[201, 190])
+    tensors = inputs(len(WITH_TEXT), heads=5, dtype=torch.bfloat16)
+    run = [
+        gradients(lambda q, k, v: attention.attention(LAYER, q, k, v), *tensors) for _ in range(2)
+    ]
+    assert all(map(torch.equal, *run))
+
+
+def test_raster_orders_copy_nothing():
+    """The very q, k and v are saved for the backward, not copies in another order."""
+    grid = TokenGrid(5, 4, 4)
+    q, k, v, _ = inputs(len(grid), heads=2)
+    for heads, same in (((0, 0), True), ((0, 1), False), ((1, 1), False)):
+        attention = SparseAttention(Scattered(("raster", "own"), heads), 16, "reference")
+        attention.plan(grid)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+            attention.attention(LAYER, q, k, v)
+        places = {x.data_ptr() for x in saved if x is not None}
+        assert [x.data_ptr() in places for x in (q, k, v)] == [same] * 3
+
+
+def test_orders_compile():
+    """Under `torch.compile` the permutation is part of the graph and its gradients are right."""
+    attention = SparseAttention(Slashes(), block=16, backend="reference")
+    attention.plan(SMALL)
+    *tensors, out_grad = inputs(len(SMALL), heads=4, dtype=torch.float64)
+    compiled = torch.compile(
+        lambda q, k, v: attention.attention(LAYER, q, k, v), backend="aot_eager"
+    )
+    eager = gradients(lambda q, k, v: attention.attention(LAYER, q, k, v), *tensors, out_grad)
+    for one, other in zip(gradients(compiled, *tensors, out_grad), eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 def test_padded_keys_have_no_influence():
     attention = SparseAttention(Radial(), block=16, backend="reference")
-    attention.plan(WITH_TEXT, valid=torch.tensor([185, 201], dtype=torch.int32))
+    attention.plan(WITH_TEXT, valid=[185, 201])
     q, k, v, _ = inputs(len(WITH_TEXT))
     before = attention.attention(LAYER, q, k, v)
     k, v = k.detach().clone(), v.detach().clone()
@@ -85,20 +192,25 @@ def test_every_head_follows_the_layout(heads):
         ({"dense_layers": 2}, 1, None),
         ({"dense_layers": [0, 5]}, 5, None),
         ({"dense_steps": 2}, LAYER, 1),
+        ({"dense_steps": [0, -1]}, LAYER, (9, 10)),
     ],
-    ids=["first layers", "named layers", "first steps"],
+    ids=["first layers", "named layers", "first steps", "last step"],
 )
 def test_dense_layers_and_steps_are_sdpa_exactly(options, layer, step, valid):
     attention = SparseAttention(Radial(), block=16, **options)
     q, k, v, out_grad = inputs(len(WITH_TEXT))
-    mask = None
-    if valid is not None:
-        valid = torch.tensor(valid, dtype=torch.int32)
-        mask = torch.arange(len(WITH_TEXT)) < valid[:, None, None, None]
     attention.plan(WITH_TEXT, valid=valid, step=step)
     got = gradients(lambda q, k, v: attention.attention(layer, q, k, v), q, k, v, out_grad)
-    want = gradients(lambda q, k, v: sdpa(q, k, v, mask), q, k, v, out_grad)
-    assert all(map(torch.equal, got, want))
+    if valid is None:
+        want = gradients(sdpa, q, k, v, out_grad)
+        assert all(map(torch.equal, got, want))
+        return
+    for row, length in enumerate(valid):
+        alone = [x[row : row + 1, :length].detach().requires_grad_() for x in (q, k, v)]
+        want = gradients(sdpa, *alone, out_grad[row : row + 1, :length])
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one[row : row + 1, :length], other)
+            assert not one[row, length:].any()
 
 
 def test_the_dense_pattern_is_sdpa_in_every_layer():
@@ -116,6 +228,30 @@ def test_which_layers_and_steps_are_dense():
     named = SparseAttention(Radial(), dense_layers=(1, 3))
     assert [named.is_dense(layer) for layer in range(4)] == [False, True, False, True]
     assert SparseAttention(Dense()).is_dense(LAYER)
+
+
+def test_dense_steps_may_count_from_the_last():
+    ends = SparseAttention(Radial(), dense_steps=(0, 1, -1))
+    dense = [ends.planned(SMALL, step=(step, 6)).dense for step in range(6)]
+    assert dense == [True, True, False, False, False, True]
+    assert not ends.planned(SMALL).dense
+    with pytest.raises(ValueError, match=r"dense_steps=\[-1, 0, 1\] counts from the last step"):
+        ends.planned(SMALL, step=3)
+    first = SparseAttention(Radial(), dense_steps=2)
+    assert [first.planned(SMALL, step=(step, 6)).dense for step in (1, 2)] == [True, False]
+
+
+def test_density_counts_heads():
+    """Three of four heads follow the second layout."""
+    pattern = Scattered(("raster", "raster"), (0, 1, 1, 1), share=0.3)
+    attention = SparseAttention(pattern, block=16, dense_layers=[1])
+    plain, other = build_layout(pattern, WITH_TEXT, 16).token_densities(len(WITH_TEXT))
+    assert plain != other
+    sparse = (plain + 3 * other) / 4
+    assert attention.sparse_density(WITH_TEXT, heads=4) == pytest.approx(sparse)
+    assert attention.sparse_density(WITH_TEXT) == pytest.approx((plain + other) / 2)
+    assert attention.layer_densities(WITH_TEXT, 3, 4) == pytest.approx([sparse, 1, sparse])
+    assert attention.token_density(WITH_TEXT, 3, 4) == pytest.approx((1 + 2 * sparse) / 3)
 
 
 def test_token_density_counts_dense_layers():
@@ -168,10 +304,10 @@ class Block(torch.nn.Module):
         return x + self.attention.attention(self.layer_index, q, k, v).flatten(2)
 
 
-def two_forwards_one_backward(plans, checkpoint):
+def two_forwards_one_backward(plans, checkpoint, pattern=RADIAL):
     """Gradients of both forwards' sum; `checkpoint(attention)` runs a block."""
     torch.manual_seed(0)
-    attention = SparseAttention(Radial(), block=16, backend="reference")
+    attention = SparseAttention(pattern, block=16, backend="reference")
     blocks = torch.nn.ModuleList(Block(attention, index) for index in range(2))
     run, losses = checkpoint(attention), []
     for seed, (grid, valid) in enumerate(plans):
@@ -196,14 +332,10 @@ def with_the_plan(attention):
     return attention.checkpoint
 
 
-def padded(count):
-    return torch.tensor([count], dtype=torch.int32)
-
-
 PLANS = {
     "other length": [(SMALL, None), (WITH_TEXT, None)],
     "same length": [(TokenGrid(16, 4, 9), None), (TokenGrid(9, 8, 8), None)],
-    "same grid": [(WITH_TEXT, padded(181)), (WITH_TEXT, padded(201))],
+    "same grid": [(WITH_TEXT, [181]), (WITH_TEXT, [195])],
 }
 
 
@@ -255,14 +387,24 @@ def test_using_restores_the_plan_after_an_error():
     assert torch.equal(attention.attention(LAYER, q, k, v), sdpa(q, k, v))
 
 
-def test_lists_made_in_inference_mode_serve_a_backward():
+@pytest.mark.parametrize("pattern", [Radial(decay=0.7), Slashes(2)], ids=["raster", "orders"])
+def test_lists_made_in_inference_mode_serve_a_backward(pattern):
     """A pipeline may run first, in inference mode, on the grid that is then trained on."""
     grid = TokenGrid(5, 4, 3)
     q, k, v = (torch.randn(1, len(grid), 2, 16, requires_grad=True) for _ in range(3))
-    attention = SparseAttention(Radial(decay=0.7), block=16)
+    attention = SparseAttention(pattern, block=16)
     with torch.inference_mode():
         attention.plan(grid)
         attention.attention(0, q, k, v)
     attention.plan(grid)
     attention.attention(0, q, k, v).sum().backward()
     assert q.grad is not None and q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("plans", PLANS.values(), ids=PLANS.keys())
+def test_recomputation_with_orders(plans):
+    pattern = Scattered(("raster", "own"), (1,))
+    want, _ = two_forwards_one_backward(plans, directly, pattern)
+    got, _ = two_forwards_one_backward(plans, with_the_plan, pattern)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse.toys import Scattered, Slashes
 
 from longreel.sparse.grid import TokenGrid
-from longreel.sparse.layout import BlockLayout, build_layout
-from longreel.sparse.patterns import Dense, Radial
+from longreel.sparse.layout import BlockLayout, build_layout, kept_blocks, token_densities
+from longreel.sparse.patterns import Dense, Radial, SparsePattern
 
 LISTS = ("row_indptr", "row_indices", "col_indptr", "col_indices")
 
@@ -85,16 +86,21 @@ def test_token_density_of_several_layouts_is_their_mean():
     layout = BlockLayout.from_dense(kept, 16)
     tokens = expand(layout, 50).double().mean().item()
     assert layout.token_density(50) == pytest.approx(tokens)
+    for index, share in enumerate(layout.token_densities(50)):
+        assert share == pytest.approx(expand(layout, 50)[index].double().mean().item())
+    heads = [0, 2, 2, 1, 2]
+    weighted = expand(layout, 50)[heads].double().mean().item()
+    assert layout.token_density(50, heads) == pytest.approx(weighted)
     for wrong in (48, 65):
         with pytest.raises(ValueError, match=f"{wrong} tokens do not end in the last of 4 blocks"):
             layout.token_density(wrong)
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(SparsePattern):
     """Each block sees itself: unlike Radial, nothing at the end of the video is dense."""
 
-    def keep(self, grid, q, kv, block=128):
+    def keep(self, grid, q, kv, block=128, layout=0):
         return q // block == kv // block
 
     def blocks(self, grid, block):
@@ -147,3 +153,87 @@ def test_to_moves_every_list():
 def test_impossible_blocks_are_named(block):
     with pytest.raises(ValueError, match=f"block={block} must be one of"):
         build_layout(Radial(), TokenGrid(2, 4, 4), block)
+
+
+# Orders
+
+grids = st.builds(TokenGrid, *[st.integers(1, 6)] * 3, text=st.integers(0, 40))
+several = st.builds(
+    Scattered,
+    orders=st.lists(st.sampled_from(["raster", "shared", "own"]), min_size=1, max_size=4).map(
+        tuple
+    ),
+    share=st.floats(0, 0.6),
+    seed=st.integers(0, 10**6),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(grids, several, st.sampled_from([16, 32]))
+def test_orders_invert_and_leave_text_in_place(grid, pattern, block):
+    layout = build_layout(pattern, grid, block)
+    raster = torch.arange(layout.rows * block)
+    if layout.order is None:
+        assert torch.equal(
+            pattern.order(grid, block), raster[: grid.video].expand(layout.layouts, -1)
+        )
+        return
+    assert layout.order.dtype == layout.inverse.dtype == torch.int32
+    assert layout.order.shape == layout.inverse.shape == (layout.layouts, layout.rows * block)
+    for order, inverse in zip(layout.order.long(), layout.inverse.long(), strict=True):
+        assert torch.equal(order[inverse], raster) and torch.equal(inverse[order], raster)
+        assert torch.equal(order[grid.video :], raster[grid.video :])
+    assert torch.equal(layout.order[:, : grid.video].long(), pattern.order(grid, block))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(grids, several, st.sampled_from([16, 32]))
+def test_layouts_with_orders_compute_the_pattern_and_text(grid, pattern, block):
+    """`keep` is by raster position: the blocks, brought back from their order, are it."""
+    layout, token = build_layout(pattern, grid, block), torch.arange(len(grid))
+    computed = expand(layout, layout.rows * block)
+    mixed = grid.video // block * block if grid.text else grid.video  # later ones stand with text
+    for index in range(layout.layouts):
+        position = token if layout.inverse is None else layout.inverse[index, : len(grid)].long()
+        in_raster = computed[index][position[:, None], position[None]]
+        want = pattern.keep(grid, token[:, None], token[None], block, index)
+        beside_text = position >= mixed
+        want = want | beside_text[:, None] | beside_text[None]
+        assert torch.equal(in_raster, want)
+        assert want.diagonal().all() and want[grid.video :].all() and want[:, grid.video :].all()
+        share = layout.token_densities(len(grid))[index]
+        assert share == pytest.approx(want.double().mean().item())
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(grids, several, st.sampled_from([16, 32]))
+def test_unlisted_blocks_have_the_same_density(grid, pattern, block):
+    kept = kept_blocks(pattern, grid, block)
+    assert torch.equal(kept, build_layout(pattern, grid, block).to_dense())
+    listed = build_layout(pattern, grid, block).token_densities(len(grid))
+    assert token_densities(kept, block, len(grid)) == pytest.approx(listed)
+
+
+def test_one_matrix_under_several_orders_is_several_layouts():
+    layout = build_layout(Slashes(1), TokenGrid(6, 4, 4, text=5), 16)
+    assert layout.layouts == 2 and len(kept_blocks(Slashes(1), TokenGrid(6, 4, 4), 16)) == 1
+    dense = layout.to_dense()
+    assert torch.equal(dense[0], dense[1])
+    assert layout.order[0].tolist() == list(range(7 * 16))
+    assert layout.order[1, :8].tolist() == [0, 16, 32, 48, 64, 80, 1, 17]
+
+
+def test_raster_orders_are_none():
+    assert build_layout(Scattered(("raster", "raster")), TokenGrid(4, 4, 4), 16).order is None
+    assert build_layout(Scattered(("raster", "own")), TokenGrid(4, 4, 4), 16).order is not None
+
+
+def test_an_order_that_is_no_permutation_is_named():
+    kept = torch.eye(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="not a permutation"):
+        BlockLayout.from_dense(kept, 16, torch.tensor([[0, 1, 1, 3]]))
+
+
+def test_to_moves_orders():
+    layout = build_layout(Slashes(), TokenGrid(3, 4, 4), 16).to("meta")
+    assert layout.order.is_meta and layout.inverse.is_meta

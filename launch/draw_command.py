@@ -1,0 +1,67 @@
+"""`longreel draw`: what a recipe's attention computes, as a picture and in numbers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ..sparse.draw import draw_pattern
+from ..sparse.reach import layers_to_full_reach
+from ..trainer.config import ConfigError, load
+from ..trainer.job import Job
+from ..trainer.progress import quiet_libraries
+from ..trainer.report import save_figure
+
+DRAW_USAGE = """\
+longreel draw recipe=NAME [key=value ...] [out=mask.png]   draw a recipe's attention; reads the
+                                                           model's JSON files, no weights"""
+
+
+def draw(argv: list[str]) -> None:
+    """Write the figure and print density, blocks, reach and the time that the lists took."""
+    given = [argument for argument in argv if argument.startswith("out=")]
+    if len(given) > 1:
+        raise ConfigError(f"out is given twice: {given[0]!r} and {given[1]!r}.")
+    out = given[0].removeprefix("out=") if given else "mask.png"
+    if not out.endswith(".png"):
+        raise ConfigError(f"out={out} must end in .png.")
+    if not Path(out).parent.is_dir():
+        raise ConfigError(f"out={out}: {Path(out).parent} is not a folder.")
+    config = load([argument for argument in argv if argument not in given])
+    quiet_libraries()
+    job = Job.from_config(config)
+
+    attention, grid, geometry = job.attention(), job.grid(job.frames), job.geometry
+    pattern, block, heads = attention.pattern, attention.block, geometry.heads
+    start = time.perf_counter()
+    layout = attention.layout(grid)
+    seconds = time.perf_counter() - start
+    layers = attention.layer_densities(grid, geometry.layers, heads)
+    sparse = attention.sparse_density(grid, heads)
+    dense = [index for index, share in enumerate(layers) if attention.is_dense(index)]
+    reach = layers_to_full_reach(pattern, grid, block, heads)
+    size = f"{grid.frames} x {grid.height} x {grid.width} video and {grid.text} text tokens"
+    title = f"{pattern}\n{size}, {sparse:.2%} of all pairs computed in a sparse layer"
+    save_figure(draw_pattern(pattern, grid, block, title, heads), Path(out))
+    rows = {
+        "pattern": str(pattern),
+        "tokens": f"{len(grid):,}: {size}",
+        "blocks": f"{layout.rows:,} a side of {block} tokens, {_layouts(layout.layouts)}; "
+        f"{layout.row_indices.numel():,} kept, {layout.density:.3%}",
+        "density": f"{sparse:.3%} of all token pairs in a sparse layer",
+        "all layers": f"{sum(layers) / len(layers):.3%} over {len(layers)} layers, dense: "
+        f"{', '.join(map(str, dense)) or 'none'}",
+        "reach": "never: some video tokens stay apart however many layers"
+        if reach is None
+        else f"{reach} sparse layers until every video token has reached every other",
+        "time": f"{seconds:.2f} s for the lists",
+        "note": pattern.note(grid.without_text(), block),
+        "figure": out,
+    }
+    for name, text in rows.items():
+        if text is not None:
+            print(f"{name + ':':12}{text}")
+
+
+def _layouts(count: int) -> str:
+    return "one layout" if count == 1 else f"{count} layouts"
