@@ -1,0 +1,301 @@
+"""Every pattern: what it computes at the families' lengths, and its time at radial's density.
+
+    python benchmarks/patterns.py --densities [--write]    on a CPU, some minutes
+    python benchmarks/patterns.py [--write]                on a GPU, a minute and a half
+
+Times are of one layer's attention as a model calls it, heads' token orders included, and of the
+kernel alone. First each pattern is held to the oracle on a small grid, forward and gradients; then
+all take turns, and medians by CUDA events are printed. --write also fills docs/patterns.md.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longreel.kernels.block_sparse import block_sparse_attention
+from longreel.kernels.block_sparse.op import Backend
+from longreel.sparse.attention import SparseAttention
+from longreel.sparse.density import layer_density, with_density
+from longreel.sparse.grid import TokenGrid
+from longreel.sparse.layout import build_layout
+from longreel.sparse.patterns import PATTERNS, Radial, SparsePattern
+from longreel.sparse.reach import layers_to_full_reach
+
+BLOCK = 128
+DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model at its native length, twice and four times that; text at its greatest length."""
+
+    name: str
+    heads: int
+    grids: tuple[TokenGrid, TokenGrid, TokenGrid]
+
+
+FAMILIES = (
+    Family("Wan 480p", 12, tuple(TokenGrid(f, 30, 52) for f in (21, 41, 81))),
+    Family("HunyuanVideo 720p", 24, tuple(TokenGrid(f, 45, 80, 256) for f in (32, 64, 128))),
+    Family("Mochi 480p", 24, tuple(TokenGrid(f, 30, 53, 256) for f in (28, 56, 112))),
+)
+HUNYUAN = FAMILIES[1]
+TIMED = HUNYUAN.grids[1]
+SMALL = TokenGrid(9, 14, 18, 40)  # for the oracle
+DENSE_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+
+
+def at_radials_density(
+    pattern: SparsePattern, grid: TokenGrid, heads: int
+) -> tuple[SparsePattern, float, bool]:
+    """The pattern at the width that comes nearest, its density, and whether that is near."""
+    target = layer_density(Radial(), grid, BLOCK, heads)
+    try:
+        return *with_density(pattern, grid, target, BLOCK, heads), True
+    except ValueError:
+        ends = (pattern.with_width(w, grid, BLOCK) for w in pattern.widths(grid, BLOCK))
+        found = {end: layer_density(end, grid, BLOCK, heads) for end in ends}
+        nearest = min(found, key=lambda end: abs(found[end] - target))
+        return nearest, found[nearest], False
+
+
+# On a CPU
+
+
+def density_rows() -> Iterator[str]:
+    """A markdown table: densities at the defaults, widths at radial's density, layers to reach."""
+    yield f"| pattern | {' | '.join(family.name for family in FAMILIES)} | layers to full reach |"
+    yield f"|---|{len(FAMILIES) * '---|'}---|"
+    for name, cls in PATTERNS.items():
+        cells = []
+        for family in FAMILIES:
+            shares = (layer_density(cls(), grid, BLOCK, family.heads) for grid in family.grids)
+            cells.append(" / ".join(f"{share:.1%}" for share in shares))
+        yield f"| `{name}` | {' | '.join(cells)} | {reach(cls())} |"
+
+
+def width_rows() -> Iterator[str]:
+    """A markdown table: the width of each pattern that meets radial's density at twice the length,
+    with what it comes to where that is another, and layers to full reach with it."""
+    yield f"| pattern | {' | '.join(family.name for family in FAMILIES)} | layers to full reach |"
+    yield f"|---|{len(FAMILIES) * '---|'}---|"
+    for name, cls in PATTERNS.items():
+        if cls.width is None:
+            continue
+        cells, layers = [], None
+        for family in FAMILIES:
+            solved, density, met = at_radials_density(cls(), family.grids[1], family.heads)
+            width = getattr(solved, cls.width)
+            shown = width if isinstance(width, str) else f"{width:.4g}"
+            cells.append(f"`{cls.width}={shown}`: {density:.1%}{'' if met else ' (its limit)'}")
+            if family is HUNYUAN:
+                layers = reach(solved)
+        yield f"| `{name}` | {' | '.join(cells)} | {layers} |"
+
+
+def reach(pattern: SparsePattern) -> int | str:
+    """At HunyuanVideo's twice the length."""
+    return layers_to_full_reach(pattern, TIMED, BLOCK, HUNYUAN.heads) or "never"
+
+
+def densities() -> dict[str, str]:
+    """Both tables by the name of their place in the docs; rows are printed as they come."""
+    tables = {}
+    for name, rows in (("densities", density_rows()), ("widths", width_rows())):
+        lines = []
+        for row in rows:
+            lines.append(row)
+            print(row, flush=True)
+        tables[name] = "\n".join(lines)
+        print()
+    return tables
+
+
+# On a GPU
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Inputs:
+    """q, k, v and the output's gradient: `[1, tokens, heads, head_dim]` bf16."""
+
+    def __init__(self, grid: TokenGrid, heads: int, head_dim: int) -> None:
+        self.grid, self.heads = grid, heads
+        generator = torch.Generator("cuda").manual_seed(0)
+        *qkv, self.grad = (
+            torch.randn(
+                (1, len(grid), heads, head_dim),
+                device="cuda",
+                dtype=torch.bfloat16,
+                generator=generator,
+            )
+            for _ in range(4)
+        )
+        self.qkv = tuple(x.requires_grad_() for x in qkv)
+
+
+def layer(pattern: SparsePattern, grid: TokenGrid, backend: Backend = "auto") -> Attend:
+    """Attention as a model's layer calls it; dense by the fastest SDPA that torch ships."""
+    attention = SparseAttention(pattern, block=BLOCK, backend=backend)
+    attention.plan(grid)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+            return attention.attention(0, q, k, v)
+
+    return attend
+
+
+def kernel(pattern: SparsePattern, grid: TokenGrid, heads: int) -> Attend | None:
+    """The same without bringing tokens into their heads' orders; None where there is none."""
+    layout = build_layout(pattern, grid, BLOCK)
+    if layout.order is None:
+        return None
+    layout = layout.to("cuda")
+    lists = (layout.row_indptr, layout.row_indices, layout.col_indptr, layout.col_indices)
+    followed = torch.tensor(pattern.head_layouts(heads), dtype=torch.int32, device="cuda")
+    return lambda *qkv: block_sparse_attention(*qkv, *lists, followed, block=BLOCK)[0]
+
+
+def check(name: str, pattern: SparsePattern, inputs: Inputs) -> None:
+    """Raise if output or a gradient differs from the fp32 oracle's by more than bf16 does; a wrong
+    block would be off by a tenth and more."""
+    out = layer(pattern, inputs.grid)(*inputs.qkv)
+    got = (out, *torch.autograd.grad(out, inputs.qkv, inputs.grad))
+    exact = tuple(x.detach().float().requires_grad_() for x in inputs.qkv)
+    out = layer(pattern, inputs.grid, "reference")(*exact)
+    want = (out, *torch.autograd.grad(out, exact, inputs.grad.float()))
+    for part, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        error = ((x.float() - y).norm() / y.norm()).item()
+        if not error < 2e-2:
+            raise AssertionError(f"{name}: relative error {error:.1e} of {part}")
+
+
+def milliseconds(function: Callable[[], object]) -> tuple[float, object]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), result
+
+
+def timed(args: argparse.Namespace) -> str:
+    """The table, as markdown."""
+    small = Inputs(SMALL, args.heads, args.head_dim)
+    for name, cls in PATTERNS.items():
+        check(name, cls(), small)
+    print(f"all patterns agree with the oracle on {SMALL}", flush=True)
+
+    patterns: dict[str, tuple[SparsePattern, float]] = {}
+    calls: dict[tuple[str, bool], Attend] = {}  # by pattern, and whether it is the kernel alone
+    for name, cls in PATTERNS.items():
+        pattern, density = cls(), 1.0
+        if cls.width is not None:
+            pattern, density, _ = at_radials_density(pattern, TIMED, args.heads)
+        patterns[name] = pattern, density
+        calls[name, False] = layer(pattern, TIMED)
+        alone = kernel(pattern, TIMED, args.heads)
+        if alone is not None:
+            calls[name, True] = alone
+
+    inputs = Inputs(TIMED, args.heads, args.head_dim)
+    times = {key: ([], []) for key in calls}
+    for _ in range(args.repeats + 1):  # the first compiles
+        for key, call in calls.items():
+            forward, out = milliseconds(lambda call=call: call(*inputs.qkv))
+            assert isinstance(out, Tensor)
+            backward, _ = milliseconds(
+                lambda out=out: torch.autograd.grad(out, inputs.qkv, inputs.grad)
+            )
+            times[key][0].append(forward)
+            times[key][1].append(backward)
+    medians = {key: [median(ms[1:]) for ms in pair] for key, pair in times.items()}
+
+    lines = [
+        "| pattern | density | forward ms | backward ms | kernel alone: forward ms | backward ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (pattern, density) in patterns.items():
+        whole = medians[name, False]
+        cells = [f"{ms:.1f}" for ms in (*whole, *medians.get((name, True), whole))]
+        lines.append(f"| `{pattern}` | {density:.1%} | {' | '.join(cells)} |")
+    print(*lines, sep="\n")
+    return "\n".join(lines)
+
+
+def write_result(table: str, args: argparse.Namespace) -> Path:
+    """The table with what it takes to measure it again, under benchmarks/results/."""
+    import triton
+
+    device = torch.cuda.get_device_name()
+    command = shlex.join(["python", "benchmarks/patterns.py", *sys.argv[1:]])
+    text = (
+        f"# Patterns at radial's density, {date.today()}\n\n"
+        f"{device}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"cuDNN {torch.backends.cudnn.version()}; bf16, batch 1, {args.heads} heads of "
+        f"{args.head_dim}, block {BLOCK}, {TIMED}; medians of {args.repeats}.\n\n"
+        f"`{command}`\n\n{table}\n"
+    )
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{date.today()}-patterns-{device.split()[-1].lower()}.md"
+    _replace(path, text)
+    return path
+
+
+def fill_docs(name: str, table: str) -> None:
+    """Put a table between its two marks in docs/patterns.md."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, _, rest = DOCS.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"error: {DOCS} has no place for {name}: {begin.strip()} {end.strip()}.")
+    _replace(DOCS, f"{before}{begin}{table}\n{end}{after}")
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--densities", action="store_true", help="on a CPU, no times")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="keep the tables, in the docs too")
+    args = parser.parse_args()
+    if args.densities:
+        for name, table in densities().items():
+            if args.write:
+                fill_docs(name, table)
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("error: times need a GPU; --densities does not.")
+    table = timed(args)
+    if args.write:
+        path = write_result(table, args)
+        source = f"From [benchmarks/results/{path.name}](../benchmarks/results/{path.name})."
+        fill_docs("times", f"{source}\n\n{table}")
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
