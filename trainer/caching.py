@@ -49,6 +49,8 @@ def prepare_data(job: Job, device: torch.device, dtype: torch.dtype) -> Prepared
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    finally:
+        encoders.free()
 
 
 def extra_captions(config: Config) -> list[str]:
@@ -73,9 +75,15 @@ class _FamilyEncoders:
         latents = self.job.family.encode_video(self._pipeline("vae"), torch.from_numpy(pixels))
         return latents.to(self.dtype)
 
+    def free(self) -> None:
+        """Give all memory back, also what PyTorch would keep for tensors of the same sizes."""
+        self._pipe, self._holds = None, ""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _pipeline(self, part: str) -> Any:
         if self._holds != part:
-            self._pipe = None  # freed before the other is read
+            self.free()  # before the other is read
             self._pipe = self.job.family.load_pipeline(
                 self.job.model_path,
                 self.job.config.model.revision,

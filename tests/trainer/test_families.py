@@ -2,6 +2,7 @@
 
 import filecmp
 import shutil
+import weakref
 from pathlib import Path
 
 import huggingface_hub
@@ -9,15 +10,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from runs import arguments_of
 from tiny import AllBlocks, forward_backward, make_inputs, make_text, randomise
+from torch.nn import Module
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer import lora
-from longreel.trainer.config import ConfigError
+from longreel.trainer.caching import prepare_data
+from longreel.trainer.config import ConfigError, load
 from longreel.trainer.families import FAMILIES, installed_attention
 from longreel.trainer.flow import add_noise
+from longreel.trainer.job import Job
 from longreel.trainer.sampling import generate
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -162,6 +167,39 @@ def test_two_forwards_before_one_backward_with_checkpointing(family):
     total.backward()
     for name, parameter in checkpointed.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Text
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "mochi"])
+def test_padding_on_the_left_is_refused(name):
+    """Of what remained of it by its length, most would be padding."""
+    pipe = tiny.load_pipeline(FAMILIES[name], vae=False)
+    assert len(FAMILIES[name].encode_text(pipe, "a cat")["prompt_embeds"]) < 10
+    pipe.tokenizer.padding_side = "left"
+    with pytest.raises(ConfigError, match="pads on the left.*set padding_side to right"):
+        FAMILIES[name].encode_text(pipe, "a cat")
+
+
+def test_text_encoder_and_vae_are_never_both_in_memory(family, videos, tmp_path, monkeypatch):
+    """Nor is either of them left when the transformer is loaded."""
+    arguments = arguments_of(family.name, videos, tmp_path / "cache", tmp_path / "run")
+    job = Job.from_config(load([*arguments, f"model.path={tiny.folder(family)}"]))
+    load_pipeline, loaded, seen = family.load_pipeline, [], []
+
+    def recording(*args, **options):
+        assert not any(part() for part in loaded)
+        pipe = load_pipeline(*args, **options)
+        parts = {name: part for name, part in pipe.components.items() if isinstance(part, Module)}
+        loaded.extend(map(weakref.ref, parts.values()))
+        seen.append(set(parts))
+        return pipe
+
+    monkeypatch.setattr(family, "load_pipeline", recording)
+    assert len(prepare_data(job, torch.device("cpu"), FP32).entries) == 3
+    text = {name for name in family.text_components if name.startswith("text_encoder")}
+    assert seen == [text, {"vae"}] and not any(part() for part in loaded)
 
 
 # Conventions, against the pipeline's own loop

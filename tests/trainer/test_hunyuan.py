@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -389,6 +390,18 @@ def test_decode_chunks_equal_decode(tiled, frames):
         chunks = list(HUNYUAN.decode_chunks(vae, latents))
     assert torch.equal(torch.cat(chunks, dim=2), expected)
     assert max(chunk.shape[2] for chunk in chunks) <= 13
+
+
+def test_encoding_is_tiled_in_time_and_space():
+    """As long clips need it: 17 frames of 256 x 256 at a time; of 32 x 32 here."""
+    vae, seen = tiny.load_pipeline(HUNYUAN, text=False).vae, []
+    assert (vae.tile_sample_min_num_frames, vae.tile_sample_min_height) == (16, 256)
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
+    vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2:]))
+    pixels = torch.zeros(21, 32, 48, 3, dtype=torch.uint8)
+    assert HUNYUAN.encode_video(SimpleNamespace(vae=vae), pixels).shape == (4, 6, 4, 6)
+    assert max(seen) == (17, 32, 32) and len(seen) == 2 * 2 * 2
 
 
 def test_latents_have_unit_scale_and_the_pipeline_s_convention(pipe):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -101,7 +103,7 @@ def test_there_is_no_setter_so_layers_get_processors_in_block_order(monkeypatch)
 
     monkeypatch.setattr(attention, "attention", recording)
     transformer(**tiny.make_inputs(MOCHI, texts=(5, 8)))
-    assert seen == [(layer, (2, 9 * 3 * 5 + 8, 2, 16)) for layer in range(3)]
+    assert seen == [(layer, (2, 9 * 3 * 5 + 8, 2, 32)) for layer in range(3)]
     assert attention.current.grid == TokenGrid(9, 3, 5, text=8)
     assert len({id(block.attn1.processor) for block in blocks}) == 3
 
@@ -147,8 +149,23 @@ def test_without_frequencies_rope_is_the_identity():
         transformer.pos_frequencies.zero_()
         cos, sin = transformer.rope(transformer.pos_frequencies, 3, 4, 5, dtype=torch.float32)
         after = transformer(**inputs).sample
-    assert (cos == 1).all() and (sin == 0).all() and cos.shape == (60, 2, 8)
+    assert (cos == 1).all() and (sin == 0).all() and cos.shape == (60, 2, 16)
     assert (after - before).abs().max() > 0.05
+
+
+def test_rope_is_the_stock_one_without_its_warning_on_a_cpu():
+    """Where an autocast to fp32 does not exist; other warnings still come through."""
+    stock, (ours, attention) = tiny.load_transformer(MOCHI), dense_transformer()
+    sizes = {"num_frames": 3, "height": 4, "width": 5, "dtype": torch.float32}
+    with pytest.warns(UserWarning, match="In CPU autocast"):
+        expected = stock.rope(stock.pos_frequencies, **sizes)
+    MOCHI.install(ours, attention)  # again: wrapped once
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        tables = ours.rope(ours.pos_frequencies, **sizes)
+    assert all(map(torch.equal, tables, expected)) and tables[0].dtype == torch.float32
+    assert isinstance(ours.rope.stock, type(stock.rope))
+    assert ours.state_dict().keys() == stock.state_dict().keys()
 
 
 def test_lora_targets_are_whole_names_and_spare_the_pooler():
@@ -299,6 +316,36 @@ def test_chunks_are_those_of_decoding_at_once():
     assert not any(isinstance(module, ContinuedConv) for module in vae.modules())
     vae.disable_tiling()
     assert torch.equal(vae.decode(latents).sample, whole)
+
+
+@pytest.mark.parametrize("frames, side", [(331, 256), (499, 256), (505, 192), (667, 192)])
+def test_the_encoder_s_tiles_stay_below_2_31_elements(frames, side, monkeypatch):
+    """All frames of a tile at once, with 64 channels at its full size: CUDA pads no more."""
+    with torch.device("meta"):
+        vae = AutoencoderKLMochi()
+    MOCHI.limit_memory(vae, frames)
+    assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (side, side)
+    assert (vae.tile_sample_stride_height, vae.tile_sample_stride_width) == (side - 64, side - 64)
+    assert 64 * (frames + 2) * (side + 2) ** 2 < 2**31 and vae.use_tiling
+    pipe, seen = SimpleNamespace(vae=deep_vae()), []
+    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: seen.append(pixels.shape) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MOCHI.encode_video(pipe, torch.zeros(frames, 16, 16, 3, dtype=torch.uint8))
+    assert seen == [(1, 3, frames, 16, 16)]
+    assert pipe.vae.tile_sample_min_height == 256  # 32 channels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frames", [331, 667])
+def test_a_tile_of_the_longest_clips_is_encoded(frames):
+    """By the encoder of the published widths, in fp32."""
+    with torch.device("cuda"):
+        vae = AutoencoderKLMochi().eval()
+    side = 256 if frames == 331 else 192
+    pixels = torch.randint(0, 256, (frames, side, side, 3), dtype=torch.uint8)
+    latents = MOCHI.encode_video(SimpleNamespace(vae=vae), pixels)
+    assert latents.shape == (12, (frames - 1) // 6 + 1, side // 8, side // 8)
+    assert latents.isfinite().all()
 
 
 @torch.no_grad()

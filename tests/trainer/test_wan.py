@@ -13,20 +13,13 @@ from longreel.sparse.patterns import Dense
 from longreel.trainer.config import ConfigError
 from longreel.trainer.families import installed_attention
 
+BF16 = torch.bfloat16
+
 
 def sparse_transformer(pattern, dtype=torch.float32, block=16, **options):
     transformer = tiny.load_transformer(WAN, dtype)
     WAN.install(transformer, SparseAttention(pattern, block=block, **options))
     return transformer
-
-
-def forward_backward(transformer, inputs):
-    """Output and the gradients of whatever is trainable, for one fixed direction."""
-    out = transformer(**inputs, return_dict=False)[0]
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
-    (out * direction).sum().backward()
-    grads = {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
-    return out.detach(), grads
 
 
 # Attention
@@ -106,6 +99,30 @@ def test_cached_text_is_bit_equal_to_what_the_pipeline_feeds(caption):
     assert torch.equal(
         torch.cat([kwargs["prompt_embeds"], kwargs["negative_prompt_embeds"]]), batch
     )
+
+
+def test_encode_prompt_alone_would_pad_to_226_and_the_pipeline_pads_to_512():
+    """Padding is attended, so a cache made with the default would be of another text."""
+    pipe = tiny.load_pipeline(WAN, vae=False)
+    assert pipe.encode_prompt("a cat", do_classifier_free_guidance=False)[0].shape[1] == 226
+    batch = WAN.collate_text([WAN.encode_text(pipe, "a cat")])
+    assert batch["encoder_hidden_states"].shape[1] == 512
+    long = WAN.encode_text(pipe, "x" * 300)["prompt_embeds"]
+    assert len(long) == 301  # none is cut at 226
+
+
+def test_bf16_leaves_what_the_model_keeps_in_fp32():
+    """Modulations, norms and positions: `.to(torch.bfloat16)` would round them."""
+    transformer = tiny.load_transformer(WAN, torch.bfloat16)
+    transformer = tiny.load_pipeline(WAN, transformer, text=False).to("cpu").transformer
+    kept = {
+        name.rpartition(".")[0] for name, p in transformer.named_parameters() if p.dtype != BF16
+    }
+    kept = {name.rpartition(".")[2] or "scale_shift_table" for name in kept}
+    assert {"scale_shift_table", "norm2"} <= kept and "to_q" not in kept
+    assert transformer.blocks[0].scale_shift_table.dtype == torch.float32
+    assert transformer.rope.freqs_cos.dtype == torch.float32
+    assert transformer.dtype == BF16  # what the family feeds it
 
 
 def test_padding_is_attended():

@@ -330,8 +330,9 @@ class ModelFamily(ABC):
         The mode of the VAE's posterior, so the same clip always gives the same latents.
         """
         vae = pipe.vae
-        self.limit_memory(vae)
-        scaled = pixels.to(vae.device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        self.limit_memory(vae, len(pixels))
+        # As bytes to the device, and scaled in place: 509 frames of 720 x 1280 are 5.2 GiB in fp32.
+        scaled = pixels.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype).div_(127.5).sub_(1)
         with torch.no_grad():
             latents = vae.encode(scaled).latent_dist.mode().float()
         return self.normalise(vae, latents)[0]
@@ -352,8 +353,11 @@ class ModelFamily(ABC):
             pixels = (pixels[0] / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
             yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
 
-    def limit_memory(self, vae: Any) -> None:
-        """Let the VAE take large frames in spatial tiles where whole ones need too much memory."""
+    def limit_memory(self, vae: Any, frames: int = 1) -> None:
+        """Let the VAE take large frames in spatial tiles where whole ones need too much memory.
+
+        frames: of pixels, that it will be given at once.
+        """
         vae.enable_tiling()
 
     @abstractmethod

@@ -16,6 +16,7 @@ from ..config import ConfigError
 from .base import Geometry, Text, diffusers_class
 from .joint import JointFamily, pad, trim
 from .rope import rotate
+from .tiny import latent_statistics, let_attention_speak
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
 ATTENTION = rf"{DUAL}\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)|{SINGLE}\.\d+\.attn\.to_[qkv]"
@@ -59,7 +60,7 @@ class Hunyuan(JointFamily):
         "single_blocks.{}.linear2": (f"{SINGLE}.{{}}.proj_out",),
     }
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-    tiny_version = 1
+    tiny_version = 2
 
     def read_geometry(
         self,
@@ -198,14 +199,30 @@ class Hunyuan(JointFamily):
             pooled_projection_dim=pooled_width,
             rope_axes_dim=(4, 6, 6),
         )
-        _let_attention_speak(transformer)
+        dual, single = transformer.transformer_blocks, transformer.single_transformer_blocks
+        width = transformer.proj_out.in_features
+        norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+        let_attention_speak(
+            transformer,
+            # The third of six parts of a dual block's modulation, the third of three of a single's.
+            gates=[
+                norm.linear.bias[2 * width : 3 * width]
+                for norm in (
+                    *(n for block in dual for n in (block.norm1, block.norm1_context)),
+                    *(block.norm for block in single),
+                )
+            ],
+            norms=[getattr(block.attn, name) for block in (*dual, *single) for name in norms],
+        )
         vae = diffusers_class("AutoencoderKLHunyuanVideo")(
             latent_channels=channels,
             block_out_channels=(4, 4, 8, 8),
             layers_per_block=1,
             norm_num_groups=4,
         ).eval()
-        _calibrate(vae)
+        mean, std = latent_statistics(vae, 17, 192, 224)
+        vae.quant_conv.bias.data[:channels] -= torch.tensor(mean)  # its config has a scale alone
+        vae.register_to_config(scaling_factor=round(channels / sum(std), 4))
         tokenizer, tokenizer_2 = _llama_tokenizer(), _clip_tokenizer()
         text_encoder = LlamaModel(
             LlamaConfig(
@@ -310,41 +327,6 @@ def _decode_tile(vae: Any, latents: Tensor) -> Tensor:
     ):
         return vae.tiled_decode(latents).sample
     return vae.decoder(vae.post_quant_conv(latents))
-
-
-@torch.no_grad()
-def _let_attention_speak(transformer: Any) -> None:
-    """Open gates, logits that can single tokens out, and an output small enough that the untrained
-    loss is near that of predicting zero: as in a trained model."""
-    width = transformer.proj_out.in_features
-    for block in transformer.transformer_blocks:
-        for norm in (block.norm1, block.norm1_context):
-            norm.linear.bias[2 * width : 3 * width] += 1
-    for block in transformer.single_transformer_blocks:
-        block.norm.linear.bias[2 * width :] += 1
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            if (norm := getattr(block.attn, name)) is not None:
-                norm.weight.fill_(1.5)
-    transformer.proj_out.weight.normal_(std=0.5 * width**-0.5)
-
-
-@torch.no_grad()
-def _calibrate(vae: Any) -> None:
-    """Centre an untrained VAE's latents and set their scale, from a moving scene of fixed waves."""
-    t, y, x = (torch.linspace(0, 1, n) for n in (17, 192, 224))
-    t, y, x = t[:, None, None], y[:, None], x
-    waves = torch.stack(
-        [
-            torch.sin(6 * x + 2 * t) * torch.cos(5 * y),
-            torch.sin(11 * (x - t) + 7 * y),
-            torch.cos(9 * (y + t) - 23 * x),
-        ]
-    )
-    latents = vae.encode(0.8 * waves[None]).latent_dist.mode()[0].flatten(1)
-    # Rounded, so that the last bits of a machine's arithmetic do not reach the file.
-    vae.quant_conv.bias[: len(latents)] -= latents.mean(1).mul(1e4).round() / 1e4
-    vae.register_to_config(scaling_factor=round(1 / latents.std(1).mean().item(), 4))
 
 
 def _llama_tokenizer() -> Any:

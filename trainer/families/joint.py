@@ -58,13 +58,13 @@ def trim(embeds: Tensor, mask: Tensor) -> Tensor:
     return embeds[:length].cpu().clone()
 
 
-def pad(prompts: Sequence[Tensor], length: int = 1) -> tuple[Tensor, Tensor]:
+def pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Embeddings `[B, L, D]` and a mask `[B, L]` bool of prompts `[tokens, D]`.
 
-    L is the longest prompt's length, and at least `length`. A prompt without tokens gives a row
-    that is masked throughout.
+    L is the longest prompt's length, and at least 1. A prompt without tokens gives a row that is
+    masked throughout.
     """
-    length = max(length, *(len(prompt) for prompt in prompts))
+    length = max(1, *(len(prompt) for prompt in prompts))
     embeds = prompts[0].new_zeros(len(prompts), length, prompts[0].shape[1])
     mask = torch.zeros(len(prompts), length, dtype=torch.bool)
     for index, prompt in enumerate(prompts):

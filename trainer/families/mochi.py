@@ -16,6 +16,7 @@ from ..config import ConfigError
 from .base import Geometry, Text, diffusers_class
 from .joint import JointFamily, pad, trim
 from .rope import rotate
+from .tiny import latent_statistics, let_attention_speak
 
 
 class Mochi(JointFamily):
@@ -47,7 +48,7 @@ class Mochi(JointFamily):
         }.items()
     }
     fp32_components = ("vae", "text_encoder")
-    tiny_version = 1
+    tiny_version = 2
 
     def read_geometry(
         self,
@@ -89,6 +90,8 @@ class Mochi(JointFamily):
     def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
         for index, block in enumerate(transformer.transformer_blocks):
             block.attn1.processor = MochiJointAttention(index, attention)  # it has no setter
+        if not isinstance(transformer.rope, QuietRope):
+            transformer.rope = QuietRope(transformer.rope)
 
     def encode_text(self, pipe: Any, caption: str) -> Text:
         # One caption a call: the pipeline zeroes an empty one only if it is the last of its batch.
@@ -106,6 +109,18 @@ class Mochi(JointFamily):
         for name, row, valid in zip(texts, embeds, mask, strict=True):
             inputs |= {f"{name}_embeds": row[None], f"{name}_attention_mask": valid[None]}
         return inputs
+
+    def limit_memory(self, vae: Any, frames: int = 1) -> None:
+        """Tiles small enough for the encoder, which takes all frames of one at once, for its
+        attention spans them.
+
+        CUDA's replication padding takes fewer than 2^31 elements: with 64 channels that is 502
+        padded frames of the usual 256 x 256, and 889 of 192 x 192.
+        """
+        planes, side = (frames + 2) * vae.config.encoder_block_out_channels[0], 256
+        while planes * (side + 2) ** 2 >= 2**31 and side > 128:
+            side -= 64
+        vae.enable_tiling(side, side, side - 64, side - 64)  # tiles overlap as the stock ones do
 
     def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
         """As `vae.decode` without tiles, `vae.num_latent_frames_batch_size` latent frames (2) at a
@@ -151,27 +166,29 @@ class Mochi(JointFamily):
         text_width = 32
         transformer = diffusers_class(self.transformer_name)(
             num_attention_heads=2,
-            attention_head_dim=16,
+            attention_head_dim=32,  # wide enough for the 48 numbers of a patch
             num_layers=3,
             pooled_projection_dim=16,
             text_embed_dim=text_width,
             time_embed_dim=32,
         )
+        blocks = transformer.transformer_blocks
+        norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
         with torch.no_grad():
-            # A trained model's attention speaks: positions that count, open gates, logits that can
-            # single tokens out, and an output small enough that the untrained loss is near that of
-            # predicting zero.
-            # Positions are latent frames, and pixels of an image scaled to the area of 192 x 192.
+            # Positions that count: latent frames, and pixels of an image scaled to the area of
+            # 192 x 192.
             transformer.pos_frequencies[0].normal_(std=0.3)
             transformer.pos_frequencies[1:].normal_(std=0.03)
-            for block in transformer.transformer_blocks:
-                block.norm1.linear.bias.view(4, -1)[1] += 1  # of scale, gate, scale, gate
-                if not block.context_pre_only:
-                    block.norm1_context.linear.bias.view(4, -1)[1] += 1
-                attn = block.attn1
-                for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
-                    norm.weight.fill_(1.5)
-            transformer.proj_out.weight.normal_(std=0.5 * transformer.proj_out.in_features**-0.5)
+        let_attention_speak(
+            transformer,
+            gates=[
+                norm.linear.bias.view(4, -1)[1]  # of scale, gate, scale, gate
+                for block in blocks
+                for norm in (block.norm1, block.norm1_context)
+                if norm is block.norm1 or not block.context_pre_only
+            ],
+            norms=[getattr(block.attn1, name) for block in blocks for name in norms],
+        )
         vae = diffusers_class("AutoencoderKLMochi")(
             encoder_block_out_channels=(32,) * 4,  # the least that its group norms take
             decoder_block_out_channels=(32,) * 4,
@@ -179,7 +196,11 @@ class Mochi(JointFamily):
             latents_mean=(0.0,) * 12,
             latents_std=(1.0,) * 12,
         ).eval()
-        _calibrate(vae)
+        with torch.no_grad():
+            # Its Fourier features, random functions of a pixel's last bits, would drown the rest.
+            vae.encoder.proj_in.weight[:, 3:] *= 0.02
+        mean, std = latent_statistics(vae, 31, 160, 192)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
         tokenizer = ByT5Tokenizer(model_max_length=self.text_tokens)
         text_encoder = T5EncoderModel(
             T5Config(
@@ -233,6 +254,29 @@ class MochiJointAttention:
         return video, context if attn.context_pre_only else attn.to_add_out(context)
 
 
+class QuietRope(nn.Module):
+    """The stock RoPE tables without its switch to an fp32 autocast, which a CPU refuses with a
+    warning: the arithmetic is in fp32 anyway."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def forward(
+        self,
+        pos_frequencies: Tensor,
+        num_frames: int,
+        height: int,
+        width: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        positions = self.stock._get_positions(num_frames, height, width, device, dtype)
+        with torch.autocast(pos_frequencies.device.type, enabled=False):
+            angles = torch.einsum("nd,dhf->nhf", positions.float(), pos_frequencies.float())
+        return angles.cos(), angles.sin()
+
+
 class ContinuedConv(nn.Module):
     """A causal convolution over a video that comes in chunks `[B, C, frames, H, W]`.
 
@@ -263,7 +307,8 @@ def _heads(attn: Any, x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 def _gathered(text: Tensor) -> Tensor:
     """`[B, S, H, D]` as it is, with gradients that lie head after head in memory as those of the
-    stock model's gathered tokens do: sums over them are then the same to the bit."""
+    stock model's gathered tokens do: sums over them are then the same to the bit. Copies the text
+    alone, at most 256 tokens of a sequence of 44,520 and more."""
     every = torch.arange(text.shape[1], device=text.device)
     return text.transpose(1, 2).index_select(2, every).transpose(1, 2)
 
@@ -301,23 +346,3 @@ def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = [0.0], [1.0]
     mean, std = torch.tensor([mean, std]).to(like)
     return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
-
-
-@torch.no_grad()
-def _calibrate(vae: Any) -> None:
-    """Set the latent statistics of an untrained VAE from a moving scene of fixed waves."""
-    # Its Fourier features, random functions of the last bits of a pixel, would drown the picture.
-    vae.encoder.proj_in.weight[:, 3:] *= 0.02
-    t, y, x = (torch.linspace(0, 1, n) for n in (31, 160, 192))
-    t, y, x = t[:, None, None], y[:, None], x
-    waves = torch.stack(
-        [
-            torch.sin(6 * x + 2 * t) * torch.cos(5 * y),
-            torch.sin(11 * (x - t) + 7 * y),
-            torch.cos(9 * (y + t) - 23 * x),
-        ]
-    )
-    latents = vae.encode(0.8 * waves[None]).latent_dist.mode()[0].flatten(1)
-    # Rounded, so that the last bits of a machine's arithmetic do not reach the file.
-    mean, std = ([round(x, 4) for x in stat.tolist()] for stat in (latents.mean(1), latents.std(1)))
-    vae.register_to_config(latents_mean=mean, latents_std=std)

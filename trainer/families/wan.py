@@ -13,6 +13,7 @@ from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, diffusers_class
 from .rope import rotate
+from .tiny import latent_statistics, let_attention_speak
 
 TEXT_TOKENS = 512  # the pipeline's call pads to it; `encode_prompt` alone would pad to 226
 
@@ -106,7 +107,7 @@ class Wan(ModelFamily):
             inputs["negative_prompt_embeds"] = _pad([negative["prompt_embeds"]])
         return inputs | {"guidance_scale": guidance}
 
-    def limit_memory(self, vae: Any) -> None:
+    def limit_memory(self, vae: Any, frames: int = 1) -> None:
         """Nothing: the VAE takes four frames at a time anyway, and whole ones fit."""
 
     def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
@@ -158,14 +159,11 @@ class Wan(ModelFamily):
             ffn_dim=64,
             num_layers=3,
         )
-        with torch.no_grad():
-            # A trained model's attention speaks: open gates, logits that can single tokens out, and
-            # an output small enough that the untrained loss is near that of predicting zero.
-            for block in transformer.blocks:
-                block.scale_shift_table[:, 2] += 1
-                block.attn1.norm_q.weight.fill_(1.5)
-                block.attn1.norm_k.weight.fill_(1.5)
-            transformer.proj_out.weight.normal_(std=0.5 * transformer.proj_out.in_features**-0.5)
+        let_attention_speak(
+            transformer,
+            gates=[block.scale_shift_table[:, 2] for block in transformer.blocks],
+            norms=[n for b in transformer.blocks for n in (b.attn1.norm_q, b.attn1.norm_k)],
+        )
         vae = diffusers_class("AutoencoderKLWan")(
             base_dim=3,
             z_dim=channels,
@@ -176,7 +174,8 @@ class Wan(ModelFamily):
             latents_mean=[0.0] * channels,
             latents_std=[1.0] * channels,
         ).eval()
-        _calibrate(vae)
+        mean, std = latent_statistics(vae, 9, 160, 192)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
         tokenizer = ByT5Tokenizer(model_max_length=TEXT_TOKENS)
         text_encoder = UMT5EncoderModel(
             UMT5Config(
@@ -241,21 +240,3 @@ def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel as `[C, 1, 1, 1]`."""
     mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std]).to(like)
     return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
-
-
-@torch.no_grad()
-def _calibrate(vae: Any) -> None:
-    """Set the latent statistics of an untrained VAE from a smooth moving scene of fixed waves."""
-    t, y, x = (torch.linspace(0, 1, n) for n in (9, 160, 192))
-    t, y, x = t[:, None, None], y[:, None], x
-    waves = torch.stack(
-        [
-            torch.sin(6 * x + 2 * t) * torch.cos(5 * y),
-            torch.sin(11 * (x - t) + 7 * y),
-            torch.cos(9 * (y + t) - 23 * x),
-        ]
-    )
-    latents = vae.encode(0.8 * waves[None]).latent_dist.mode()[0].flatten(1)
-    # Rounded, so that the last bits of a machine's arithmetic do not reach the file.
-    mean, std = ([round(x, 4) for x in stat.tolist()] for stat in (latents.mean(1), latents.std(1)))
-    vae.register_to_config(latents_mean=mean, latents_std=std)
