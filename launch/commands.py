@@ -1,4 +1,4 @@
-"""The `longreel` command: what is done with a run besides training it."""
+"""The `longreel` command: training a run, and what is done before and after it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from ..trainer.families import family_of
 from ..trainer.job import Job
 from ..trainer.lora import read_entry
 from ..trainer.sampling import base_model
+from .draw_command import DRAW_USAGE, draw
 
-USAGE = """\
+USAGE = f"""\
 longreel sample lora=RUN prompt="..." [key=value ...]   generate a video with a trained adapter
 longreel export lora=RUN [key=value ...]                write the adapter for ComfyUI
 longreel train recipe=NAME [key=value ...]              train on one process; on more:
                                                         accelerate launch train.py ...
+{DRAW_USAGE}
 
 Keys of `sample`: lora, prompt, out, negative, frames, height, width, steps, guidance, seed, fps,
 model (folder or repository, if the base model has moved), cache (folder of tiny models), device,
@@ -154,6 +156,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample,
     "export": export,
     "train": train,
+    "draw": draw,
 }
 
 

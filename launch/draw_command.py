@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ..sparse.draw import draw_pattern
-from ..sparse.reach import layers_to_full_reach
 from ..trainer.config import ConfigError, load
 from ..trainer.job import Job
-from ..trainer.progress import quiet_libraries
-from ..trainer.report import save_figure
 
 DRAW_USAGE = """\
-longreel draw recipe=NAME [key=value ...] [out=mask.png]   draw a recipe's attention; reads the
-                                                           model's JSON files, no weights"""
+longreel draw recipe=NAME [key=value ...]               draw a recipe's attention to out=mask.png,
+                                                        and say how much and how far it attends;
+                                                        reads the model's JSON files, no weights"""
 
 
 def draw(argv: list[str]) -> None:
@@ -28,6 +25,12 @@ def draw(argv: list[str]) -> None:
     if not Path(out).parent.is_dir():
         raise ConfigError(f"out={out}: {Path(out).parent} is not a folder.")
     config = load([argument for argument in argv if argument not in given])
+
+    from ..sparse.draw import draw_pattern
+    from ..sparse.reach import layers_to_full_reach
+    from ..trainer.progress import quiet_libraries
+    from ..trainer.report import density_by_layer, save_figure, solved_density
+
     quiet_libraries()
     job = Job.from_config(config)
 
@@ -38,7 +41,6 @@ def draw(argv: list[str]) -> None:
     seconds = time.perf_counter() - start
     layers = attention.layer_densities(grid, geometry.layers, heads)
     sparse = attention.sparse_density(grid, heads)
-    dense = [index for index, share in enumerate(layers) if attention.is_dense(index)]
     reach = layers_to_full_reach(pattern, grid, block, heads)
     size = f"{grid.frames} x {grid.height} x {grid.width} video and {grid.text} text tokens"
     title = f"{pattern}\n{size}, {sparse:.2%} of all pairs computed in a sparse layer"
@@ -49,8 +51,8 @@ def draw(argv: list[str]) -> None:
         "blocks": f"{layout.rows:,} a side of {block} tokens, {_layouts(layout.layouts)}; "
         f"{layout.row_indices.numel():,} kept, {layout.density:.3%}",
         "density": f"{sparse:.3%} of all token pairs in a sparse layer",
-        "all layers": f"{sum(layers) / len(layers):.3%} over {len(layers)} layers, dense: "
-        f"{', '.join(map(str, dense)) or 'none'}",
+        "width": None if config.sparse.density is None else solved_density(job, sparse),
+        "all layers": density_by_layer(layers),
         "reach": "never: some video tokens stay apart however many layers"
         if reach is None
         else f"{reach} sparse layers until every video token has reached every other",

@@ -41,8 +41,8 @@ class SparseAttention:
     backend: of `block_sparse_attention`.
     dense_layers: a number k for the first k layers, or the indices of the layers that stay dense.
     dense_steps: the same for diffusion steps when sampling; indices below 0 count from the last.
-    schedule: set while sampling; turns the model's timestep into the `step` of `plan`. By value,
-        because guidance calls the model twice a step.
+    schedule: set while sampling; the `step` of `plan` for a forward with the model's timestep.
+        Guidance may call the model twice a step.
     """
 
     pattern: SparsePattern

@@ -36,8 +36,8 @@ def with_density(
     """The pattern at the width that comes nearest to a target density, and its density there.
 
     By bisection over `pattern.widths`, on what `layer_density` says of a sparse layer. A pattern
-    whose widths are few gets the nearest. Widths are rounded to six digits, so that what a run
-    records can be read and typed.
+    whose widths are few gets the nearest, one that meets the target as it is stays so. Widths are
+    rounded to six digits, so that what a run records can be read and typed.
 
     Raises:
         ValueError: if the pattern has no width, or for a target that no width reaches.
@@ -49,6 +49,9 @@ def with_density(
     @cache  # widths that a pattern rounds to the same value are built once
     def density(candidate: SparsePattern) -> float:
         return layer_density(candidate, grid, block, heads)
+
+    if abs(density(pattern) - target) <= CLOSE:
+        return pattern, density(pattern)
 
     def at(width: float) -> SparsePattern:
         return pattern.with_width(float(f"{width:.6g}"), grid, block)

@@ -172,12 +172,3 @@ def _draw_region(
         "(dark: kept and computed; pale: added by blocks; orange: dropped by blocks)",
         fontsize=8,
     )
-
-
-def draw_layout(layout: BlockLayout, title: str) -> Figure:
-    """The kept blocks: queries down, keys across, dark where attention is computed."""
-    figure = Figure(figsize=(7, 7.4), dpi=180)
-    FigureCanvasAgg(figure)
-    _draw_blocks(figure.add_subplot(), layout.to_dense().any(0), layout.block, "")
-    figure.suptitle(title, fontsize=10)
-    return figure

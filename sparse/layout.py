@@ -77,9 +77,20 @@ class BlockLayout:
     def token_densities(self, tokens: int) -> list[float]:
         """Kept share of the real token pairs of a sequence of `tokens`, of each layout.
 
-        An argument, because one layout serves every text length that ends in the same block.
+        An argument, because one layout serves every text length that ends in the same block. From
+        the lists' lengths alone: a run asks at every step.
+
+        Raises:
+            ValueError: if `tokens` do not end in the last block.
         """
-        return token_densities(self.to_dense(), self.block, tokens)
+        short = self.block - _tail(tokens, self.rows, self.block)  # of the last block
+        first, last_row, end = (self.row_indptr[:, i].long() for i in (0, -2, -1))
+        last_column = (self.col_indptr[:, -1] - self.col_indptr[:, -2]).long()
+        # Whether the last row, whose blocks ascend, keeps the last column.
+        corner = (self.row_indices[end - 1] == self.rows - 1) & (end > last_row)
+        pairs = (end - first) * self.block**2 + corner * short**2
+        pairs -= (end - last_row + last_column) * self.block * short
+        return [count / tokens**2 for count in pairs.tolist()]
 
     def token_density(self, tokens: int, head_layouts: Sequence[int] | None = None) -> float:
         """Kept share of the real token pairs of a sequence of `tokens`: what is computed.
@@ -111,13 +122,18 @@ def token_densities(kept: Tensor, block: int, tokens: int) -> list[float]:
     Raises:
         ValueError: if `tokens` do not end in the last block.
     """
-    rows = kept.shape[1]
-    tail = tokens - (rows - 1) * block
-    if not 0 < tail <= block:
-        raise ValueError(f"{tokens} tokens do not end in the last of {rows} blocks.")
+    tail = _tail(tokens, kept.shape[1], block)
     keys = kept.sum(-1) * block - kept[..., -1].long() * (block - tail)  # of each block row
     pairs = keys.sum(-1) * block - keys[:, -1] * (block - tail)
     return [count / tokens**2 for count in pairs.tolist()]
+
+
+def _tail(tokens: int, rows: int, block: int) -> int:
+    """How many of `tokens` are in the last of `rows` blocks."""
+    tail = tokens - (rows - 1) * block
+    if not 0 < tail <= block:
+        raise ValueError(f"{tokens} tokens do not end in the last of {rows} blocks.")
+    return tail
 
 
 def _positions(start: int, end: int, like: Tensor) -> Tensor:

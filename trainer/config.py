@@ -61,15 +61,19 @@ class Sparse:
 
     pattern: `sparse.pattern.name` and that pattern's own parameters.
     block: tokens of a block. backend: auto, triton, flex or reference.
-    dense_layers: the first layers that run dense (the paper trains with 2).
-    dense_steps: the first diffusion steps that run dense when sampling.
+    density: computed share of the token pairs of a sparse layer, in (0, 1], at the training length;
+        sets the pattern's width, whatever it was (None: the width is the pattern's parameter).
+    dense_layers: the layers that run dense: a number of first layers (the paper trains with 2), or
+        a list of indices, of which those below 0 count from the last.
+    dense_steps: the same for diffusion steps when sampling.
     """
 
     pattern: Any = field(default_factory=Radial)
     block: int = 128
     backend: Literal["auto", "triton", "flex", "reference"] = "auto"
-    dense_layers: int = 2
-    dense_steps: int = 2
+    density: float | None = None
+    dense_layers: Any = 2  # int | list[int], which OmegaConf cannot say
+    dense_steps: Any = 2
 
 
 @dataclass(frozen=True)
@@ -328,10 +332,26 @@ def _merge(recipe: dict[str, Any], arguments: dict[str, str]) -> Config:
 
     pattern = {k.removeprefix(PATTERN): v for k, v in merged.items() if k.startswith(PATTERN)}
     config = build(Config, {k: v for k, v in merged.items() if not k.startswith(PATTERN)})
-    sparse = dataclasses.replace(config.sparse, pattern=pattern_from_dict(pattern))
+    sparse = dataclasses.replace(
+        config.sparse,
+        pattern=pattern_from_dict(pattern),
+        dense_layers=_first_or_listed("sparse.dense_layers", config.sparse.dense_layers),
+        dense_steps=_first_or_listed("sparse.dense_steps", config.sparse.dense_steps),
+    )
     config = dataclasses.replace(config, sparse=sparse)
     _check(config)
     return config
+
+
+def _first_or_listed(key: str, value: Any) -> int | list[int]:
+    """A number as it is; indices ascending, each once."""
+    try:
+        return sorted({int(item) for item in value}) if isinstance(value, list) else int(value)
+    except (TypeError, ValueError):
+        shown = "null" if value is None else value
+        raise ConfigError(
+            f"{key}={shown} must be a whole number, or a list of indices such as [0, -1]."
+        ) from None
 
 
 def _pattern_class(name: Any) -> type:
@@ -373,8 +393,6 @@ def _problems(config: Config) -> Iterator[str]:
         "log.every": config.log.every,
     }
     not_negative = {
-        "sparse.dense_layers": config.sparse.dense_layers,
-        "sparse.dense_steps": config.sparse.dense_steps,
         "data.stride": config.data.stride,
         "train.weight_decay": train.weight_decay,
         "train.warmup": train.warmup,
@@ -394,11 +412,17 @@ def _problems(config: Config) -> Iterator[str]:
         "train.guidance": train.guidance,
         "validate.frames": validate.frames,
     }
+    for key in ("dense_layers", "dense_steps"):
+        chosen = getattr(config.sparse, key)
+        not_negative |= {} if isinstance(chosen, list) else {f"sparse.{key}": chosen}
     positive |= {key: value for key, value in optional.items() if value is not None}
     yield from (f"{key}={value} must be positive." for key, value in positive.items() if value <= 0)
     yield from (
         f"{key}={value} must not be negative." for key, value in not_negative.items() if value < 0
     )
+    density = config.sparse.density
+    if density is not None and not 0 < density <= 1:
+        yield f"sparse.density={density} must be above 0 and at most 1."
     block = config.sparse.block
     if block > 0 and block not in BLOCKS:
         yield f"sparse.block={block} must be 16, 32, 64 or 128; the kernels are tuned for 128."

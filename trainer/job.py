@@ -8,7 +8,9 @@ from typing import Any
 
 from ..kernels.block_sparse.op import HEAD_DIMS
 from ..sparse.attention import SparseAttention
+from ..sparse.density import with_density
 from ..sparse.grid import TokenGrid
+from ..sparse.patterns import SparsePattern, pattern_name
 from . import checkpoint
 from .config import Config, ConfigError, config_hash, load_file, pattern_to_dict, to_dict
 from .families import FAMILIES
@@ -37,12 +39,14 @@ class Job:
     config: as given, with `frames`, `fps`, `extend.native`, `lora.alpha`, `model.path` and
         `run.dir` settled; loading it back gives the same job.
     model_path: where the model is read from: a folder, or a Hub repository.
+    pattern: the config's, at the width that meets `sparse.density` if that is set.
     """
 
     config: Config
     family: ModelFamily
     geometry: Geometry
     model_path: str
+    pattern: SparsePattern
 
     @classmethod
     def from_config(cls, config: Config) -> Job:
@@ -59,7 +63,8 @@ class Job:
         geometry = family.geometry(model_path, config.model.revision)
         config = replace(config, model=replace(config.model, path=path))
         config = _settle(config, family, geometry)
-        return cls(config, family, geometry, model_path)
+        job = cls(config, family, geometry, model_path, config.sparse.pattern)
+        return replace(job, pattern=job._solved_pattern())
 
     def check_trainable(self) -> None:
         """Raise ConfigError if there is no data to train on, or the run folder is another run's."""
@@ -94,11 +99,26 @@ class Job:
         shape, text = self.latent_shape(frames), self.family.text_tokens
         return self.family.grid(shape, self.geometry.patch, text)
 
+    def _solved_pattern(self) -> SparsePattern:
+        sparse = self.config.sparse
+        if sparse.density is None:
+            return sparse.pattern
+        if sparse.pattern.width is None:
+            raise ConfigError(
+                f"sparse.density={sparse.density}: {pattern_name(sparse.pattern)} has no width for "
+                "it to set; leave it out, or choose another sparse.pattern.name."
+            )
+        grid, heads = self.grid(self.frames), self.geometry.heads
+        try:
+            return with_density(sparse.pattern, grid, sparse.density, sparse.block, heads)[0]
+        except ValueError as error:
+            raise ConfigError(f"sparse.{error}") from error
+
     def attention(self) -> SparseAttention:
         """A fresh sparse attention as the config sets it."""
         sparse = self.config.sparse
         return SparseAttention(
-            sparse.pattern,
+            self.pattern,
             block=sparse.block,
             backend=sparse.backend,
             dense_layers=sparse.dense_layers,
@@ -116,7 +136,7 @@ class Job:
             "version": 1,
             "family": self.family.name,
             "model": {"path": path, "revision": config.model.revision},
-            "pattern": pattern_to_dict(sparse.pattern),
+            "pattern": pattern_to_dict(self.pattern),
             "block": sparse.block,
             "dense_layers": sparse.dense_layers,
             "dense_steps": sparse.dense_steps,
@@ -162,21 +182,29 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
         raise ConfigError(
             f"The model's heads have {geometry.head_dim} channels; the kernels take {HEAD_DIMS}."
         )
-    if config.sparse.dense_layers > geometry.layers:
-        raise ConfigError(
-            f"sparse.dense_layers={config.sparse.dense_layers}, but the model has "
-            f"{geometry.layers} layers."
-        )
+    sparse = replace(
+        config.sparse, dense_layers=_dense_layers(config.sparse.dense_layers, geometry.layers)
+    )
     return replace(
         config,
         frames=frames,
         fps=config.fps or family.fps,
         extend=replace(config.extend, native=native),
+        sparse=sparse,
         lora=replace(config.lora, alpha=config.lora_alpha),
         train=replace(config.train, guidance=_train_guidance(config, family, geometry)),
         validate=replace(config.validate, guidance=_sample_guidance(config, family)),
         run=replace(config.run, dir=str(config.run_dir)),
     )
+
+
+def _dense_layers(chosen: int | list[int], layers: int) -> int | list[int]:
+    """The same with indices that count from the last layer made plain."""
+    listed = isinstance(chosen, list)
+    beyond = [i for i in chosen if not -layers <= i < layers] if listed else chosen > layers
+    if beyond:
+        raise ConfigError(f"sparse.dense_layers={chosen}, but the model has {layers} layers.")
+    return sorted({index % layers for index in chosen}) if listed else chosen
 
 
 def _train_guidance(config: Config, family: ModelFamily, geometry: Geometry) -> float | None:

@@ -22,11 +22,11 @@ from ..data.encode import Prepared
 from ..data.files import replacing
 from ..data.sampler import SeededBatches
 from ..kernels.block_sparse import resolve_backend
-from ..sparse.draw import draw_layout
+from ..sparse.draw import draw_pattern
 from ..sparse.grid import TokenGrid
 from . import checkpoint, flow, lora, report
 from .caching import extra_captions, prepare_data
-from .config import Config, ConfigError, save, to_dict, to_yaml
+from .config import Config, ConfigError, pattern_to_dict, save, to_dict, to_yaml
 from .job import Job
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
 from .probe import Speedup, measure_speedup
@@ -69,6 +69,10 @@ class Trainer:
         self.attention = job.attention()
         self.grid = job.grid(job.frames)
         self.cost = self._cost(self.grid)
+        geometry = job.geometry
+        self.layer_densities = self.attention.layer_densities(
+            self.grid, geometry.layers, geometry.heads
+        )
 
     def fit(self) -> None:
         """Run to the last step. The same command again goes on from the newest checkpoint."""
@@ -111,18 +115,24 @@ class Trainer:
         job, grid = self.job, self.grid
         log.info(
             f"{job.native_frames} -> {job.frames} frames: {len(grid):,} tokens "
-            f"({grid.frames} x {grid.height} x {grid.width}); attention computes "
-            f"{self.cost.density:.1%} of all pairs, {self.cost.layer_density:.1%} in sparse layers."
+            f"({grid.frames} x {grid.height} x {grid.width}). Attention computes "
+            f"{report.density_by_layer(self.layer_densities)}."
         )
+        sparse, heads = self.config.sparse, job.geometry.heads
+        if sparse.density is not None:
+            log.info(f"sparse.density sets {report.solved_density(job, self.cost.layer_density)}.")
+        rounded = job.pattern.note(grid.without_text(), sparse.block)
+        if rounded is not None:
+            log.info(rounded)
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(self.config, self.run_dir / "config.yaml")
-            layout = self.attention.layout(grid)
             title = (
-                f"{self.config.sparse.pattern}, {grid.frames} x {grid.height} x {grid.width} "
-                f"tokens, density {layout.density:.1%}"
+                f"{job.pattern}, {grid.frames} x {grid.height} x {grid.width} tokens, density "
+                f"{self.cost.layer_density:.1%}"
             )
-            report.save_figure(draw_layout(layout, title), self.run_dir / "mask.png")
+            figure = draw_pattern(job.pattern, grid, sparse.block, title, heads)
+            report.save_figure(figure, self.run_dir / "mask.png")
 
     def _prepare_data(self) -> Prepared:
         """One process fills the cache; the others then find it complete."""
@@ -200,7 +210,12 @@ class Trainer:
         """What the main process alone keeps: metrics, and the validator that writes to them."""
         self.metrics = Metrics(self.run_dir, resumed_step=start)
         if self.config.log.wandb:
-            self.metrics.start_wandb(self.config.log.project, to_dict(self.config))
+            solved = {
+                "pattern": pattern_to_dict(self.job.pattern),
+                "density_by_layer": self.layer_densities,
+            }
+            config = to_dict(self.config) | {"attention": solved}
+            self.metrics.start_wandb(self.config.log.project, config)
         self.metrics.image("mask", self.run_dir / "mask.png", start)
         self.validator = Validator(
             self.job,

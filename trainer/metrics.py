@@ -60,9 +60,9 @@ class AttentionCost:
     def of(
         cls, attention: SparseAttention, grid: TokenGrid, layers: int, heads: int, head_dim: int
     ) -> AttentionCost:
-        density = attention.token_density(grid, layers)
+        density = attention.token_density(grid, layers, heads)
         dense = 4 * len(grid) ** 2 * heads * head_dim * layers / 1e15
-        return cls(density, attention.layout(grid).token_density(len(grid)), density * dense, dense)
+        return cls(density, attention.sparse_density(grid, heads), density * dense, dense)
 
     @property
     def sparsity(self) -> float:

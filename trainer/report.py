@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,6 +23,26 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def density_by_layer(densities: Sequence[float]) -> str:
+    """`23.2% of all pairs over 40 layers: 100.0% in 0-1, 19.1% in 2-39`: runs of equals as one."""
+    runs = []
+    for share, run in groupby(enumerate(densities), key=lambda pair: pair[1]):
+        indices = [index for index, _ in run]
+        runs.append(
+            f"{share:.1%} in {'-'.join(map(str, dict.fromkeys((indices[0], indices[-1]))))}"
+        )
+    mean = sum(densities) / len(densities)
+    return f"{mean:.1%} of all pairs over {len(densities)} layers: {', '.join(runs)}"
+
+
+def solved_density(job: Job, achieved: float) -> str:
+    """`decay=0.981 (wanted 0.19, achieved 0.1899)`, of a sparse layer."""
+    wanted, width = job.config.sparse.density, job.pattern.width
+    assert wanted is not None and width is not None
+    found = getattr(job.pattern, width)
+    return f"{width}={found} (wanted {wanted:.4g}, achieved {achieved:.4f})"
 
 
 def draw_losses(rows: Rows) -> Figure:
@@ -52,7 +73,11 @@ def summary(
         "length",
         f"{job.native_frames} -> {job.frames} frames, {len(job.grid(job.frames)):,} tokens",
     )
-    table.add_row("attention density", f"{cost.density:.1%} of all pairs, over all layers")
+    table.add_row("attention pattern", escape(str(job.pattern)))
+    table.add_row(
+        "attention density",
+        f"{cost.density:.1%} of all pairs, over all layers; sparse ones {cost.layer_density:.1%}",
+    )
     of = f"{cost.dense_pflop - cost.pflop:.3g} of {cost.dense_pflop:.3g} PFLOP a forward"
     table.add_row("attention FLOPs saved", f"{cost.sparsity:.1%} ({of})")
     table.add_row("attention speedup, sparse layer", speedup)

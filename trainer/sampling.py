@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.block_sparse.op import Backend
-from ..sparse.attention import SparseAttention
+from ..sparse.attention import SparseAttention, Step
 from . import lora
 from .config import Cache, ConfigError, pattern_from_dict
 from .families import FAMILIES, ModelFamily, family_of, installed_attention
@@ -90,15 +90,21 @@ def apply_sparse_attention(
     return attention
 
 
-def _step_of(pipe: Any) -> Callable[[Tensor], int]:
-    """Index of the diffusion step that a model's timestep belongs to.
+def _step_of(pipe: Any) -> Callable[[Tensor], Step]:
+    """Index of the diffusion step that a model's forward belongs to, and the number of steps.
 
-    By the timestep's value among the scheduler's: guidance calls the model twice a step.
+    As the scheduler counts, whose `step` ends a step however often guidance calls the model in it.
+    Not by the timestep: under a bf16 HunyuanVideo neighbours are rounded to the same value. Only a
+    scheduler that does not count leaves no other way.
     """
 
-    def step(timestep: Tensor) -> int:
+    def step(timestep: Tensor) -> Step:
         timesteps = pipe.scheduler.timesteps
-        return int((timesteps - timestep.flatten()[0].to(timesteps.device)).abs().argmin())
+        if hasattr(pipe.scheduler, "step_index"):
+            index = pipe.scheduler.step_index or 0  # None until the first step has ended
+        else:
+            index = (timesteps - timestep.flatten()[0].to(timesteps.device)).abs().argmin()
+        return int(index), len(timesteps)
 
     return step
 

@@ -103,14 +103,14 @@ def parse_text(key: str, text: str, hint: Any) -> Any:
     """What an argument's text means for a field of type `hint`, as `read_yaml` would give it.
 
     `null` (or `None`) unsets what is not a text. A list is written `[a, b]`; any other text is its
-    one item, so that a prompt needs no quotes.
+    one item, so that a prompt needs no quotes. `Any` is a text or a list, as written.
     """
     if text in ("null", "None") and hint is not str:
         return None
-    if get_origin(hint) is not list:
+    if hint is not Any and get_origin(hint) is not list:
         return text
     if not text.startswith("["):
-        return [text]
+        return text if hint is Any else [text]
     try:
         return yaml.load(text, _TextLoader)
     except yaml.YAMLError as error:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import WAN, randomise
 
 from longreel.data.decode import probe, read_clip
-from longreel.launch.commands import main
+from longreel.launch.commands import COMMANDS, main
 from longreel.sparse.patterns import Radial
 from longreel.trainer import lora
 
@@ -92,6 +92,15 @@ def test_export_writes_a_file_for_comfyui(run, tmp_path, capsys):
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_draw_is_a_command(tmp_path, capsys):
+    given = ["recipe=tiny_wan", f"cache.dir={tmp_path}", f"out={tmp_path / 'mask.png'}"]
+    main(["draw", *given])
+    assert (tmp_path / "mask.png").stat().st_size > 10_000
+    assert "sparse layers until every video token" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^error: out=a.gif must end in .png."):
+        main(["draw", *given[:2], "out=a.gif"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -139,7 +148,8 @@ def test_refusals(run, tmp_path, options, message):
 def test_usage(capsys):
     main(["--help"])
     usage = capsys.readouterr().out
-    assert "longreel sample lora=RUN" in usage and "longreel export lora=RUN" in usage
+    for command in COMMANDS:
+        assert f"\nlongreel {command} " in f"\n{usage}"
     with pytest.raises(SystemExit, match="'smaple' is no command"):
         main(["smaple"])
 

@@ -1,5 +1,7 @@
 """`longreel draw`."""
 
+import re
+
 import pytest
 from PIL import Image
 
@@ -40,7 +42,20 @@ def test_draw_takes_the_settings_of_the_recipe(command):
 
 def test_draw_counts_layouts_and_dense_layers(command):
     lines = command("sparse.pattern.name=spatial_temporal", "sparse.dense_layers=1")
-    assert "2 layouts" in lines["blocks"] and lines["all layers"].endswith("dense: 0")
+    sparse = f"{float(lines['density'].partition('%')[0]):.1f}%"
+    assert "2 layouts" in lines["blocks"]
+    assert lines["all layers"].endswith(f"over 3 layers: 100.0% in 0, {sparse} in 1-2")
+
+
+def test_draw_solves_a_density_and_says_what_was_rounded(command):
+    lines = command(
+        "sparse.pattern.name=longlora", "sparse.density=0.2", "sparse.dense_layers=[-1]"
+    )
+    solved = re.fullmatch(r"share=(\S+) \(wanted 0.2, achieved 0.\d{4}\)", lines["width"])
+    share = solved[1]
+    assert lines["pattern"] == f"LongLora(share={share})"
+    assert lines["note"].startswith(f"share={share} is ") and "groups are" in lines["note"]
+    assert lines["all layers"].endswith("in 0-1, 100.0% in 2")
 
 
 @pytest.mark.parametrize(

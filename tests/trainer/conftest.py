@@ -26,6 +26,20 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def waves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four videos of moving waves, of the size and length that the tiny recipes train on."""
+    folder = tmp_path_factory.mktemp("waves")
+    y, x = np.mgrid[:192, :224]
+    for index in range(4):
+        shift = np.arange(120)[:, None, None] * (index + 1)
+        moving = [np.sin((x + shift) / (9 + index + c)) * np.cos(y / 12) for c in range(3)]
+        frames = (127 + 100 * np.stack(moving, -1)).astype(np.uint8)
+        write_video(folder / f"{index}.mp4", frames, 30)
+        (folder / f"{index}.txt").write_text(f"waves number {index}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 

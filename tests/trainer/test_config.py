@@ -11,7 +11,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longreel.sparse.patterns import Dense, Radial
+from longreel.sparse.patterns import PATTERNS, Dense, Power, Radial, SlidingTile
 from longreel.trainer.config import (
     Config,
     ConfigError,
@@ -191,6 +191,24 @@ def test_another_pattern_keeps_the_parameters_given_with_it(recipe):
     assert message == "sparse.pattern.decay is not a setting. Known: sparse.pattern.name."
 
 
+@pytest.mark.parametrize("key", ["dense_layers", "dense_steps"])
+def test_a_number_of_first_ones_or_a_list(key, recipe):
+    def chosen(*arguments):
+        return getattr(load([*arguments]).sparse, key)
+
+    assert chosen(TINY, f"sparse.{key}=0") == 0 and chosen(TINY, f"sparse.{key}=3") == 3
+    assert chosen(TINY, f"sparse.{key}=[]") == []
+    assert chosen(TINY, f"sparse.{key}=[3, -1, 0, 0]") == [-1, 0, 3]
+    given = recipe(f"frames: 161\nsparse: {{{key}: [1, -2]}}\n")
+    assert chosen(given) == [-2, 1] and chosen(given, f"sparse.{key}=2") == 2
+
+
+def test_a_density_goes_with_any_pattern():
+    config = load([TINY, "sparse.pattern.name=power", "sparse.density=0.19"]).sparse
+    assert config.density == 0.19 and config.pattern == Power()
+    assert load([TINY, "sparse.density=null"]).sparse.density is load([TINY]).sparse.density is None
+
+
 def test_patterns_as_plain_values():
     plain = pattern_to_dict(Radial(decay=0.5))
     assert plain == {"name": "radial", "decay": 0.5, "sink": True, "near": 1, "rule": "density"}
@@ -201,6 +219,7 @@ def test_patterns_as_plain_values():
         ({"name": "radial", "dcay": 1}, "Did you mean sparse.pattern.decay?"),
         ({"name": "radial", "decay": "x"}, "sparse.pattern.decay=x must be a number."),
         ({"name": "radial", "decay": -1.0}, "sparse.pattern.decay=-1.0 must be positive"),
+        ({"name": "sliding_tile", "tile": "6x8"}, "sparse.pattern.tile=6x8 must be three sizes"),
     ):
         with pytest.raises(ConfigError) as caught:
             pattern_from_dict(wrong)
@@ -244,13 +263,26 @@ MISTAKES = {
     "validate.prompts=[a: b]": "must be a plain list; an item with `: ` or brackets needs quotes.",
     # patterns
     "sparse.pattern.name=radal": "sparse.pattern.name=radal is unknown. Did you mean radial?",
-    "sparse.pattern.name=": "sparse.pattern.name= is unknown. Known: dense, radial.",
+    "sparse.pattern.name=": "sparse.pattern.name= is unknown. Known: dense, radial, harmonic, "
+    "spatial, temporal, spatial_temporal, power, longlora, sliding_tile, cube.",
     "sparse.pattern.dcay=1": "sparse.pattern.dcay is not a setting. Did you mean sparse.pattern.de",
     "sparse.pattern.decay=far": "sparse.pattern.decay=far must be a number.",
     "sparse.pattern.decay=0": "sparse.pattern.decay=0.0 must be positive",
     "sparse.pattern.decay=inf": "sparse.pattern.decay=inf is not a finite number.",
-    "sparse.pattern.rule=cover": "sparse.pattern.rule=cover must be one of density.",
+    "sparse.pattern.rule=cover": "sparse.pattern.rule=cover must be one of density, touch, eq4.",
+    "sparse.pattern.half_width=1": "sparse.pattern.half_width is not a setting. Known: sparse.patt",
+    # dense layers and steps
+    "sparse.dense_layers=two": "sparse.dense_layers=two must be a whole number, or a list of",
+    "sparse.dense_layers=null": "sparse.dense_layers=null must be a whole number, or a list",
+    "sparse.dense_layers=1.5": "sparse.dense_layers=1.5 must be a whole number, or a list of",
+    "sparse.dense_steps=[0, x]": "must be a whole number, or a list of indices such as [0, -1].",
+    "sparse.dense_steps=[0, null]": "must be a whole number, or a list of indices such as [0, -1].",
+    "sparse.dense_steps=[[0]]": "must be a plain list",
+    "sparse.dense_steps=[0": "sparse.dense_steps=[0 is not a list such as [a, b]",
     # ranges
+    "sparse.dense_layers=-1": "sparse.dense_layers=-1 must not be negative.",
+    "sparse.density=0": "sparse.density=0.0 must be above 0 and at most 1.",
+    "sparse.density=19": "sparse.density=19.0 must be above 0 and at most 1.",
     "frames=-1": "frames=-1 must be positive.",
     "extend.factor=0": "extend.factor=0 must be positive.",
     "train.lr=0": "train.lr=0.0 must be positive.",
@@ -366,8 +398,13 @@ configs = st.builds(
     sparse=st.builds(
         Sparse,
         pattern=st.just(Dense())
-        | st.builds(Radial, decay=st.floats(1e-9, 1e9), sink=st.booleans(), near=st.integers(1, 9)),
+        | st.builds(Radial, decay=st.floats(1e-9, 1e9), sink=st.booleans(), near=st.integers(1, 9))
+        | st.just(SlidingTile(windows="3x1x1, 3x3x1"))
+        | st.sampled_from([cls() for cls in PATTERNS.values()]),
         block=st.sampled_from([16, 32, 64, 128]),
+        density=st.none() | st.floats(0, 1, exclude_min=True),
+        dense_layers=st.integers(0, 99) | st.sets(st.integers(-9, 9)).map(sorted),
+        dense_steps=st.integers(0, 99) | st.sets(st.integers(-9, 9)).map(sorted),
     ),
     validate=st.builds(
         Validate,
@@ -387,6 +424,15 @@ def test_a_saved_config_loads_back_equal(tmp_path_factory, config):
     assert load_file(path) == config
     assert [file.name for file in path.parent.iterdir()] == ["config.yaml"]
     assert config_hash(load_file(path)) == config_hash(config)
+
+
+def test_a_config_from_before_a_setting_was_there_loads_with_its_default(tmp_path):
+    path = tmp_path / "config.yaml"
+    config = load([TINY])
+    plain = to_dict(config)
+    del plain["sparse"]["density"]
+    path.write_text(yaml.safe_dump(plain))
+    assert load_file(path) == config
 
 
 def test_saving_replaces_whole_files(tmp_path):

@@ -141,6 +141,28 @@ def test_other_settings_do_not_resume(arguments, tmp_path):
     assert checkpoint.latest(moved / "checkpoints").name == "step-000004"
 
 
+def test_a_density_resumes_as_it_was_asked_for(arguments):
+    """Not as the width that it came to; a run from before the setting was there goes on too."""
+    spatial = "sparse.pattern.name=spatial"
+    with pytest.raises(ConfigError, match="sparse.density=0.3: dense has no width for it to set"):
+        train(arguments, "sparse.pattern.name=dense", "sparse.density=0.3")
+    run_dir = train(arguments, spatial, "sparse.density=0.4", "train.steps=2").run_dir
+    for other in ("sparse.density=0.5", "sparse.density=null"):
+        with pytest.raises(
+            ConfigError, match=r"other settings \(sparse.density: 0.4 -> (0.5|None)"
+        ):
+            train(arguments, spatial, other)
+    train(arguments, spatial, "sparse.density=0.4", "train.steps=3")
+
+    older = train(arguments, "train.steps=2", f"run.dir={run_dir}-older").run_dir
+    path = older / "config.yaml"
+    saved = path.read_text()
+    path.write_text(saved.replace("  density: null\n", ""))
+    assert len(path.read_text()) < len(saved)
+    train(arguments, "train.steps=3", f"run.dir={older}")
+    assert checkpoint.latest(older / "checkpoints").name == "step-000003"
+
+
 def test_other_clips_do_not_resume(arguments, videos, tmp_path):
     other = tmp_path / "videos"
     shutil.copytree(videos, other)
@@ -273,6 +295,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(arguments, monkeypatch):
         ("height=100", "height=100 must be a multiple of 16"),
         ("data.path=/no/such/folder", "data.path=/no/such/folder is not a folder"),
         ("sparse.dense_layers=9", "the model has 3 layers"),
+        ("sparse.dense_layers=[0,3]", r"sparse.dense_layers=\[0, 3\], but the model has 3 layers"),
+        ("sparse.dense_layers=[-4]", r"sparse.dense_layers=\[-4\], but the model has 3 layers"),
+        ("sparse.density=0.01", "^sparse.density=0.01 is out of reach: decay from .* takes Radial"),
         ("model.path=/no/such/model", "hf download"),
         ("family=sora", "family=sora is unknown. Families: wan"),
     ],

@@ -1,6 +1,7 @@
 """Sampling: from an adapter's file, and from a transformer in the middle of training."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer import lora
 from longreel.trainer.config import ConfigError
-from longreel.trainer.families import installed_attention
-from longreel.trainer.sampling import apply_sparse_attention, generate, load_pipeline
+from longreel.trainer.families import FAMILIES, installed_attention
+from longreel.trainer.sampling import _step_of, apply_sparse_attention, generate, load_pipeline
 
 SIZE = {"frames": 13, "height": 48, "width": 64, "steps": 3, "guidance": 4.0, "seed": 3}
 PATTERN = Radial(decay=0.5)
@@ -88,10 +89,90 @@ def test_dense_steps_count_a_guided_step_once(monkeypatch):
     plans = recorded(attention, monkeypatch)
     pipe = tiny.load_pipeline(WAN, transformer)
     video_of(pipe, prompt="a cat", **SIZE | {"steps": 4})
-    assert plans == [(step, step < 2) for step in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert plans == [((step, 4), step < 2) for step in (0, 0, 1, 1, 2, 2, 3, 3)]
     plans.clear()
     video_of(pipe, prompt="a cat", **SIZE | {"guidance": 1.0})
-    assert plans == [(0, True), (1, True), (2, False)]
+    assert plans == [((0, 3), True), ((1, 3), True), ((2, 3), False)]
+
+
+# Of each family: steps that its schedule takes, forwards a guided step, samples of each.
+GUIDED = {"wan": (5, 2, 1), "hunyuan": (5, 1, 1), "mochi": (5, 1, 2)}
+
+
+def stock_run(family, monkeypatch, *, dense_steps, steps, dtype=torch.float32, **inputs):
+    """(step, dense) of every forward of a stock pipeline's call under an adapter's attention, and
+    the samples of each."""
+    pipe = tiny.load_pipeline(family, tiny.load_transformer(family, dtype), vae=False, text=False)
+    entry = ENTRY | {"family": family.name, "dense_steps": dense_steps}
+    plans = recorded(apply_sparse_attention(pipe, entry), monkeypatch)
+    batches = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    channels = tiny.load_config(family)["in_channels"]
+    noise = torch.randn(1, channels, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    size = {"num_frames": 9, "height": 32, "width": 48, "output_type": "latent"}
+    pipe(latents=noise, num_inference_steps=steps, **size, **inputs)
+    return plans, batches
+
+
+def guided_inputs(family):
+    text, negative = (tiny.make_text(family, seed=seed) for seed in (0, 1))
+    negative = None if family.name == "hunyuan" else negative
+    return family.pipeline_inputs(text, negative, 4.0)
+
+
+@pytest.mark.parametrize("dense_steps", [2, [-1], [0, -1], []])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_forward_of_a_step_is_planned_as_that_step(family, dense_steps, monkeypatch):
+    steps, forwards, samples = GUIDED[family.name]
+    plans, batches = stock_run(
+        family, monkeypatch, dense_steps=dense_steps, steps=steps, **guided_inputs(family)
+    )
+    dense = range(2) if dense_steps == 2 else [step % steps for step in dense_steps]
+    expected = [((step, steps), step in dense) for step in range(steps)]
+    assert plans == [plan for plan in expected for _ in range(forwards)]
+    assert batches == [samples] * steps * forwards
+
+
+def test_true_guidance_of_hunyuan_calls_the_model_twice_a_step(monkeypatch):
+    hunyuan = FAMILIES["hunyuan"]
+    text, negative = (tiny.make_text(hunyuan, seed=seed) for seed in (0, 1))
+    inputs = hunyuan.pipeline_inputs(text, negative, 2.0)
+    assert inputs["true_cfg_scale"] == 2.0
+    plans, batches = stock_run(hunyuan, monkeypatch, dense_steps=[0, -1], steps=3, **inputs)
+    assert plans == [((step, 3), step != 1) for step in (0, 0, 1, 1, 2, 2)]
+    assert batches == [1] * 6
+
+
+def test_steps_are_counted_where_bf16_cannot_tell_their_timesteps_apart(monkeypatch):
+    """A bf16 HunyuanVideo: with shift 7 and 50 steps, steps 1 and 2 both arrive as 996."""
+    hunyuan = FAMILIES["hunyuan"]
+    plans, _ = stock_run(
+        hunyuan,
+        monkeypatch,
+        dense_steps=[0, 2, -1],
+        steps=50,
+        dtype=torch.bfloat16,
+        **guided_inputs(hunyuan),
+    )
+    assert plans == [((step, 50), step in (0, 2, 49)) for step in range(50)]
+
+
+def test_a_scheduler_that_does_not_count_is_read_by_its_timesteps():
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([999.0, 700.0, 300.0])))
+    step = _step_of(pipe)
+    assert [step(torch.tensor([t])) for t in (999.0, 700.5, 300.0)] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_second_run_counts_from_the_first_step_again(monkeypatch):
+    transformer, attention = in_training(dense_steps=[0])
+    plans = recorded(attention, monkeypatch)
+    pipe = tiny.load_pipeline(WAN, transformer)
+    for steps in (3, 2):
+        plans.clear()
+        video_of(pipe, prompt="a cat", **SIZE | {"guidance": 1.0, "steps": steps})
+        assert plans == [((step, steps), step == 0) for step in range(steps)]
 
 
 def test_dense_steps_change_the_video():
@@ -176,7 +257,7 @@ def test_a_stock_call_of_a_loaded_pipeline_follows_the_recorded_attention(run, m
     plans = recorded(installed_attention(pipe.transformer), monkeypatch)
     frames = pipe("a cat", num_frames=12, height=48, width=64, num_inference_steps=2).frames
     assert frames.shape == (1, 13, 48, 64, 3)
-    assert plans == [(0, True), (0, True), (1, False), (1, False)]
+    assert plans == [((0, 2), True), ((0, 2), True), ((1, 2), False), ((1, 2), False)]
 
 
 def test_dense_sampling_of_an_adapter_is_stock(run):

@@ -1,0 +1,44 @@
+"""What the documents say of the code, where a test can tell."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from longreel.sparse.patterns import PATTERNS
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Cells of the lines of markdown tables by the name in the first."""
+    found = re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE)
+    return {name: [cell.strip() for cell in line.split("|")] for name, line in found}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_table_of_patterns_has_each_with_its_parameters_and_width(name):
+    table, _, rest = PAGE.partition("## What was chosen")
+    _, parameters, _ = rows(table)[name]
+    fields = dataclasses.fields(PATTERNS[name])
+    said = dict(re.findall(r"`(\w+)=([^`]*)`", parameters))
+    defaults = {field.name: str(field.default) for field in fields}
+    assert said == {key: {"True": "true"}.get(text, text) for key, text in defaults.items()}
+    assert re.findall(r"`(\w+)=[^`]*`\\\*", parameters) == [PATTERNS[name].width][: len(fields)]
+    assert name in rows(rest.partition("<!-- widths -->")[0])  # densities, from the benchmark
+
+
+def test_the_readme_names_every_pattern():
+    row = next(
+        line for line in (ROOT / "README.md").read_text().splitlines() if "| patterns |" in line
+    )
+    assert re.findall(r"`(\w+)`", row)[: len(PATTERNS)] == list(PATTERNS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/patterns.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
