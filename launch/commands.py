@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -72,20 +72,21 @@ def sample(argv: list[str]) -> None:
 
     from ..data.decode import write_video
     from ..trainer.progress import quiet_libraries
-    from ..trainer.sampling import generate, load_pipeline
+    from ..trainer.sampling import encode_captions, generate, load_pipeline
 
     quiet_libraries()
-    pipe = load_pipeline(
-        options.lora,
-        model_path=options.model,
-        device=options.device,
-        sparse=not options.dense,
-        cache_dir=options.cache,
-    )
+    model: Any = {
+        "model_path": options.model,
+        "device": options.device,
+        "cache_dir": options.cache,
+    }
+    # Text encoders and transformer are never in memory together.
+    prompt, negative = encode_captions(options.lora, [options.prompt, options.negative], **model)
+    pipe = load_pipeline(options.lora, sparse=not options.dense, text=False, **model)
     frames = generate(
         pipe,
-        prompt=options.prompt,
-        negative=options.negative,
+        prompt=prompt,
+        negative=negative,
         **size,
         steps=steps,
         guidance=options.guidance,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     sparse: bool = True,
+    text: bool = True,
     backend: Backend = "auto",
     cache_dir: str | Path = Cache.dir,
 ) -> Any:
@@ -38,22 +39,55 @@ def load_pipeline(
 
     run: an adapter's folder or file. model_path: in place of the recorded base model. dtype: None
     for bf16 on a GPU and fp32 on a CPU. sparse: False for the model's own dense attention.
+    text: False to leave out the text encoders, for prompts that `encode_captions` has encoded.
     backend: of the block-sparse kernel. cache_dir: where a `tiny` base model is kept.
     """
-    entry = lora.read_entry(run)
+    entry, file = lora.read_entry(run), lora.adapter_file(run)
     family = family_of(entry)
     path, revision = base_model(entry, model_path, cache_dir)
     family.geometry(path, revision)  # refuses what is missing or unsupported before any weights
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    lora.check_fits(family.blank_transformer(path, revision), file)
+    device, dtype = _device_and_dtype(device, dtype)
     transformer = family.load_transformer(path, revision, dtype)
-    file = lora.adapter_file(run)
-    lora.check_fits(transformer, file)
-    pipe = family.load_pipeline(path, revision, transformer=transformer, dtype=dtype).to(device)
+    pipe = family.load_pipeline(path, revision, transformer=transformer, text=text, dtype=dtype)
+    pipe.to(device)
     pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="longreel")
     if sparse:
         apply_sparse_attention(pipe, entry, backend=backend)
     return pipe
+
+
+def encode_captions(
+    run: str | Path,
+    captions: Sequence[str],
+    *,
+    model_path: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    cache_dir: str | Path = Cache.dir,
+) -> list[Text]:
+    """What `generate` takes for prompts, by the base model's text encoders alone.
+
+    They are freed again: HunyuanVideo's take 16 GB, which the transformer and its activations can
+    use. Parameters as of `load_pipeline`.
+    """
+    entry = lora.read_entry(run)
+    family = family_of(entry)
+    path, revision = base_model(entry, model_path, cache_dir)
+    device, dtype = _device_and_dtype(device, dtype)
+    pipe = family.load_pipeline(path, revision, vae=False, dtype=dtype).to(device)
+    texts = [family.encode_text(pipe, caption) for caption in captions]
+    del pipe
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return texts
+
+
+def _device_and_dtype(
+    device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 def base_model(
