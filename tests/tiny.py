@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -82,6 +83,15 @@ def make_text(family: ModelFamily, tokens=7, seed=0):
 @functools.cache
 def load_config(family: ModelFamily):
     return dict(family.blank_transformer(folder(family), None).config)
+
+
+def write_model(folder, files):
+    """JSON files of a model by their names; returns the folder as recipes give it."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    return str(folder)
 
 
 def forward_backward(transformer, inputs):

@@ -10,6 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from longreel.data.decode import write_video
+
 STEP, DARKEST = 4, 18  # grey levels; far enough apart to survive lossy codecs
 
 
@@ -73,3 +75,18 @@ def noise(num_frames: int, height: int = 64, width: int = 64) -> list[np.ndarray
 
 def gaps(seconds: Sequence[float]) -> list[float]:
     return [later - earlier for earlier, later in pairwise(seconds)]
+
+
+def write_waves(folder: Path, count: int, frames: int, height: int, width: int, fps: int) -> Path:
+    """So many videos of moving waves, with captions."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+
+    def picture(index: int, t: int) -> np.ndarray:
+        waves = [np.sin((x + t * (index + 1)) / (5 + index + c)) * np.cos(y / 7) for c in range(3)]
+        return (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
+
+    for index in range(count):
+        pictures = (picture(index, t) for t in range(frames))
+        write_video(folder / f"{index}.mp4", pictures, fps)
+        (folder / f"{index}.txt").write_text(f"waves number {index}")
+    return folder

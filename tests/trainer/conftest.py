@@ -4,39 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from runs import arguments_of
-
-from longreel.data.decode import write_video
+from videos import write_waves
 
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three videos of 17 frames at 16 fps with captions."""
-    folder = tmp_path_factory.mktemp("videos")
-    y, x = np.mgrid[:64, :64]
-    for index in range(3):
-        shift = np.arange(17)[:, None, None] * (index + 1)
-        waves = [np.sin((x + shift) / (5 + index + c)) * np.cos(y / 7) for c in range(3)]
-        frames = (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
-        write_video(folder / f"{index}.mp4", frames, 16)
-        (folder / f"{index}.txt").write_text(f"waves number {index}")
-    return folder
+    return write_waves(tmp_path_factory.mktemp("videos"), 3, 17, 64, 64, 16)
 
 
 @pytest.fixture(scope="session")
 def waves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four videos of moving waves, of the size and length that the tiny recipes train on."""
-    folder = tmp_path_factory.mktemp("waves")
-    y, x = np.mgrid[:192, :224]
-    for index in range(4):
-        shift = np.arange(120)[:, None, None] * (index + 1)
-        moving = [np.sin((x + shift) / (9 + index + c)) * np.cos(y / 12) for c in range(3)]
-        frames = (127 + 100 * np.stack(moving, -1)).astype(np.uint8)
-        write_video(folder / f"{index}.mp4", frames, 30)
-        (folder / f"{index}.txt").write_text(f"waves number {index}")
-    return folder
+    """Four videos of the size and length that the tiny recipes train on."""
+    return write_waves(tmp_path_factory.mktemp("waves"), 4, 120, 192, 224, 30)
 
 
 @pytest.fixture(scope="session")

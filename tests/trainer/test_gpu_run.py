@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from videos import write_waves
 
-from longreel.data.decode import probe, write_video
+from longreel.data.decode import probe
 from longreel.trainer import lora
 from longreel.trainer.families import FAMILIES
 
@@ -71,22 +72,6 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_waves(folder: Path, frames: int, height: int, width: int, fps: int) -> Path:
-    """Two videos with captions."""
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    for index in range(2):
-        waves = (
-            np.stack(
-                [np.sin((x + 4 * t) / (40 + 9 * c + index)) * np.cos(y / 60) for c in range(3)]
-            )
-            for t in range(frames)
-        )
-        pictures = ((127 + 100 * wave).astype(np.uint8).transpose(1, 2, 0) for wave in waves)
-        write_video(folder / f"{index}.mp4", pictures, fps)
-        (folder / f"{index}.txt").write_text(f"waves number {index}")
-    return folder
-
-
 def launch(command: list[str]) -> str:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(run.stdout[-3500:])
@@ -111,7 +96,7 @@ def column(run_dir: Path, name: str) -> list[float]:
 def test_wan(wan_1_3b: Path, tmp_path: Path):
     """161 frames of 480 x 832: caches, trains five steps, stops, goes on to seven, samples."""
     settings = ["recipe=wan_1_3b_2x", f"model.path={wan_1_3b}", "checkpoint.every=5"]
-    settings += [f"data.path={write_waves(tmp_path, 161, 480, 832, 16)}"]
+    settings += [f"data.path={write_waves(tmp_path, 2, 161, 480, 832, 16)}"]
     train(tmp_path, *settings, "train.steps=5")
     assert "Resuming from" in train(tmp_path, *settings, "train.steps=7")
     losses = column(tmp_path / "run", "loss")
@@ -125,7 +110,10 @@ def test_wan(wan_1_3b: Path, tmp_path: Path):
 def test_hunyuan(hunyuan: Path, tmp_path: Path):
     """253 frames of 720 x 1280, 230,400 tokens and text; then the adapter samples by command."""
     settings = ["recipe=hunyuan_2x", f"model.path={hunyuan}", "sparse.dense_layers=1"]
-    settings += [f"data.path={write_waves(tmp_path, 255, 180, 320, 24)}", "validate.sigmas=[0.5]"]
+    settings += [
+        f"data.path={write_waves(tmp_path, 2, 255, 180, 320, 24)}",
+        "validate.sigmas=[0.5]",
+    ]
     train(tmp_path, *settings, "train.steps=3", "train.caption_dropout=0.3")
     losses = column(tmp_path / "run", "loss")
     assert len(losses) == 3 and np.isfinite(losses).all()

@@ -444,11 +444,7 @@ def published(tmp_path, index=(), transformer=(), vae=()):
             **dict(vae),
         },
     }
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-    return str(tmp_path)
+    return tiny.write_model(tmp_path, files)
 
 
 def test_published_sizes(tmp_path):

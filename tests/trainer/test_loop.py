@@ -53,22 +53,6 @@ def test_resumed_equals_uninterrupted(arguments, tmp_path, monkeypatch):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_validation_and_samples_leave_training_alone(arguments, tmp_path):
-    plain = train(arguments, "validate.every=100", "train.steps=2", f"run.dir={tmp_path / 'a'}")
-    watched = train(
-        arguments,
-        "validate.every=1",
-        "train.steps=2",
-        "validate.prompts=a wave",
-        "validate.frames=5",
-        f"run.dir={tmp_path / 'b'}",
-    )
-    one, two = (load_file(trainer.run_dir / lora.WEIGHTS) for trainer in (plain, watched))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    samples = sorted(path.name for path in (tmp_path / "b/samples").iterdir())
-    assert samples == ["step-000000-0.mp4", "step-000001-0.mp4", "step-000002-0.mp4"]
-
-
 def test_what_a_run_leaves_behind(arguments, tmp_path):
     run_dir = train(arguments, "checkpoint.every=1").run_dir
     for name in (lora.WEIGHTS, "config.yaml", "metrics.csv", "mask.png", "loss.png"):

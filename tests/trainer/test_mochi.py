@@ -1,6 +1,5 @@
 """The Mochi family against the stock diffusers model and pipeline, a test for each of its traps."""
 
-import json
 import re
 import warnings
 from types import SimpleNamespace
@@ -413,11 +412,7 @@ def published(tmp_path, transformer=(), vae=()):
         },
         "vae/config.json": dict(vae),
     }
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-    return str(tmp_path)
+    return tiny.write_model(tmp_path, files)
 
 
 def test_published_sizes(tmp_path):

@@ -1,7 +1,5 @@
 """The Wan family against the stock diffusers model and pipeline."""
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -152,11 +150,7 @@ def published(tmp_path, index=(), transformer=(), vae=()):
         },
         "vae/config.json": {"z_dim": 16, "temperal_downsample": [False, True, True], **dict(vae)},
     }
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-    return str(tmp_path)
+    return tiny.write_model(tmp_path, files)
 
 
 def test_published_sizes(tmp_path):
