@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from ..trainer.config import Cache, ConfigError, load, parse
+from ..trainer.config import Cache, ConfigError, load, parse, pattern_from_dict
 from ..trainer.export import export_comfyui
 from ..trainer.families import family_of
 from ..trainer.job import Job
-from ..trainer.lora import read_entry
+from ..trainer.lora import check_fits, read_entry
 from ..trainer.sampling import base_model
 from .draw_command import DRAW_USAGE, draw
 
@@ -66,9 +66,11 @@ def sample(argv: list[str]) -> None:
     }
     family = family_of(entry)
     steps = family.steps if options.steps is None else options.steps
-    geometry = family.geometry(*base_model(entry, options.model, options.cache))
-    family.latent_shape(**size, geometry=geometry)  # refused before weights load, as are the steps
+    base = base_model(entry, options.model, options.cache)
+    family.latent_shape(**size, geometry=family.geometry(*base))
     family.check_steps("steps", steps)
+    check_fits(family.blank_transformer(*base), options.lora)
+    pattern_from_dict(entry["pattern"])
 
     from ..data.decode import write_video
     from ..trainer.progress import quiet_libraries

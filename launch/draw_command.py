@@ -45,11 +45,13 @@ def draw(argv: list[str]) -> None:
     size = f"{grid.frames} x {grid.height} x {grid.width} video and {grid.text} text tokens"
     title = f"{pattern}\n{size}, {sparse:.2%} of all pairs computed in a sparse layer"
     save_figure(draw_pattern(pattern, grid, block, title, heads), Path(out))
+    used = sorted(set(pattern.head_layouts(heads)))
+    kept = [int(layout.row_indptr[i, -1] - layout.row_indptr[i, 0]) for i in used]
     rows = {
         "pattern": str(pattern),
         "tokens": f"{len(grid):,}: {size}",
-        "blocks": f"{layout.rows:,} a side of {block} tokens, {_layouts(layout.layouts)}; "
-        f"{layout.row_indices.numel():,} kept, {layout.density:.3%}",
+        "blocks": f"{layout.rows:,} a side of {block} tokens, {_layouts(len(used))}; "
+        f"{sum(kept):,} kept, {sum(kept) / (len(used) * layout.rows**2):.3%}",
         "density": f"{sparse:.3%} of all token pairs in a sparse layer",
         "width": None if config.sparse.density is None else solved_density(job, sparse),
         "all layers": density_by_layer(layers),

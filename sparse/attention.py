@@ -53,11 +53,6 @@ class SparseAttention:
     schedule: Callable[[Tensor], Step] | None = None
     _plan: Plan | None = field(default=None, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if isinstance(self.dense_layers, int):
-            self.dense_layers = range(self.dense_layers)
-        self.dense_layers = frozenset(self.dense_layers)
-
     def plan(
         self, grid: TokenGrid, *, valid: Sequence[int] | None = None, step: Step | None = None
     ) -> None:
@@ -109,9 +104,10 @@ class SparseAttention:
 
     def is_dense(self, layer_index: int, plan: Plan | None = None) -> bool:
         """Whether a layer runs dense attention under `plan` (without one: in a sparse step)."""
-        assert not isinstance(self.dense_layers, int)
-        dense_step = plan is not None and plan.dense
-        return dense_step or isinstance(self.pattern, Dense) or layer_index in self.dense_layers
+        if isinstance(self.pattern, Dense) or (plan is not None and plan.dense):
+            return True
+        chosen = self.dense_layers
+        return layer_index < chosen if isinstance(chosen, int) else layer_index in chosen
 
     def layout(self, grid: TokenGrid) -> BlockLayout:
         """The block layout of `grid`, on the CPU."""

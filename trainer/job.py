@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,12 @@ class Job:
     config: as given, with `frames`, `fps`, `extend.native`, `lora.alpha`, `model.path` and
         `run.dir` settled; loading it back gives the same job.
     model_path: where the model is read from: a folder, or a Hub repository.
-    pattern: the config's, at the width that meets `sparse.density` if that is set.
     """
 
     config: Config
     family: ModelFamily
     geometry: Geometry
     model_path: str
-    pattern: SparsePattern
 
     @classmethod
     def from_config(cls, config: Config) -> Job:
@@ -63,8 +62,7 @@ class Job:
         geometry = family.geometry(model_path, config.model.revision)
         config = replace(config, model=replace(config.model, path=path))
         config = _settle(config, family, geometry)
-        job = cls(config, family, geometry, model_path, config.sparse.pattern)
-        return replace(job, pattern=job._solved_pattern())
+        return cls(config, family, geometry, model_path)
 
     def check_trainable(self) -> None:
         """Raise ConfigError if there is no data to train on, or the run folder is another run's."""
@@ -99,7 +97,13 @@ class Job:
         shape, text = self.latent_shape(frames), self.family.text_tokens
         return self.family.grid(shape, self.geometry.patch, text)
 
-    def _solved_pattern(self) -> SparsePattern:
+    @cached_property
+    def pattern(self) -> SparsePattern:
+        """The config's, at the width that meets `sparse.density` if that is set.
+
+        Solving takes seconds at great lengths, so it waits until it is asked for. Raises
+        ConfigError for a density that cannot be met.
+        """
         sparse = self.config.sparse
         if sparse.density is None:
             return sparse.pattern
@@ -160,6 +164,7 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from error
     family.check_steps("validate.steps", config.validate.steps)
+    _check_dense_steps(config.sparse.dense_steps, config.validate.steps)
     if config.train.guidance is not None and not geometry.guidance_embeds:
         raise ConfigError(
             f"train.guidance={config.train.guidance}: this model is not told its guidance; leave "
@@ -205,6 +210,16 @@ def _dense_layers(chosen: int | list[int], layers: int) -> int | list[int]:
     if beyond:
         raise ConfigError(f"sparse.dense_layers={chosen}, but the model has {layers} layers.")
     return sorted({index % layers for index in chosen}) if listed else chosen
+
+
+def _check_dense_steps(chosen: int | list[int], steps: int) -> None:
+    """Indices past the schedule would choose nothing, and say nothing."""
+    beyond = [] if isinstance(chosen, int) else [i for i in chosen if not -steps <= i < steps]
+    if beyond:
+        raise ConfigError(
+            f"sparse.dense_steps={chosen}: {beyond} are not among the validate.steps={steps} "
+            "diffusion steps of a sample."
+        )
 
 
 def _train_guidance(config: Config, family: ModelFamily, geometry: Geometry) -> float | None:

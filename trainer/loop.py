@@ -182,6 +182,13 @@ class Trainer:
             return 0
         progress = checkpoint.load_progress(newest)
         checkpoint.check_continues(newest, progress, self._progress(progress.step))
+        recorded, pattern = lora.read_entry(newest)["pattern"], pattern_to_dict(self.job.pattern)
+        if recorded != pattern:
+            raise ConfigError(
+                f"{newest} was trained under {recorded}, and sparse.density now gives {pattern}. "
+                "Set the recorded width as sparse.pattern.* in place of sparse.density, in another "
+                "run.dir, or go back to the version of longreel that began the run."
+            )
         checkpoint.restore(newest, self.parameters, self.optimizer.optimizer)
         if self.accelerator.is_main_process:
             self._publish(newest)  # the run may have ended between the checkpoint and this copy

@@ -40,10 +40,11 @@ class Tiles:
 
 # Keyed by (architecture, widest head_dim, bytes an element).
 #
-# Hopper's dK/dV does not use `specialize`, although it would take half the time: within training
-# steps at full width it has written NaN into one whole tile, in about one launch of forty (H200,
-# Triton 3.6). Alone, in 140 launches under poisoned memory, it never did, and its barriers and
-# buffers are in order by the generated code; until that is understood it reads by pointers.
+# Hopper's dK/dV does not use `specialize`, although that would take a tenth off the backward pass:
+# within training steps at full width it has written NaN into one whole tile, in about one launch of
+# forty (H200, Triton 3.6). Alone, in 140 launches under poisoned memory, it never did, and its
+# barriers and buffers are in order by the generated code; until that is understood it reads by
+# pointers.
 TABLE = {
     ("hopper", 64, 2): Tiles(
         forward=Tile(64, 128, 4, 2, tma=True),

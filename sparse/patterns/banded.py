@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,17 +32,6 @@ class _Banded(SparsePattern):
     def __post_init__(self) -> None:
         if not self.half_width >= 0:
             raise ValueError(f"half_width={self.half_width} must be 0 or more frames.")
-
-    @classmethod
-    def keeping(cls, density: float, grid: TokenGrid) -> Self:
-        """With the half width whose band alone is `density` of the video's token pairs.
-
-        half width = frames * (1 - sqrt(1 - density)), as in the released code; the sink and whole
-        blocks come on top.
-        """
-        if not 0 < density <= 1:
-            raise ValueError(f"density={density} must be above 0 and at most 1.")
-        return cls(half_width=grid.frames * (1 - math.sqrt(1 - density)))
 
     def widths(self, grid: TokenGrid, block: int) -> tuple[float, float]:
         return 0.0, float(grid.frames)

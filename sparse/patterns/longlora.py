@@ -37,7 +37,10 @@ class LongLora(SparsePattern):
             raise ValueError(f"share={self.share} must be above 0 and at most 1, the whole video.")
 
     def group(self, grid: TokenGrid, block: int) -> int:
-        """Tokens of a group: `share` of the video to the nearest two blocks, at least two."""
+        """Tokens of a group: `share` of the video to the nearest two blocks, at least two, and
+        never a little less than all of it."""
+        if self.share == 1:
+            return 2 * block * -(-grid.video // (2 * block))
         return 2 * block * max(1, int(grid.video * self.share / (2 * block) + 0.5))
 
     def note(self, grid: TokenGrid, block: int) -> str | None:

@@ -408,3 +408,10 @@ def test_recomputation_with_orders(plans):
     got, _ = two_forwards_one_backward(plans, with_the_plan, pattern)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_dense_layers_may_be_set_again():
+    attention = SparseAttention(Radial(), dense_layers=[1])
+    assert [attention.is_dense(layer) for layer in range(3)] == [False, True, False]
+    attention.dense_layers = 1
+    assert [attention.is_dense(layer) for layer in range(3)] == [True, False, False]

@@ -33,7 +33,9 @@ def test_groups(grid, share, block):
     pattern = LongLora(share)
     group = pattern.group(grid, block)
     assert group % (2 * block) == 0 and group >= 2 * block
-    if group > 2 * block:
+    if share == 1:
+        assert group >= grid.video
+    elif group > 2 * block:
         assert abs(group - share * grid.video) <= block
     kept = attended(grid.video, group)
     for layout, blocks in enumerate(layouts(pattern, grid, block)):
@@ -76,3 +78,9 @@ def test_half_of_the_heads_are_shifted():
 def test_impossible_shares_are_named(share):
     with pytest.raises(ValueError, match=f"share={share} must be above 0 and at most 1"):
         LongLora(share)
+
+
+def test_a_share_of_one_is_the_whole_video():
+    grid = TokenGrid(13, 10, 12)  # the nearest two blocks of 32 would leave 24 tokens over
+    assert LongLora(share=1.0).group(grid, 32) >= grid.video
+    assert LongLora(share=1.0).blocks(grid, 32)[0].all()

@@ -17,7 +17,8 @@ from runs import TIMES, Interrupted, rows, stop_at, train
 from safetensors.torch import load_file
 from tiny import WAN
 
-from longreel.trainer import checkpoint, lora, metrics
+from longreel.sparse.patterns import Spatial
+from longreel.trainer import checkpoint, job, lora, metrics
 from longreel.trainer.config import ConfigError, load
 from longreel.trainer.config import load_file as load_config
 from longreel.trainer.job import Job
@@ -145,6 +146,15 @@ def test_a_density_resumes_as_it_was_asked_for(arguments):
     assert len(path.read_text()) < len(saved)
     train(arguments, "train.steps=3", f"run.dir={older}")
     assert checkpoint.latest(older / "checkpoints").name == "step-000003"
+
+
+def test_another_solved_width_does_not_resume(arguments, monkeypatch):
+    """As after a change of the solver: the run would go on under another mask."""
+    settings = ["sparse.pattern.name=spatial", "sparse.density=0.7"]
+    train(arguments, *settings, "train.steps=2")
+    monkeypatch.setattr(job, "with_density", lambda *_: (Spatial(half_width=1.0), 0.3))
+    with pytest.raises(ConfigError, match=r"trained under .*'half_width': .* now gives .*1\.0"):
+        train(arguments, *settings)
 
 
 def test_other_clips_do_not_resume(arguments, videos, tmp_path):
@@ -279,9 +289,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(arguments, monkeypatch):
         ("height=100", "height=100 must be a multiple of 16"),
         ("data.path=/no/such/folder", "data.path=/no/such/folder is not a folder"),
         ("sparse.dense_layers=9", "the model has 3 layers"),
+        ("sparse.dense_steps=[0,2]", r"\[2\] are not among the validate.steps=2"),
         ("sparse.dense_layers=[0,3]", r"sparse.dense_layers=\[0, 3\], but the model has 3 layers"),
         ("sparse.dense_layers=[-4]", r"sparse.dense_layers=\[-4\], but the model has 3 layers"),
-        ("sparse.density=0.01", "^sparse.density=0.01 is out of reach: decay from .* takes Radial"),
         ("model.path=/no/such/model", "hf download"),
         ("family=sora", "family=sora is unknown. Families: wan"),
     ],
@@ -310,6 +320,10 @@ def test_heads_that_the_kernels_do_not_take_are_refused(arguments, monkeypatch):
         (["validate.clips=3"], "leaves none to train on"),
         (["lora.targets=no.such.layer"], "matches no module"),
         (["sparse.backend=flex"], "no gradients on a CPU"),
+        (
+            ["sparse.density=0.01"],
+            "^sparse.density=0.01 is out of reach: decay from .* takes Radial",
+        ),
     ],
 )
 def test_refused_by_what_the_files_hold(arguments, overrides, message):

@@ -104,7 +104,7 @@ def test_a_density_sets_the_width_that_is_trained_recorded_and_sampled(
     assert pattern_from_dict(entry["pattern"]) == pattern
     assert (entry["dense_layers"], entry["dense_steps"]) == ([2], [-1, 0])
     attention = installed_attention(sampled(trainer.run_dir)[0].transformer)
-    assert attention.pattern == pattern and attention.dense_layers == {2}
+    assert attention.pattern == pattern and attention.dense_layers == [2]
     assert attention.dense_steps == [-1, 0]
 
 
