@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,9 +35,9 @@ class JointFamily(ModelFamily):
         lengths = mask.bool().sum(dim=1).tolist()
         return grid, [grid.video + length for length in lengths]
 
+    @abstractmethod
     def patch_of(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a token, from the transformer's config."""
-        raise NotImplementedError
 
     def collate_text(self, texts: Sequence[Text]) -> Text:
         embeds, mask = pad([text["prompt_embeds"] for text in texts])
