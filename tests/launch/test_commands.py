@@ -15,7 +15,7 @@ from tiny import WAN, randomise
 from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import COMMANDS, main
 from longreel.sparse.patterns import Radial
-from longreel.trainer import lora
+from longreel.trainer import lora, sampling
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,6 +143,21 @@ def test_refusals(run, tmp_path, options, message):
     with pytest.raises(SystemExit, match="^error: ") as error:
         main(["sample", *(g for g in given if not g.startswith(key + "=")), *options])
     assert message in str(error.value)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(run, tmp_path, monkeypatch):
+    shallow = tiny.load_transformer(WAN)
+    del shallow.blocks[-1]
+    shallow.register_to_config(num_layers=2)
+    tiny.load_pipeline(WAN, shallow).save_pretrained(tmp_path / "shallow")
+
+    def loads(*args, **kwargs):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(sampling, "encode_captions", loads)
+    monkeypatch.setattr(sampling, "load_pipeline", loads)
+    with pytest.raises(SystemExit, match=r"does not fit this model"):
+        main(["sample", f"lora={run}", "prompt=x", f"model={tmp_path / 'shallow'}"])
 
 
 def test_usage(capsys):
