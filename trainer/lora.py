@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import ConfigError
@@ -129,9 +130,10 @@ def _add_metadata(file: Path, key: str, value: str) -> None:
 def check_fits(transformer: Any, path: str | Path) -> None:
     """Raise ConfigError unless a transformer without an adapter can take the one at `path` whole.
 
-    diffusers loads what it can and warns of the rest.
+    diffusers loads what it can and warns of the rest. Only the file's header is read, and a
+    transformer on the meta device will do.
     """
-    read_updates(transformer, path)
+    _fitting_layers(transformer, adapter_file(path))
 
 
 def read_updates(
@@ -140,7 +142,18 @@ def read_updates(
     """Of the adapter at `path`: its scale alpha / rank, and `A [rank, in]` and `B [out, rank]` by
     layer. Raises as `check_fits` does; a transformer on the meta device will do."""
     file = adapter_file(path)
-    metadata, tensors = _read(file)
+    config, layers = _fitting_layers(transformer, file)
+    tensors = load_file(file)
+    updates = {
+        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"])
+        for name in layers
+    }
+    return config["lora_alpha"] / config["r"], updates
+
+
+def _fitting_layers(transformer: Any, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """PEFT's config in the file, and the layers it adapts, once the file is known to fit them."""
+    metadata, shapes = _read_header(file)
     config = _peft_config(file, metadata)
     wanted, layers = {}, []
     for name, module in transformer.named_modules():
@@ -148,12 +161,8 @@ def read_updates(
             layers.append(name)
             wanted[f"{PREFIX}{name}.lora_A.weight"] = (config["r"], module.in_features)
             wanted[f"{PREFIX}{name}.lora_B.weight"] = (module.out_features, config["r"])
-    _compare(file, tensors, wanted)
-    updates = {
-        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"])
-        for name in layers
-    }
-    return config["lora_alpha"] / config["r"], updates
+    _compare(file, shapes, wanted)
+    return config, layers
 
 
 def _peft_config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -164,14 +173,16 @@ def _peft_config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return config
 
 
-def _compare(file: Path, given: dict[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _compare(
+    file: Path, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
     problems = {
         "missing": sorted(wanted.keys() - given.keys()),
         "unexpected": sorted(given.keys() - wanted.keys()),
         "of another shape": [
-            f"{name} {tuple(given[name].shape)} for {tuple(wanted[name])}"
+            f"{name} {given[name]} for {wanted[name]}"
             for name in sorted(given.keys() & wanted.keys())
-            if given[name].shape != wanted[name]
+            if given[name] != wanted[name]
         ],
     }
     if any(problems.values()):
@@ -191,7 +202,7 @@ def some(names: list[str], most: int = 8) -> str:
 def read_entry(path: str | Path) -> dict[str, Any]:
     """The entry that `save` put into an adapter's file; ConfigError when there is none."""
     file = adapter_file(path)
-    metadata, _ = _read(file, tensors=False)
+    metadata, _ = _read_header(file)
     if ENTRY not in metadata:
         raise ConfigError(
             f"{file} was not written by longreel: its header has no `{ENTRY}` entry. Load it with "
@@ -214,10 +225,12 @@ def adapter_file(path: str | Path) -> Path:
     raise ConfigError(f"{path} holds no adapter ({WEIGHTS}).{hint}")
 
 
-def _read(file: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read_header(file: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The metadata and each tensor's shape."""
     try:
         with safe_open(file, framework="pt") as content:
-            names = content.keys() if tensors else ()
-            return content.metadata() or {}, {name: content.get_tensor(name) for name in names}
+            names = content.keys()
+            shapes = {name: tuple(content.get_slice(name).get_shape()) for name in names}
+            return content.metadata() or {}, shapes
     except SafetensorError as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from error
