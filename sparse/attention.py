@@ -143,8 +143,9 @@ class SparseAttention:
             return _dense_attention(q, k, v, plan.valid)
         # `disable` is typed for its call without a function.
         lists = _lists(self, plan, q.shape[2], q.device)  # pyright: ignore[reportCallIssue]
-        if lists.order is not None and lists.inverse is not None:
-            q, k, v = (_reorder(x, lists.order, lists.inverse) for x in (q, k, v))
+        if lists.orders is not None:
+            there, back = lists.orders
+            q, k, v = (_reorder(x, there, back) for x in (q, k, v))
         out, _ = block_sparse_attention(
             q,
             k,
@@ -158,8 +159,9 @@ class SparseAttention:
             valid=lists.valid,
             backend=self.backend,
         )
-        if lists.order is not None and lists.inverse is not None:
-            out = _reorder(out, lists.inverse, lists.order)
+        if lists.orders is not None:
+            there, back = lists.orders
+            out = _reorder(out, back, there)
         return out
 
 
@@ -168,8 +170,7 @@ class _Lists(NamedTuple):
 
     layout: BlockLayout
     head_to_layout: Tensor  # [heads]
-    order: Tensor | None  # what `_gather` takes to bring tokens into their heads' orders
-    inverse: Tensor | None  # and back
+    orders: tuple[Tensor, Tensor] | None  # for `_gather`: into the heads' orders, and back
     valid: Tensor | None  # [batch]
 
 
@@ -177,13 +178,14 @@ class _Lists(NamedTuple):
 def _lists(attention: SparseAttention, plan: Plan, heads: int, device: torch.device) -> _Lists:
     layout = attention.layout(plan.grid)
     followed = tuple(attention.pattern.head_layouts(heads))
-    order, inverse = _orders(layout, followed, device)
-    if order is not None and inverse is not None:
+    orders = _orders(layout, followed, device)
+    if orders is not None:
+        order, inverse = orders
         end = len(plan.grid) * (len(order) // (layout.rows * layout.block))
-        order, inverse = order[:end], inverse[:end]
+        orders = order[:end], inverse[:end]
     lengths = None if plan.valid is None else _lengths(plan.valid, device)
     to_layout = _head_to_layout(followed, device)
-    return _Lists(_on_device(layout, device), to_layout, order, inverse, lengths)
+    return _Lists(_on_device(layout, device), to_layout, orders, lengths)
 
 
 def _is_chosen(chosen: int | Collection[int], step: Step) -> bool:
@@ -233,18 +235,18 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 @lru_cache(maxsize=8)  # 180 MB a pair for 460,800 tokens and 48 heads in two orders
 def _orders(
     layout: BlockLayout, followed: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
+) -> tuple[Tensor, Tensor] | None:
     """Indices for `_gather`, int32, there and back, for as many tokens as the layout's blocks hold:
     a shorter sequence takes the first of them. None if every head takes tokens as they come.
 
     `[tokens]` where all heads share one order, `[tokens * heads]` otherwise.
     """
     if layout.order is None or layout.inverse is None:
-        return None, None
+        return None
     with torch.inference_mode(False):
         orders = layout.order[sorted(set(followed))]
         if (orders == torch.arange(orders.shape[1])).all():
-            return None, None
+            return None
         shared = bool((orders == orders[0]).all())
         order, inverse = (
             _index(table[list(followed)], shared).to(device)
