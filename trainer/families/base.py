@@ -433,6 +433,18 @@ def installed_attention(transformer: Any) -> SparseAttention | None:
     return next((hook.attention for hook in hooks if isinstance(hook, PlanForward)), None)
 
 
+def channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, from the VAE's config, `[C, 1, 1, 1]`.
+
+    0 and 1 where the config lacks either. In the dtype and on the device of `like`.
+    """
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    if mean is None or std is None:
+        mean, std = [0.0], [1.0]
+    mean, std = torch.tensor([mean, std]).to(like)
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
 def _hub_file(repository: str, revision: str | None, name: str) -> str:
     """One file of a Hub repository, from its local cache if it is there."""
     from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ..config import ConfigError
-from .base import Geometry, Text, diffusers_class
+from .base import Geometry, Text, channel_statistics, diffusers_class
 from .joint import JointFamily, pad, trim
 from .rope import rotate
 from .tiny import latent_statistics, let_attention_speak
@@ -138,12 +138,12 @@ class Mochi(JointFamily):
             padding = 0
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = _latent_statistics(vae, latents)
+        mean, std = channel_statistics(vae, latents)
         return (latents - mean) * vae.config.scaling_factor / std
 
     def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
         latents = latents.to(vae.dtype)
-        mean, std = _latent_statistics(vae, latents)
+        mean, std = channel_statistics(vae, latents)
         return latents * std / vae.config.scaling_factor + mean  # rounded as the pipeline rounds
 
     # Mochi's time runs from noise to the video, and its velocity with it (genmo's `ut = z - eps`).
@@ -337,12 +337,3 @@ def _cast(transformer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     """
     names = {"hidden_states", "encoder_hidden_states"} & kwargs.keys()
     return args, kwargs | {name: kwargs[name].to(transformer.dtype) for name in names}
-
-
-def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel as `[C, 1, 1, 1]`; 0 and 1 without either."""
-    mean, std = vae.config.latents_mean, vae.config.latents_std
-    if mean is None or std is None:
-        mean, std = [0.0], [1.0]
-    mean, std = torch.tensor([mean, std]).to(like)
-    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)

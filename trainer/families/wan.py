@@ -11,7 +11,7 @@ from torch import Tensor
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
-from .base import Geometry, ModelFamily, Text, diffusers_class
+from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
 from .rope import rotate
 from .tiny import latent_statistics, let_attention_speak
 
@@ -126,12 +126,12 @@ class Wan(ModelFamily):
             vae.clear_cache()
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = _latent_statistics(vae, latents)
+        mean, std = channel_statistics(vae, latents)
         return (latents - mean) / std
 
     def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
         latents = latents.to(vae.dtype)
-        mean, std = _latent_statistics(vae, latents)
+        mean, std = channel_statistics(vae, latents)
         return latents / (1 / std) + mean  # rounded as the pipeline rounds
 
     def timestep(self, sigma: Tensor) -> Tensor:
@@ -234,9 +234,3 @@ def _pad(embeds: Sequence[Tensor]) -> Tensor:
     for row, prompt in zip(batch, embeds, strict=True):
         row[: len(prompt)] = prompt
     return batch
-
-
-def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel as `[C, 1, 1, 1]`."""
-    mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std]).to(like)
-    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
