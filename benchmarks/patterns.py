@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from longreel.kernels.block_sparse import block_sparse_attention
 from longreel.kernels.block_sparse.op import Backend
@@ -29,6 +29,7 @@ from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import PATTERNS, Radial, SparsePattern
 from longreel.sparse.reach import layers_to_full_reach
+from longreel.trainer.probe import DENSE_BACKENDS
 
 BLOCK = 128
 DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"
@@ -52,11 +53,6 @@ FAMILIES = (
 HUNYUAN = FAMILIES[1]
 TIMED = HUNYUAN.grids[1]
 SMALL = TokenGrid(9, 14, 18, 40)  # for the oracle
-DENSE_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
 
 
 def at_radials_density(
