@@ -14,10 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
+from report import RESULTS, dated, measured_on, write
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
@@ -29,11 +30,10 @@ from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import PATTERNS, Radial, SparsePattern
 from longreel.sparse.reach import layers_to_full_reach
-from longreel.trainer.probe import DENSE_BACKENDS
+from longreel.trainer.probe import DENSE_BACKENDS, milliseconds, take_turns
 
 BLOCK = 128
 DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -182,15 +182,6 @@ def check(name: str, pattern: SparsePattern, inputs: Inputs) -> None:
             raise AssertionError(f"{name}: relative error {error:.1e} of {part}")
 
 
-def milliseconds(function: Callable[[], object]) -> tuple[float, object]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    result = function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end), result
-
-
 def timed(args: argparse.Namespace) -> str:
     """The table, as markdown."""
     small = Inputs(SMALL, args.heads, args.head_dim)
@@ -211,17 +202,14 @@ def timed(args: argparse.Namespace) -> str:
             calls[name, True] = alone
 
     inputs = Inputs(TIMED, args.heads, args.head_dim)
-    times = {key: ([], []) for key in calls}
-    for _ in range(args.repeats + 1):  # the first compiles
-        for key, call in calls.items():
-            forward, out = milliseconds(lambda call=call: call(*inputs.qkv))
-            assert isinstance(out, Tensor)
-            backward, _ = milliseconds(
-                lambda out=out: torch.autograd.grad(out, inputs.qkv, inputs.grad)
-            )
-            times[key][0].append(forward)
-            times[key][1].append(backward)
-    medians = {key: [median(ms[1:]) for ms in pair] for key, pair in times.items()}
+
+    def step(call: Attend) -> tuple[float, float]:
+        forward, out = milliseconds(lambda: call(*inputs.qkv))
+        backward, _ = milliseconds(lambda: torch.autograd.grad(out, inputs.qkv, inputs.grad))
+        return forward, backward
+
+    steps = {key: partial(step, call) for key, call in calls.items()}
+    medians = take_turns(steps, warmups=1, repeats=args.repeats)  # the first compiles
 
     lines = [
         "| pattern | density | forward ms | backward ms | kernel alone: forward ms | backward ms |",
@@ -236,21 +224,16 @@ def timed(args: argparse.Namespace) -> str:
 
 
 def write_result(table: str, args: argparse.Namespace) -> Path:
-    """The table with what it takes to measure it again, under benchmarks/results/."""
-    import triton
-
-    device = torch.cuda.get_device_name()
+    """The table with what it takes to measure it again."""
     command = shlex.join(["python", "benchmarks/patterns.py", *sys.argv[1:]])
-    text = (
+    path = dated(RESULTS, "patterns")
+    write(
+        path,
         f"# Patterns at radial's density, {date.today()}\n\n"
-        f"{device}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"cuDNN {torch.backends.cudnn.version()}; bf16, batch 1, {args.heads} heads of "
+        f"{measured_on()}; bf16, batch 1, {args.heads} heads of "
         f"{args.head_dim}, block {BLOCK}, {TIMED}; medians of {args.repeats}.\n\n"
-        f"`{command}`\n\n{table}\n"
+        f"`{command}`\n\n{table}\n",
     )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{date.today()}-patterns-{device.split()[-1].lower()}.md"
-    _replace(path, text)
     return path
 
 
@@ -261,13 +244,7 @@ def fill_docs(name: str, table: str) -> None:
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"error: {DOCS} has no place for {name}: {begin.strip()} {end.strip()}.")
-    _replace(DOCS, f"{before}{begin}{table}\n{end}{after}")
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    write(DOCS, f"{before}{begin}{table}\n{end}{after}")
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ DENSE_BACKENDS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
 ]
+
+Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,48 @@ def measure_speedup(
         with attention.using(attention.planned(grid)):
             return attention.attention(sparse_layer, q, k, v)
 
-    def milliseconds(forward) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        torch.autograd.grad(forward(), (q, k, v), grad)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+    def step(attend: Callable[[], Tensor]) -> tuple[float]:
+        elapsed, _ = milliseconds(lambda: torch.autograd.grad(attend(), (q, k, v), grad))
+        return (elapsed,)
 
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for repeat in range(repeats + 2):  # two warm-ups
-        for name, forward in (("dense", dense), ("sparse", sparse)):
-            elapsed = milliseconds(forward)
-            if repeat >= 2:
-                times[name].append(elapsed)
-    return Speedup(statistics.median(times["dense"]), statistics.median(times["sparse"]))
+    medians = take_turns(
+        {"dense": lambda: step(dense), "sparse": lambda: step(sparse)}, warmups=2, repeats=repeats
+    )
+    return Speedup(*medians["dense"], *medians["sparse"])
+
+
+def milliseconds(function: Callable[[], Result]) -> tuple[float, Result]:
+    """How long the GPU takes for `function`, by CUDA events, and what it returns."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), result
+
+
+def take_turns(
+    steps: Mapping[Key, Callable[[], tuple[float, ...]]],
+    *,
+    warmups: int,
+    repeats: int,
+    seconds: float = 0.0,
+) -> dict[Key, tuple[float, ...]]:
+    """Medians of the milliseconds that each step returns, one by one, the steps taking turns.
+
+    A step is repeated `repeats` times after its warm-ups, and for as long as its times come to less
+    than `seconds`.
+    """
+    times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in steps}
+
+    def due(key: Key) -> bool:
+        counted = times[key][warmups:]
+        return len(counted) < repeats or sum(map(sum, counted)) < 1e3 * seconds
+
+    while turn := [key for key in steps if due(key)]:
+        for key in turn:
+            times[key].append(steps[key]())
+    return {
+        key: tuple(statistics.median(part) for part in zip(*taken[warmups:], strict=True))
+        for key, taken in times.items()
+    }
