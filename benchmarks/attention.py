@@ -1,210 +1,178 @@
-"""Block-sparse attention against compiled FlexAttention on the same lists, and dense cuDNN.
+"""The block-sparse kernels against compiled FlexAttention, flash-attn-4 and dense attention.
 
-    python benchmarks/attention.py [--heads 8] [--head-dim 128] [--write]
+    python benchmarks/attention.py [--head-dim 64] [--grids hunyuan-3600x64 ...] [--resume]
+    python benchmarks/attention.py --growth [--heads 8]
 
-One process; every kernel is first checked against fp32 on sampled queries; then all take turns,
-and medians by CUDA events are printed. TFLOP/s count kept blocks: 4 * heads * head_dim * block**2
-each for the forward pass, 2.5 times that for the backward pass, whatever the kernels do inside.
+One process on one GPU. On each grid every kernel is first held to fp32, output and gradients; one
+that is wrong is written down as wrong and not timed. The others take turns, a forward and a
+backward pass each: medians by CUDA events, after three runs that do not count. The result file is
+replaced after each grid; --resume goes on with the one of its name, if it was measured on the same
+machine with the same settings. --growth measures time against length instead.
 """
 
 import argparse
 import shlex
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
-from statistics import median
 
+import growth
 import torch
-import triton
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from problem import BLOCK, DEFAULT, Kernel, Problem
+from report import RESULTS, dated, measured_on, resumed, with_sections, write
+from table import Row, table, verdict
 
-from longreel.kernels.block_sparse import block_sparse_attention
 from longreel.sparse.grid import TokenGrid
-from longreel.sparse.layout import BlockLayout, build_layout
-from longreel.sparse.patterns import Radial
+from longreel.trainer.probe import milliseconds, take_turns
 
-BLOCK = 128
 GRIDS = {
-    "HunyuanVideo 720p, native": TokenGrid(32, 45, 80, text=77),
-    "HunyuanVideo 720p, 2x": TokenGrid(64, 45, 80, text=77),
-    "HunyuanVideo 720p, 4x": TokenGrid(128, 45, 80, text=77),
-    "Mochi, 2x": TokenGrid(56, 30, 53, text=150),
-    "Wan 480p, 2x": TokenGrid(41, 30, 52),
+    **{f"hunyuan-3600x{frames}": TokenGrid(frames, 45, 80) for frames in (32, 64, 128)},
+    **{f"hunyuan-3840x{frames}": TokenGrid(frames, 48, 80) for frames in (32, 64, 128)},
+    **{f"mochi-1590x{frames}": TokenGrid(frames, 30, 53) for frames in (56, 112)},
+    "wan-3600x41": TokenGrid(41, 45, 80),
+    "hunyuan-3600x32+77": TokenGrid(32, 45, 80, text=77),  # as in training
 }
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Kernel = tuple[Attend, tuple[Tensor, ...]]
+GROWTH_GRIDS = [TokenGrid(frames, 45, 80) for frames in (16, 24, 32, 48, 64, 96, 128)]
+REPEATS = 3
+NOTES = (
+    "Cells hold forward / backward / both. TFLOP/s count kept blocks, 4 * heads * head_dim * "
+    f"{BLOCK}^2 each forward and 2.5 times that backward, whatever a kernel does inside; of dense "
+    "attention all pairs. The ideal is a speedup of 1 / density over dense cuDNN. Flex is the "
+    "better of its rows, pass by pass. MiB: the peak of both passes beyond inputs, output and "
+    "gradients."
+)
 
 
-@dataclass
-class Problem:
-    """One grid's inputs: [1, S, H, D] bf16 and its radial layout."""
-
-    name: str
-    grid: TokenGrid
-    heads: int
-    head_dim: int
-
-    def __post_init__(self) -> None:
-        shape = (1, len(self.grid), self.heads, self.head_dim)
-        *qkv, self.grad = (
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
-        )
-        self.qkv = tuple(x.requires_grad_() for x in qkv)
-        self.layout: BlockLayout = build_layout(Radial(), self.grid, BLOCK).to("cuda")
-
-    def flops(self, dense: bool) -> float:
-        """Of the forward pass."""
-        pairs = len(self.grid) ** 2 if dense else len(self.layout.row_indices) * BLOCK**2
-        return 4.0 * self.heads * self.head_dim * pairs
-
-    def kernels(self, dense: bool) -> dict[str, Kernel]:
-        """What to time, with its inputs."""
-        lists = (
-            self.layout.row_indptr,
-            self.layout.row_indices,
-            self.layout.col_indptr,
-            self.layout.col_indices,
-            torch.zeros(self.heads, dtype=torch.int32, device="cuda"),
-        )
-
-        def sparse(backend: str) -> Attend:
-            settings = {"block": BLOCK, "backend": backend}
-            return lambda *qkv: block_sparse_attention(*qkv, *lists, **settings)[0]
-
-        def heads_first(attend: Attend) -> Kernel:
-            """Of inputs that lie in memory as FlexAttention likes them, [B, H, S, D]."""
-            lying = tuple(
-                x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-                for x in self.qkv
-            )
-            return attend, lying
-
-        found = {
-            "triton": (sparse("triton"), self.qkv),
-            "flex": (sparse("flex"), self.qkv),
-            "flex, heads first": heads_first(sparse("flex")),
-        }
-        return {**found, "dense cuDNN": (cudnn, self.qkv)} if dense else found
-
-    def check(self, name: str, out: Tensor) -> None:
-        """Raise if 64 sampled queries of the last head differ from fp32 by more than bf16 does."""
-        rows = torch.randperm(len(self.grid), device="cuda")[:64]
-        q, k, v = (x.detach()[0, :, -1].float() for x in self.qkv)
-        kept = self.layout.to_dense()[0].cuda()
-        key_block = torch.arange(len(k), device="cuda") // BLOCK
-        scores = q[rows] @ k.T * self.head_dim**-0.5
-        if not name.startswith("dense"):
-            scores.masked_fill_(~kept[rows // BLOCK][:, key_block], float("-inf"))
-        expected = scores.softmax(-1) @ v
-        error = (out[0, rows, -1].float() - expected).norm() / expected.norm()
-        if not error < 1e-2:
-            raise AssertionError(f"{name} on {self.name}: relative error {error:.1e}")
-
-
-def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v))
-        )
-    return out.transpose(1, 2)
-
-
-def milliseconds(function: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def measure(problem: Problem, dense: bool, repeats: int) -> list[tuple[str, float, float]]:
-    """(kernel, forward ms, backward ms): medians, the kernels taking turns."""
-    kernels = problem.kernels(dense)
-    outs = {name: attend(*qkv) for name, (attend, qkv) in kernels.items()}
-    for name, out in outs.items():
-        problem.check(name, out)
-    times = {name: ([], []) for name in kernels}
-
-    def forward(attend: Attend, qkv: tuple[Tensor, ...]) -> None:
-        with torch.no_grad():
-            attend(*qkv)
-
-    def backward(out: Tensor, qkv: tuple[Tensor, ...]) -> None:
-        torch.autograd.grad(out, qkv, problem.grad, retain_graph=True)
-
-    for _ in range(repeats + 3):
-        for name, (attend, qkv) in kernels.items():
-            times[name][0].append(milliseconds(partial(forward, attend, qkv)))
-            times[name][1].append(milliseconds(partial(backward, outs[name], qkv)))
-    return [(name, *(median(ms[3:]) for ms in pair)) for name, pair in times.items()]
-
-
-def report(args: argparse.Namespace) -> str:
-    """The table, as markdown; each row is printed as it is measured."""
-    lines = [
-        "| grid | tokens | density | kernel | forward ms | backward ms "
-        "| forward TFLOP/s | backward TFLOP/s | both |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    print(*lines, sep="\n")
-    for name in args.grids or GRIDS:
-        problem = Problem(name, GRIDS[name], args.heads, args.head_dim)
-        with_dense = len(problem.grid) <= args.dense_tokens
-        for kernel, forward, backward in measure(problem, with_dense, args.repeats):
-            dense = kernel.startswith("dense")
-            rate = problem.flops(dense) / 1e9
-            lines.append(
-                f"| {name} | {len(problem.grid)} | {1 if dense else problem.layout.density:.3f} "
-                f"| {kernel} | {forward:.2f} | {backward:.2f} | {rate / forward:.0f} "
-                f"| {2.5 * rate / backward:.0f} | {3.5 * rate / (forward + backward):.0f} |"
-            )
-            print(lines[-1], flush=True)
-        del problem
+def compare(args: argparse.Namespace) -> None:
+    """Measure grid by grid; the file is replaced after each."""
+    path = dated(args.out, "attention", f"head-dim-{args.head_dim}")
+    alike = setup(args)
+    found, sections = resumed(path, alike) if args.resume else ([], {})
+    top = found[2] if found else ceiling()
+    print(alike, top, sep="\n\n", flush=True)
+    for name in args.grids:
+        if name in sections:
+            continue
+        sections[name] = section(name, args)
+        print(f"\n{name}: {sections[name]}", flush=True)
+        in_order = {grid: sections[grid] for grid in GRIDS if grid in sections}
+        made_by = command(args, "--grids", *in_order)
+        head = [f"# Attention, {date.today()}", alike, top, made_by, NOTES]
+        write(path, with_sections(head, in_order))
         torch.cuda.empty_cache()
         torch.compiler.reset()  # FlexAttention compiles anew for every grid, up to a limit
-    return "\n".join(lines)
+    print(f"\nwritten to {path}")
 
 
-def write(table: str, head_dim: int) -> Path:
-    """The table with what it takes to measure it again, under benchmarks/results/."""
-    device = torch.cuda.get_device_name()
-    command = shlex.join(["python", "benchmarks/attention.py", *sys.argv[1:]])
-    text = (
-        f"# Attention, {date.today()}\n\n"
-        f"{device}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"cuDNN {torch.backends.cudnn.version()}; bf16, batch 1, Radial(), block {BLOCK}.\n\n"
-        f"`{command}`\n\n{table}\n"
+def section(name: str, args: argparse.Namespace) -> str:
+    """One grid's table, and whether it counts."""
+    grid = GRIDS[name]
+    problem = Problem(grid, args.heads, args.head_dim)
+    density = problem.layout.density
+    rows = measure(problem, len(grid) <= args.dense_tokens, args.seconds)
+    shape = f"{len(grid):,} tokens, {problem.kept_blocks:,} kept blocks, density {density:.3f}."
+    judged = verdict(name, torch.cuda.get_device_name(), args.head_dim, rows)
+    return "\n\n".join(filter(None, [shape, table(rows, density), judged]))
+
+
+def measure(problem: Problem, with_dense: bool, seconds: float) -> list[Row]:
+    """Every kernel on one grid."""
+    groups = {False: problem.sparse_kernels()}
+    if with_dense:
+        groups[True] = problem.dense_kernels()
+    rows: dict[str, Row] = {}
+    right: dict[str, Kernel] = {}
+    for dense, kernels in groups.items():
+        expected = problem.expected(dense)
+        for name, kernel in kernels.items():
+            rows[name] = Row(name, problem.flops(dense), kernel.complaint(expected))
+            if not rows[name].complaint:
+                right[name] = kernel
+    memory = {name: kernel.memory() for name, kernel in right.items()}
+    # With the check and the run for memory, one in turns makes three that do not count.
+    steps = {name: kernel.step for name, kernel in right.items()}
+    medians = take_turns(steps, warmups=1, repeats=REPEATS, seconds=seconds)
+    for name, (forward, backward) in medians.items():
+        rows[name] = rows[name].timed(forward, backward, memory[name])
+    return list(rows.values())
+
+
+def grow(args: argparse.Namespace) -> None:
+    """Time against latent frames, of our default kernels."""
+    alike = setup(args)
+    print(alike, flush=True)
+    problems = [Problem(grid, args.heads, args.head_dim) for grid in GROWTH_GRIDS]
+    steps = {}
+    for grid, problem in zip(GROWTH_GRIDS, problems, strict=True):
+        kernel = problem.launched(DEFAULT)
+        complaint = kernel.complaint(problem.expected(dense=False))
+        if complaint:
+            raise SystemExit(f"error: {DEFAULT} on {grid}: {complaint}")
+        steps[grid] = kernel.step
+    medians = take_turns(steps, warmups=2, repeats=REPEATS, seconds=args.seconds)
+    lengths = [
+        growth.Length(grid, problem.kept_blocks, *medians[grid])
+        for grid, problem in zip(GROWTH_GRIDS, problems, strict=True)
+    ]
+    path = dated(args.out, "growth", f"head-dim-{args.head_dim}")
+    drawn = path.with_suffix(".svg")
+    growth.draw(lengths, drawn)
+    head = [f"# Growth with length, {date.today()}", alike, command(args, "--growth"), growth.NOTES]
+    found = growth.table(lengths)
+    print(f"\n{found}\n")
+    write(path, "\n\n".join([*head, found, f"![growth]({drawn.name})"]) + "\n")
+    print(f"written to {path} and {drawn}")
+
+
+def ceiling() -> str:
+    """The rate of a large matrix product, in words."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def product() -> tuple[float]:
+        return (milliseconds(lambda: a @ b)[0],)
+
+    (elapsed,) = take_turns({"product": product}, warmups=3, repeats=20)["product"]
+    rate = 2 * size**3 / 1e9 / elapsed
+    return f"The ceiling: a bf16 matrix product of {size}^3 runs at {rate:.0f} TFLOP/s."
+
+
+def setup(args: argparse.Namespace) -> str:
+    """What must be alike in all that one file holds."""
+    return (
+        f"{measured_on()}; bf16, batch 1, {args.heads} heads of {args.head_dim}, Radial(), block "
+        f"{BLOCK}; medians of at least {REPEATS} repeats and {args.seconds:g} s a row, dense "
+        f"attention up to {args.dense_tokens:,} tokens."
     )
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    gpu = device.split()[-1].lower()
-    path = folder / f"{date.today()}-attention-{gpu}-head-dim-{head_dim}.md"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-    return path
+
+
+def command(args: argparse.Namespace, *rest: str) -> str:
+    """What makes the file in one go."""
+    settings = f"--heads {args.heads} --head-dim {args.head_dim} --seconds {args.seconds:g}"
+    dense = f"--dense-tokens {args.dense_tokens}"
+    return f"`python benchmarks/attention.py {settings} {dense} {shlex.join(rest)}`"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--grids", nargs="+", choices=GRIDS, help="all by default")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--head-dim", type=int, choices=(64, 128), default=128)
     parser.add_argument(
-        "--dense-tokens", type=int, default=150_000, help="no dense attention on longer sequences"
+        "--grids", nargs="+", choices=GRIDS, default=list(GRIDS), help="all by default"
     )
-    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help=f"for each row, but {REPEATS} repeats at least"
+    )
+    parser.add_argument(
+        "--dense-tokens", type=int, default=250_000, help="no dense attention on longer sequences"
+    )
+    parser.add_argument("--growth", action="store_true", help="time against length instead")
+    parser.add_argument("--resume", action="store_true", help="keep the grids already in the file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: the kernels need a GPU.")
     torch.manual_seed(0)
-    table = report(args)
-    if args.write:
-        print(f"written to {write(table, args.head_dim)}")
+    grow(args) if args.growth else compare(args)
 
 
 if __name__ == "__main__":

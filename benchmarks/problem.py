@@ -1,0 +1,147 @@
+"""One grid's inputs, and every kernel on them as a pair of calls."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from exact import Expected, expect
+from table import CUDNN, FLEX
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longreel.kernels.block_sparse import backward as triton_backward
+from longreel.kernels.block_sparse import block_sparse_attention
+from longreel.kernels.block_sparse import forward as triton_forward
+from longreel.kernels.block_sparse.op import Backend
+from longreel.sparse.grid import TokenGrid
+from longreel.sparse.layout import build_layout
+from longreel.sparse.patterns import Radial
+from longreel.trainer.probe import milliseconds
+
+BLOCK = 128
+# Our kernels: launchers with the signatures of those in forward.py and backward.py.
+VARIANTS = {
+    "triton": (triton_forward.forward, triton_backward.backward),
+}
+DEFAULT = "triton"  # of which --growth tells
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Tensors = tuple[Tensor, ...]
+
+
+class Kernel(NamedTuple):
+    """`forward` returns the output first, and with it what `backward` needs for (dq, dk, dv)."""
+
+    forward: Callable[[], Tensors]
+    backward: Callable[[Tensors], Tensors]
+
+    def step(self) -> tuple[float, float]:
+        """Milliseconds of each pass."""
+        forward, saved = milliseconds(self.forward)
+        backward, _ = milliseconds(lambda: self.backward(saved))
+        return forward, backward
+
+    def memory(self) -> int:
+        """Peak bytes of both passes beyond inputs, output and gradients."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        saved = self.forward()
+        results = (saved[0], *self.backward(saved))
+        kept = sum(x.numel() * x.element_size() for x in results)
+        return torch.cuda.max_memory_allocated() - before - kept
+
+    def complaint(self, expected: Expected) -> str:
+        """Why its times would mean nothing; empty if its results are right."""
+        try:
+            saved = self.forward()
+            wrong = expected.complaint(saved[0], self.backward(saved))
+        except Exception as error:  # of a compiler, say: the other kernels go on without it
+            return f"failed: {type(error).__name__}: {error}".splitlines()[0]
+        return wrong and f"wrong: {wrong}"
+
+
+class Problem:
+    """Random normal inputs `[1, tokens, heads, head_dim]` in bf16, and the radial layout."""
+
+    def __init__(self, grid: TokenGrid, heads: int, head_dim: int, device: str = "cuda") -> None:
+        shape = (1, len(grid), heads, head_dim)
+        *qkv, self.grad = (
+            torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4)
+        )
+        self.qkv = tuple(qkv)
+        self.layout = build_layout(Radial(), grid, BLOCK).to(device)
+        self.followed = torch.zeros(heads, dtype=torch.int32, device=device)
+
+    @property
+    def kept_blocks(self) -> int:
+        return len(self.layout.row_indices)
+
+    def flops(self, dense: bool) -> float:
+        """Of the forward pass: two matrix products over the kept blocks, or over all pairs."""
+        _, tokens, heads, head_dim = self.grad.shape
+        pairs = tokens**2 if dense else self.kept_blocks * BLOCK**2
+        return 4.0 * heads * head_dim * pairs
+
+    def expected(self, dense: bool) -> Expected:
+        kept = None if dense else self.layout.to_dense()[0].to(self.grad.device)
+        return expect(self.qkv, self.grad, kept, BLOCK)
+
+    def sparse_kernels(self) -> dict[str, Kernel]:
+        return {
+            **{name: self.launched(name) for name in VARIANTS},
+            "fa4": self.differentiated(self.listed("fa4")),
+            FLEX: self.differentiated(self.listed("flex")),
+            f"{FLEX}, heads first": self.differentiated(self.listed("flex"), heads_first=True),
+        }
+
+    def dense_kernels(self) -> dict[str, Kernel]:
+        return {
+            CUDNN: self.differentiated(partial(dense, SDPBackend.CUDNN_ATTENTION)),
+            "dense flash-2": self.differentiated(partial(dense, SDPBackend.FLASH_ATTENTION)),
+        }
+
+    def launched(self, variant: str) -> Kernel:
+        """One of ours, without autograd."""
+        forward, backward = VARIANTS[variant]
+        layout = self.layout
+        rows = (layout.row_indptr, layout.row_indices)
+        columns = (layout.col_indptr, layout.col_indices)
+        rest = (self.followed, None, BLOCK, self.grad.shape[3] ** -0.5)
+        return Kernel(
+            lambda: forward(*self.qkv, *rows, *rest),
+            lambda saved: backward(self.grad, None, *self.qkv, *saved, *rows, *columns, *rest),
+        )
+
+    def listed(self, backend: Backend) -> Attend:
+        """A backend of `block_sparse_attention` on these lists; it raises if it is not there."""
+        layout = self.layout
+        lists = (layout.row_indptr, layout.row_indices, layout.col_indptr, layout.col_indices)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return block_sparse_attention(
+                q, k, v, *lists, self.followed, block=BLOCK, backend=backend
+            )[0]
+
+        return attend
+
+    def differentiated(self, attend: Attend, heads_first: bool = False) -> Kernel:
+        """A function with autograd's backward. `heads_first`: of inputs that lie in memory as
+        FlexAttention likes them, [B, H, S, D]; ours read [B, S, H, D]."""
+
+        def lying(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if heads_first else x
+
+        qkv = tuple(lying(x).detach().requires_grad_() for x in self.qkv)
+        grad = lying(self.grad)
+        return Kernel(
+            lambda: (attend(*qkv),), lambda saved: torch.autograd.grad(saved, qkv, (grad,))
+        )
+
+
+def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One of torch's own."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
