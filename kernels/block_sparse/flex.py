@@ -6,23 +6,12 @@ which then has to repeat the lists.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, flex_attention
-from torch.utils.weak import WeakTensorKeyDictionary
 
-
-class _Entry(NamedTuple):
-    version: tuple
-    others: tuple[Tensor | None, ...]  # the tensors besides the key that the mask was made from
-    mask: BlockMask
-
-
-# One mask a `row_indices` tensor, dropped with it. An entry serves only the very tensors it was
-# made from, unchanged since.
-_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+from .cache import PerTensor
 
 
 def attention(
@@ -37,7 +26,8 @@ def attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and meanings are `block_sparse_attention`'s; autograd is FlexAttention's own."""
-    mask = _block_mask(row_indptr, row_indices, head_to_layout, valid, q.shape[1], block)
+    lists = row_indices, row_indptr, head_to_layout, valid
+    mask = _block_mask(*lists, settings=(q.shape[1], block))
     attend = _compiled() if q.is_cuda else flex_attention
     out, aux = attend(
         q.transpose(1, 2),
@@ -58,36 +48,10 @@ def _compiled():
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
+@PerTensor
 def _block_mask(
-    row_indptr: Tensor,
     row_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    tokens: int,
-    block: int,
-) -> BlockMask:
-    """The mask of these lists, from the cache if it holds that of these same tensors."""
-    others = (row_indptr, head_to_layout, valid)
-    version = (tokens, block, *(_version(x) for x in (row_indices, *others)))
-    entry = _masks.get(row_indices)
-    if (
-        entry is None
-        or entry.version != version
-        or any(a is not b for a, b in zip(entry.others, others, strict=True))
-    ):
-        mask = _build(row_indptr, row_indices, head_to_layout, valid, tokens, block)
-        entry = _masks[row_indices] = _Entry(version, others, mask)
-    return entry.mask
-
-
-def _version(x: Tensor | None) -> int:
-    """Counts in-place changes; inference tensors keep no count (and rarely change)."""
-    return 0 if x is None or x.is_inference() else x._version
-
-
-def _build(
     row_indptr: Tensor,
-    row_indices: Tensor,
     head_to_layout: Tensor,
     valid: Tensor | None,
     tokens: int,

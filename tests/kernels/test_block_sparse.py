@@ -268,15 +268,15 @@ def test_flex_masks_follow_their_tensors():
             for backend in ("flex", "reference")
         )
         torch.testing.assert_close(got, expected)
-        return flex._masks[lists.row_indices]
+        return flex._block_mask.entries[lists.row_indices].made
 
     before = mask_after_checking(lists)
     assert mask_after_checking(lists) is before
     valid[0] = 60
     assert mask_after_checking(lists) is not before
-    held = len(flex._masks)
+    held = len(flex._block_mask.entries)
     del lists
-    assert len(flex._masks) == held - 1
+    assert len(flex._block_mask.entries) == held - 1
 
 
 BAD = {
