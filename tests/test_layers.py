@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 # The layers that know nothing of models import no model library either.
 THIRD_PARTY = {
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "flash_attn"},
     "sparse": {"torch", "matplotlib"},
     "data": {"torch", "numpy", "safetensors", "av", "datasets"},
 }

@@ -60,7 +60,8 @@ class Sparse:
     """The attention pattern and where it does not apply.
 
     pattern: `sparse.pattern.name` and that pattern's own parameters.
-    block: tokens of a block. backend: auto, triton, flex or reference.
+    block: tokens of a block. backend: auto, triton, flex, fa4 (flash-attn-4, installed apart) or
+        reference.
     density: computed share of the token pairs of a sparse layer, in (0, 1], at the training length;
         sets the pattern's width, whatever it was (None: the width is the pattern's parameter).
     dense_layers: the layers that run dense: a number of first layers (the paper trains with 2), or
@@ -70,7 +71,7 @@ class Sparse:
 
     pattern: Any = field(default_factory=Radial)
     block: int = 128
-    backend: Literal["auto", "triton", "flex", "reference"] = "auto"
+    backend: Literal["auto", "triton", "flex", "fa4", "reference"] = "auto"
     density: float | None = None
     dense_layers: Any = 2  # int | list[int], which OmegaConf cannot say
     dense_steps: Any = 2

@@ -396,7 +396,9 @@ def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:
 def _check_backend(config: Config, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will compute sparse attention; ConfigError if it cannot train here."""
     try:
-        backend = resolve_backend(config.sparse.backend, device, dtype, head_dim)
+        backend = resolve_backend(
+            config.sparse.backend, device, dtype, head_dim, config.sparse.block
+        )
     except ValueError as error:
         raise ConfigError(f"sparse.backend={config.sparse.backend}: {error}") from error
     if backend == "flex" and device.type == "cpu":

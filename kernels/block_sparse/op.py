@@ -1,17 +1,24 @@
 """`block_sparse_attention`: checks, choice of backend, and the custom op with its gradient."""
 
+import logging
+from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .tuning import FA4_IS_FASTER
 
-Backend = Literal["auto", "triton", "flex", "reference"]
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "triton", "flex", "fa4", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What "auto" hands to the op where fa4 is faster: the check of fa4's results then decides.
+FA4_OR_TRITON = "fa4 or triton"
 
 
 def block_sparse_attention(
@@ -32,9 +39,10 @@ def block_sparse_attention(
     """softmax(scale * q k^T) v, where each block of queries attends to the key blocks it lists.
 
     All of a listed pair of blocks is attended, except keys at or past `valid` and the ragged tail
-    past the sequence. Deterministic, differentiable once in q, k and v through both outputs, and
-    without host synchronisation (the `reference` backend reads the lists, so on a GPU it waits).
-    The algorithm is FlashAttention-2's (Dao, 2023), over block lists.
+    past the sequence. Differentiable once in q, k and v through both outputs. Deterministic, except
+    for the gradients of `fa4`, and without host synchronisation (`reference` reads the lists, so on
+    a GPU it waits, and `fa4` does for lists and shapes that are new to it). The algorithm is
+    FlashAttention-2's (Dao, 2023), over block lists.
 
     Args:
         q, k, v: [B, S, H, D] bf16, fp16 or fp32 (`reference`: fp64 too), D in {16, 32, 64, 128};
@@ -57,16 +65,19 @@ def block_sparse_attention(
 
     Raises:
         ValueError: naming the argument, its value and the remedy.
+        RuntimeError: if `fa4` is asked for and its results are wrong on this GPU.
     """
     lists = (row_indptr, row_indices, col_indptr, col_indices, head_to_layout)
     _check(q, k, v, lists, block, valid)
     factor: float = q.shape[3] ** -0.5 if scale is None else scale
     if not factor > 0:
         raise ValueError(f"scale is {scale}; it must be positive (negate q for a negative one)")
-    resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3])
+    resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3], block)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if resolved == "fa4":
+        resolved = _fa4_or_other(backend, valid, gradients)
     if resolved == "flex":
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if wanted and q.device.type == "cpu":
+        if gradients and q.device.type == "cpu":
             raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
         from . import flex
 
@@ -76,11 +87,16 @@ def block_sparse_attention(
     return _attention(q, k, v, *lists, valid, block, factor, resolved)
 
 
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int = 128
+) -> str:
     """The backend that `backend` means for such inputs; an explicit one never falls back.
 
-    "auto" is "triton" on NVIDIA GPUs since Ampere and "reference" on CPUs. "flex" is PyTorch's
-    FlexAttention on the same lists: an independent implementation to compare with.
+    "auto" is "reference" on CPUs and "triton" on NVIDIA GPUs since Ampere, or "fa4" where that was
+    measured to be faster (`tuning.FA4_IS_FASTER`) and is installed; calls that fa4 has no kernel
+    for, or whose results it gets wrong, then run in "triton". "flex" is PyTorch's FlexAttention on
+    the same lists: an independent implementation to compare with. "fa4" is the package
+    flash-attn-4, on Hopper.
 
     Raises:
         ValueError: what stands in the way, and the remedy.
@@ -88,7 +104,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "reference" if device.type == "cpu" else "triton"
+        backend = _automatic(device, dtype, head_dim, block)
+    if backend == "fa4":
+        from . import fa4
+
+        fa4.check_inputs(device, dtype, head_dim, block)
     if backend != "reference" and dtype not in DTYPES:
         raise ValueError(
             f"the {backend} backend does not compute in {dtype}; use bfloat16, float16 or float32, "
@@ -99,6 +119,62 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     if backend == "triton":
         _check_triton(device)
     return backend
+
+
+def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str:
+    """What "auto" means; `resolve_backend` says when it is which."""
+    if device.type == "cpu":
+        return "reference"
+    if (
+        device.type == "cuda"
+        and (torch.cuda.get_device_capability(device), head_dim) in FA4_IS_FASTER
+    ):
+        from . import fa4
+
+        try:
+            fa4.check_inputs(device, dtype, head_dim, block)
+            return "fa4"
+        except ValueError:
+            pass
+    return "triton"
+
+
+def _fa4_or_other(backend: str, valid: Tensor | None, gradients: bool) -> str:
+    """The backend of a call that resolved to fa4: ValueError if it was asked for and cannot."""
+    from . import fa4
+
+    try:
+        fa4.check_call(valid, gradients)
+    except ValueError:
+        if backend == "fa4":
+            raise
+        return "triton"
+    return "fa4" if backend == "fa4" else FA4_OR_TRITON
+
+
+def _checked(backend: str, q: Tensor, row_indptr: Tensor) -> str:
+    """The backend that runs, once fa4's results are known. Called in the op, where tensors are real
+    also under torch.compile.
+
+    Raises:
+        RuntimeError: if fa4 was asked for and is wrong here.
+    """
+    if backend not in ("fa4", FA4_OR_TRITON):
+        return backend
+    from . import fa4
+
+    failure = fa4.failure(q, row_indptr)
+    if failure is None:
+        return "fa4"
+    if backend == "fa4":
+        raise RuntimeError(f"{failure}; {fa4.REMEDY}")
+    _warn(failure)
+    return "triton"
+
+
+@cache  # once
+def _warn(failure: str) -> None:
+    log.warning("%s; such attention runs in Triton instead", failure)
 
 
 def _check_triton(device: torch.device) -> None:
@@ -199,9 +275,13 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, row_indptr, row_indices, head_to_layout, valid, block, scale)
+    backend = _checked(backend, q, row_indptr)
     if backend == "reference":
         return reference.forward(*arguments)
-    from .forward import forward
+    if backend == "fa4":
+        from .fa4 import forward
+    else:
+        from .forward import forward
 
     return forward(*arguments)
 
@@ -234,9 +314,13 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = (grad_out, grad_lse, q, k, v, out, lse, row_indptr, row_indices)
     rest = (head_to_layout, valid, block, scale)
+    backend = _checked(backend, q, row_indptr)
     if backend == "reference":
         return reference.backward(*saved, *rest)
-    from .backward import backward
+    if backend == "fa4":
+        from .fa4 import backward
+    else:
+        from .backward import backward
 
     return backward(*saved, col_indptr, col_indices, *rest)
 

@@ -69,6 +69,9 @@ TABLE = {
     ("small", 64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("small", 128, 4): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
+# Where flash-attn-4 was measured faster than these kernels, forward and backward together: (compute
+# capability, head_dim). The backend "auto" is "fa4" there. Empty until measured.
+FA4_IS_FASTER: frozenset[tuple[tuple[int, int], int]] = frozenset()
 ARCHITECTURES = {(8, 0): "ampere", (9, 0): "hopper", (10, 0): "pointers", (10, 3): "pointers"}
 
 

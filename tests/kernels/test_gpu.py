@@ -1,5 +1,7 @@
 """The compiled kernels on an NVIDIA GPU: every variant small, then real sizes."""
 
+from functools import partial
+
 import pytest
 import torch
 from testing import (
@@ -64,6 +66,70 @@ def test_flex(name):
     check_attention(flex, CASES[name], device="cuda")
 
 
+FA4_CASES = {
+    "per head": Case(BF16, 1000, 128, 128, layouts=(0, 1, 0)),
+    "shared": Case(BF16, 1000, 128, 128, layouts=(0, 0)),
+    "one head": Case(BF16, 1000, 128, 128, layouts=(0,)),
+    "whole blocks": Case(BF16, 1024, 128, 128),
+    "a few tokens over": Case(BF16, 900, 128, 128),
+    "one short block": Case(BF16, 90, 128, 128),
+    "below zero": Case(BF16, 1000, 128, 128, shift=2.0),
+    "scale and large logits": Case(BF16, 1000, 128, 128, scale=0.2, std=2.0),
+    "half": Case(FP16, 1000, 128, 128),
+    "narrow heads": Case(BF16, 1000, 64, 128, layouts=(0, 1, 0)),
+    "narrow heads, shared": Case(BF16, 900, 64, 128, layouts=(0, 0)),
+    "narrow heads, whole blocks": Case(BF16, 1024, 64, 128),
+    "narrow heads, half": Case(FP16, 1000, 64, 128),
+}
+
+
+@pytest.fixture
+def fa4():
+    try:
+        resolve_backend("fa4", torch.device("cuda"), BF16, 128)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return partial(block_sparse_attention, backend="fa4")
+
+
+@pytest.mark.parametrize("case", FA4_CASES.values(), ids=FA4_CASES)
+def test_fa4(case, fa4):
+    check_attention(fa4, case, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["per head", "narrow heads"])
+def test_fa4_unaligned(name, fa4):
+    check_attention(fa4, FA4_CASES[name], device="cuda", move=unaligned)
+
+
+def test_fa4_rows_without_keys(fa4):
+    """out 0, lse -inf and zero gradients, even where the loss turns lse into NaN."""
+    lists = make_lists(torch.zeros(1, 3, 3, dtype=torch.bool, device="cuda"), 128, [0, 0])
+    q, k, v = torch.randn(3, 1, 300, 2, 128, device="cuda", dtype=BF16).requires_grad_()
+    out, lse = fa4(q, k, v, *lists.tensors, block=128)
+    assert not out.any() and (lse == float("-inf")).all()
+    for grad in torch.autograd.grad(out.float().sum() + (lse - lse).sum(), (q, k, v)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fa4_equals_triton_at_real_sizes(head_dim, fa4):
+    lists = video_lists(30 * 3600 + 77, 3600, 77, 1)
+    shape = 1, 30 * 3600 + 77, 2, head_dim
+    qkv = torch.randn(3, *shape, device="cuda", dtype=BF16).unbind()
+    grads = torch.randn(shape, device="cuda"), torch.randn(1, 2, shape[1], device="cuda")
+    to_layout = torch.zeros(2, dtype=torch.int32, device="cuda")
+    tensors = (*lists.tensors[:4], to_layout)
+    ours, theirs = (
+        with_gradients(lambda *x, attend=attend: attend(*x, *tensors, block=128), *qkv, *grads)
+        for attend in (triton, fa4)
+    )
+    assert torch.equal(ours["lse"].isinf(), theirs["lse"].isinf())
+    for name, expected in ours.items():
+        a, b = (x.float().nan_to_num(neginf=0) for x in (theirs[name], expected))
+        assert (a - b).norm() < 1e-2 * b.norm(), name
+
+
 def test_auto_is_triton():
     device = torch.device("cuda")
     assert resolve_backend("auto", device, BF16, 128) == "triton"
@@ -71,29 +137,49 @@ def test_auto_is_triton():
         resolve_backend("triton", device, torch.float64, 128)
 
 
-def test_compile_fullgraph():
-    qkv, grads, lists, valid = CASES["product"].make("cuda")
+def check_compiled(attend, case: Case):
+    qkv, grads, lists, valid = case.make("cuda")
 
-    def attend(q, k, v):
-        out, lse = block_sparse_attention(q, k, v, *lists.tensors, block=128, valid=valid)
+    def doubled(q, k, v):
+        out, lse = attend(q, k, v, *lists.tensors, block=128, valid=valid)
         return out * 2, lse
 
-    compiled = torch.compile(attend, fullgraph=True)
-    eager = with_gradients(attend, *qkv, *grads)
+    compiled = torch.compile(doubled, fullgraph=True)
+    eager = with_gradients(doubled, *qkv, *grads)
     for name, value in with_gradients(compiled, *qkv, *grads).items():
         torch.testing.assert_close(value, eager[name], msg=name)
 
 
-def test_no_host_synchronisation():
-    qkv, grads, lists, valid = CASES["product"].make("cuda")
+def test_compile_fullgraph():
+    check_compiled(block_sparse_attention, CASES["product"])
+
+
+def test_fa4_compile_fullgraph(fa4):
+    check_compiled(fa4, FA4_CASES["per head"])
+
+
+def check_synchronisation(attend, case: Case):
+    qkv, grads, lists, valid = case.make("cuda")
     leaves = [x.requires_grad_() for x in (x.detach() for x in qkv)]
-    triton(*leaves, *lists.tensors, block=128, valid=valid)  # compiles
+
+    def step():
+        out, lse = attend(*leaves, *lists.tensors, block=128, valid=valid)
+        torch.autograd.grad((out, lse), leaves, (grads[0].to(out.dtype), grads[1]))
+
+    step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out, lse = triton(*leaves, *lists.tensors, block=128, valid=valid)
-        torch.autograd.grad((out, lse), leaves, (grads[0].to(out.dtype), grads[1]))
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_host_synchronisation():
+    check_synchronisation(triton, CASES["product"])
+
+
+def test_fa4_no_host_synchronisation(fa4):
+    check_synchronisation(fa4, FA4_CASES["per head"])
 
 
 def video_lists(tokens: int, per_frame: int, text: int, layouts: int) -> Lists:

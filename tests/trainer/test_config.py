@@ -255,7 +255,7 @@ MISTAKES = {
     "frames=long": "frames=long must be a whole number, or null.",
     "train.lr=fast": "train.lr=fast must be a number.",
     "data.strict=maybe": "data.strict=maybe must be true or false.",
-    "sparse.backend=Triton": "sparse.backend=Triton must be one of auto, triton, flex, reference.",
+    "sparse.backend=Triton": "sparse.backend=Triton must be one of auto, triton, flex, fa4, refer",
     "train.sigma.name=normal": "train.sigma.name=normal must be one of uniform, logit_normal.",
     "validate.sigmas=[0.5, x]": "validate.sigmas=['0.5', 'x'] must be a list of numbers.",
     "validate.prompts=null": "validate.prompts=null must be a list of texts.",

@@ -1,0 +1,200 @@
+"""The same attention through flash-attn-4's block-sparse kernels, on Hopper.
+
+flash-attn-4 (`flash_attn.cute`, BSD-3) is a package of its own, in beta, that compiles kernels when
+they are first called. Its backward makes dK, dV and dQ in one pass and sums dQ through memory in no
+fixed order, so gradients are not bit-equal when repeated. Its block-sparse gradients on Hopper were
+silently wrong once, at head_dim 64 (Dao-AILab/flash-attention#2623): nothing is computed with it
+before `failure` has compared it with our oracle.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import PerTensor
+from .selfcheck import find_fault
+
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+BLOCK = 128
+CAPABILITY = (9, 0)
+REMEDY = "use backend='triton'"
+# Tokens of the problem that a check solves; longer sequences differ from it in nothing that
+# flash-attn-4 compiles for.
+CHECKED_TOKENS = 16 * BLOCK
+
+
+def check_inputs(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> None:
+    """Raise ValueError unless flash-attn-4 is there and computes such inputs."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"the fa4 backend computes in bfloat16 and float16, and q is {dtype}; {REMEDY}"
+        )
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the fa4 backend takes head_dim 64 or 128, not {head_dim}; {REMEDY}")
+    if block != BLOCK:
+        raise ValueError(f"the fa4 backend takes block=128, not {block}; {REMEDY}")
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise ValueError("the fa4 backend needs an NVIDIA GPU; use backend='reference'")
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        # On Blackwell its forward takes 256 queries a block; before Hopper it has no backward.
+        raise ValueError(
+            "the fa4 backend needs compute capability 9.0 (Hopper), and this GPU has "
+            f"{capability[0]}.{capability[1]}; {REMEDY}"
+        )
+    _package()
+
+
+def check_call(valid: Tensor | None, gradients: bool) -> None:
+    """Raise ValueError for what flash-attn-4 has no kernel for, whatever the inputs."""
+    if valid is not None:
+        raise ValueError(
+            "the fa4 backend takes no valid: its backward knows no lengths of samples; cut the "
+            f"padding off and pass valid=None, or {REMEDY}"
+        )
+    if gradients and _strictly_deterministic():
+        raise ValueError(
+            "the fa4 backend's gradients are not deterministic, which "
+            f"torch.use_deterministic_algorithms(True) asks for; {REMEDY}"
+        )
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not trace the question
+def _strictly_deterministic() -> bool:
+    return torch.get_deterministic_debug_mode() == 2  # an error, not a warning
+
+
+def failure(q: Tensor, row_indptr: Tensor) -> str | None:
+    """What is wrong with flash-attn-4's results for such inputs on this GPU; None if nothing is.
+
+    Found out once a process for everything that makes it compile another kernel or mask another
+    tail. The host waits for that: seconds while it compiles what is needed anyway, else a moment.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    if tokens > CHECKED_TOKENS:
+        tokens = CHECKED_TOKENS + tokens % BLOCK
+    size = (min(batch, 2), tokens, min(heads, 2), head_dim)
+    return _failure(q.device, q.dtype, size, min(len(row_indptr), 2))
+
+
+@cache
+def _failure(
+    device: torch.device, dtype: torch.dtype, size: tuple[int, int, int, int], layouts: int
+) -> str | None:
+    try:
+        fault = find_fault(forward, backward, size, layouts, BLOCK, dtype, device)
+    except Exception as error:  # whatever a package that compiles at run time may raise
+        fault = f"{type(error).__name__}: {error}"
+    if fault is None:
+        return None
+    return f"flash-attn-4 fails its check against the reference at q {size} in {dtype}: {fault}"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    head_to_layout: Tensor,
+    valid: Tensor | None,
+    block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Shapes and meanings are `block_sparse_attention`'s; valid is None and block 128."""
+    assert valid is None and block == BLOCK
+    q, k, v = (_not_expanded(x) for x in (q, k, v))
+    with torch.cuda.device_of(q):
+        out, lse, *_ = _package()._flash_attn_fwd(
+            q,
+            k,
+            v,
+            softmax_scale=scale,
+            block_sparse_tensors=_lists(row_indices, row_indptr, head_to_layout),
+            return_lse=True,
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_indptr: Tensor,
+    row_indices: Tensor,
+    col_indptr: Tensor,
+    col_indices: Tensor,
+    head_to_layout: Tensor,
+    valid: Tensor | None,
+    block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from the forward's out and lse: one pass over the columns."""
+    assert valid is None and block == BLOCK
+    q, k, v, grad_out = (_not_expanded(x) for x in (q, k, v, grad_out))
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    with torch.cuda.device_of(q):
+        _package()._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            grad_out,
+            lse,
+            softmax_scale=scale,
+            block_sparse_tensors=_lists(col_indices, col_indptr, head_to_layout),
+            dlse=grad_lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+        )
+    return dq, dk, dv
+
+
+@PerTensor
+def _lists(indices: Tensor, indptr: Tensor, head_to_layout: Tensor) -> Any:
+    """CSR lists as flash-attn-4 takes them: counts [1, 1 or H, rows] and, as wide as the longest
+    row, indices [1, 1 or H, rows, longest], int32.
+
+    All blocks are full ones, of which flash-attn-4 masks only what lies past the sequence. It wants
+    lists of partial blocks too: these are empty, and their counts alone are read.
+    """
+    counts = indptr.diff()
+    longest = max(1, int(counts.max()))
+    place = indptr[:, :-1, None] + torch.arange(longest, device=indices.device)
+    # What follows a row's own entries is never read, but must exist behind the last row.
+    padded = torch.nn.functional.pad(indices, (0, longest))[place]
+    if len(indptr) > 1:
+        each = head_to_layout.long()
+        counts, padded = counts[each], padded[each]
+    return _package().BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(counts[None]),
+        mask_block_idx=padded[None],
+        full_block_cnt=counts[None],
+        full_block_idx=padded[None],
+        block_size=(BLOCK, BLOCK),
+    )
+
+
+def _not_expanded(x: Tensor) -> Tensor:
+    """Strides of 0, as the gradient of a sum has, would compile kernels that nothing checked."""
+    return x.contiguous() if 0 in x.stride() else x
+
+
+def _package() -> Any:
+    """The module with flash-attn-4's kernels: ValueError if it is missing or does not load."""
+    try:
+        from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # an ImportError, or whatever its own imports raise
+        raise ValueError(
+            f"the fa4 backend needs flash-attn-4, and loading it failed ({error}): "
+            f"pip install 'longreel[fa4]', or {REMEDY}"
+        ) from error
+    return interface
