@@ -11,9 +11,13 @@ from table import CUDNN, FLEX
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longreel.kernels.block_sparse import backward as triton_backward
-from longreel.kernels.block_sparse import block_sparse_attention
-from longreel.kernels.block_sparse import forward as triton_forward
+from longreel.kernels.block_sparse import (
+    backward,
+    block_sparse_attention,
+    forward,
+    hopper_backward,
+    hopper_forward,
+)
 from longreel.kernels.block_sparse.op import Backend
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
@@ -23,9 +27,10 @@ from longreel.trainer.probe import milliseconds
 BLOCK = 128
 # Our kernels: launchers with the signatures of those in forward.py and backward.py.
 VARIANTS = {
-    "triton": (triton_forward.forward, triton_backward.backward),
+    "hopper": (hopper_forward.forward, hopper_backward.backward),
+    "portable": (forward.forward, backward.backward),
 }
-DEFAULT = "triton"  # of which --growth tells
+DEFAULT = "hopper"  # of which --growth tells
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]

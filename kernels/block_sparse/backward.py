@@ -10,32 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .forward import LOG2_E
-from .tiles import (
-    copyable,
-    keys_end,
-    load_rows,
-    load_sums,
-    open_rows,
-    open_sums,
-    own_start,
-    scratch,
-    store_rows,
-    tile_start,
-    visible_tiles,
-)
+from .tiles import keys_end, load_rows, own_start, store_rows, tile_start, visible_tiles
 from .tuning import choose
 
 
 @triton.jit
 def _row_sums_kernel(
-    Out, GradOut, Lse, GradLse, Lse2, Delta,
+    Out, GradOut, Lse, GradLse, Scaled, Delta,
     do_b, do_s, do_h,
-    S, H, padded,
+    S, H, padded, factor,
     ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dOut) - dLse, and the log-sum-exp in log2 units.
+    """delta = rowsum(out * dOut) - dLse, and the log-sum-exp times `factor`.
 
-    Rows that attend to nothing, and the padding rows up to a whole block, get Lse2 = +inf: every
+    Rows that attend to nothing, and the padding rows up to a whole block, get +inf for it: every
     probability recomputed from it is 0, so the passes below need no mask over queries.
     """
     batch = (tl.program_id(1) // H).to(tl.int64)
@@ -44,16 +32,34 @@ def _row_sums_kernel(
     start = tl.program_id(0) * ROWS
     m = start + tl.arange(0, ROWS)
     out_start = Out + (batch * S * H + head) * D
-    out = load_rows(out_start, start, S, H * D, ROWS, D, False, False)
+    out = load_rows(out_start, start, S, H * D, ROWS, D, False)
     do_start = GradOut + batch * do_b + head * do_h
-    grad = load_rows(do_start, start, S, do_s, ROWS, D, False, False)
+    grad = load_rows(do_start, start, S, do_s, ROWS, D, False)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     lse = tl.load(Lse + row * S + m, mask=m < S, other=float("-inf"))
     if GradLse is not None:
         delta -= tl.load(GradLse + row * S + m, mask=m < S, other=0.0)
     sees = lse > float("-inf")
     tl.store(Delta + row * padded + m, tl.where(sees, delta, 0.0), mask=m < padded)
-    tl.store(Lse2 + row * padded + m, tl.where(sees, lse * LOG2_E, float("inf")), mask=m < padded)
+    tl.store(Scaled + row * padded + m, tl.where(sees, lse * factor, float("inf")), mask=m < padded)
+
+
+def row_sums(
+    out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, block: int, factor: float
+) -> tuple[Tensor, Tensor]:
+    """(lse * factor, delta) as [B, H, padded] fp32, padded to whole blocks: `_row_sums_kernel`."""
+    batch, tokens, heads, head_dim = out.shape
+    padded = triton.cdiv(tokens, block) * block
+    scaled, delta = torch.empty(2, batch, heads, padded, dtype=torch.float32, device=out.device)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    rows = min(block, 64)
+    with torch.cuda.device_of(out):
+        _row_sums_kernel[(padded // rows, batch * heads)](
+            out, grad_out, lse, grad_lse, scaled, delta, *grad_out.stride()[:3],
+            tokens, heads, padded, factor, ROWS=rows, D=head_dim, num_warps=4,
+        )  # fmt: skip
+    return scaled, delta
 
 
 @triton.jit
@@ -61,8 +67,7 @@ def _grad_kv_kernel(
     Q, K, V, GradOut, GradK, GradV, Lse2, Delta, indptr, indices, head_to_layout, valid,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
     S, H, num_columns, padded, scale, scale_log2,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(1) // H).to(tl.int64)
     head = (tl.program_id(1) % H).to(tl.int64)
@@ -73,25 +78,21 @@ def _grad_kv_kernel(
     end = keys_end(valid, batch, S)
     tiles = tl.where(start_n < end, tiles, 0)
 
-    queries = open_rows(Q + batch * q_b + head * q_h, S, q_s, BM, D, TMA)
-    grads = open_rows(GradOut + batch * do_b + head * do_h, S, do_s, BM, D, TMA)
-    keys = open_rows(K + batch * k_b + head * k_h, end, k_s, BN, D, TMA)
-    values = open_rows(V + batch * v_b + head * v_h, end, v_s, BN, D, TMA)
-    k = load_rows(keys, start_n, end, k_s, BN, D, False, TMA)  # [BN, D]
-    v = load_rows(values, start_n, end, v_s, BN, D, False, TMA)  # [BN, D]
+    q_start = Q + batch * q_b + head * q_h
+    do_start = GradOut + batch * do_b + head * do_h
+    k = load_rows(K + batch * k_b + head * k_h, start_n, end, k_s, BN, D, False)  # [BN, D]
+    v = load_rows(V + batch * v_b + head * v_h, start_n, end, v_s, BN, D, False)  # [BN, D]
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
-    sums = tl.program_id(1).to(tl.int64) * padded
-    lse2_sums = open_sums(Lse2 + sums, padded, BM, TMA)
-    delta_sums = open_sums(Delta + sums, padded, BM, TMA)
+    sums = tl.program_id(1).to(tl.int64) * padded + tl.arange(0, BM)
 
-    for i in tl.range(0, tiles, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    for i in tl.range(0, tiles, num_stages=STAGES):
         m = tile_start(indices, first, i, BLOCK, BM)
-        q = load_rows(queries, m, S, q_s, BM, D, False, TMA)  # [BM, D]
-        lse2 = load_sums(lse2_sums, m, BM, TMA)  # [BM]
-        delta = load_sums(delta_sums, m, BM, TMA)  # [BM]
+        q = load_rows(q_start, m, S, q_s, BM, D, False)  # [BM, D]
+        lse2 = tl.load(Lse2 + sums + m)  # [BM]
+        delta = tl.load(Delta + sums + m)  # [BM]
         s = tl.dot(k, q.T, input_precision="ieee")  # [BN, BM]
-        do = load_rows(grads, m, S, do_s, BM, D, False, TMA)  # [BM, D]
+        do = load_rows(do_start, m, S, do_s, BM, D, False)  # [BM, D]
         dp = tl.dot(v, do.T, input_precision="ieee")  # [BN, BM]
         p = tl.math.exp2(s * scale_log2 - lse2[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -99,15 +100,12 @@ def _grad_kv_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     # A key reaches its own gradient row only: those past the end are zeroed here, not in the loop.
-    # (`start_n` stays a scalar for the reason that the forward kernel gives.)
-    counts = (tl.arange(0, BN) < end - start_n)[:, None]
+    counts = (start_n + tl.arange(0, BN) < end)[:, None]
     dk = tl.where(counts, dk * scale, 0.0).to(GradK.dtype.element_ty)
     dv = tl.where(counts, dv, 0.0).to(GradV.dtype.element_ty)
     offset = (batch * S * H + head) * D
-    dk_rows = open_rows(GradK + offset, S, H * D, BN, D, TMA)
-    dv_rows = open_rows(GradV + offset, S, H * D, BN, D, TMA)
-    store_rows(dk_rows, dk, start_n, S, H * D, BN, D, TMA)
-    store_rows(dv_rows, dv, start_n, S, H * D, BN, D, TMA)
+    store_rows(GradK + offset, dk, start_n, S, H * D, BN, D)
+    store_rows(GradV + offset, dv, start_n, S, H * D, BN, D)
 
 
 @triton.jit
@@ -130,7 +128,7 @@ def _grad_q_kernel(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
     S, H, num_rows, padded, depth, scale, scale_log2,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    RAGGED: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(1) // H).to(tl.int64)
     head = (tl.program_id(1) % H).to(tl.int64)
@@ -141,36 +139,32 @@ def _grad_q_kernel(
     end = keys_end(valid, batch, S)
     whole, rest = visible_tiles(indices, first, stop, end, valid, depth, BLOCK, BN)
 
-    queries = open_rows(Q + batch * q_b + head * q_h, S, q_s, BM, D, TMA)
-    grads = open_rows(GradOut + batch * do_b + head * do_h, S, do_s, BM, D, TMA)
-    keys = open_rows(K + batch * k_b + head * k_h, end, k_s, BN, D, TMA)
-    values = open_rows(V + batch * v_b + head * v_h, end, v_s, BN, D, TMA)
-    q = load_rows(queries, start_m, S, q_s, BM, D, False, TMA)  # [BM, D]
-    do = load_rows(grads, start_m, S, do_s, BM, D, False, TMA)  # [BM, D]
-    sums = tl.program_id(1).to(tl.int64) * padded
-    lse2 = load_sums(open_sums(Lse2 + sums, padded, BM, TMA), start_m, BM, TMA)  # [BM]
-    delta = load_sums(open_sums(Delta + sums, padded, BM, TMA), start_m, BM, TMA)  # [BM]
+    q_start = Q + batch * q_b + head * q_h
+    do_start = GradOut + batch * do_b + head * do_h
+    k_start = K + batch * k_b + head * k_h
+    v_start = V + batch * v_b + head * v_h
+    q = load_rows(q_start, start_m, S, q_s, BM, D, False)  # [BM, D]
+    do = load_rows(do_start, start_m, S, do_s, BM, D, False)  # [BM, D]
+    sums = tl.program_id(1).to(tl.int64) * padded + start_m + tl.arange(0, BM)
+    lse2 = tl.load(Lse2 + sums)  # [BM]
+    delta = tl.load(Delta + sums)  # [BM]
     dq = tl.zeros([BM, D], tl.float32)
 
-    # As in the forward kernel: the last tile is peeled off, except from a specialized loop.
-    IN_LOOP: tl.constexpr = RAGGED and SPECIALIZE
-    tiles = whole
-    if IN_LOOP:
-        tiles += (rest > 0).to(tl.int32)
-    for i in tl.range(0, tiles, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    # As in the forward kernel: the last tile is peeled off.
+    for i in tl.range(0, whole, num_stages=STAGES):
         n = tile_start(indices, first, i, BLOCK, BN)
-        k = load_rows(keys, n, end, k_s, BN, D, not IN_LOOP, TMA)
-        v = load_rows(values, n, end, v_s, BN, D, not IN_LOOP, TMA)
-        dq = _accumulate_dq(q, k, v, do, dq, lse2, delta, scale_log2, end - n, BN, IN_LOOP)
-    if RAGGED and not SPECIALIZE:  # noqa: SIM102 - the outer choice is made at compile time
+        k = load_rows(k_start, n, end, k_s, BN, D, True)
+        v = load_rows(v_start, n, end, v_s, BN, D, True)
+        dq = _accumulate_dq(q, k, v, do, dq, lse2, delta, scale_log2, rest, BN, False)
+    if RAGGED:  # noqa: SIM102 - the outer choice is made at compile time
         if rest > 0:
             n = tile_start(indices, first, whole, BLOCK, BN)
-            k = load_rows(keys, n, end, k_s, BN, D, False, TMA)
-            v = load_rows(values, n, end, v_s, BN, D, False, TMA)
+            k = load_rows(k_start, n, end, k_s, BN, D, False)
+            v = load_rows(v_start, n, end, v_s, BN, D, False)
             dq = _accumulate_dq(q, k, v, do, dq, lse2, delta, scale_log2, rest, BN, True)
 
-    dq_rows = open_rows(GradQ + (batch * S * H + head) * D, S, H * D, BM, D, TMA)
-    store_rows(dq_rows, (dq * scale).to(GradQ.dtype.element_ty), start_m, S, H * D, BM, D, TMA)
+    dq = (dq * scale).to(GradQ.dtype.element_ty)
+    store_rows(GradQ + (batch * S * H + head) * D, dq, start_m, S, H * D, BM, D)
 
 
 def backward(
@@ -194,39 +188,25 @@ def backward(
     batch, tokens, heads, head_dim = q.shape
     num_blocks = row_indptr.shape[1] - 1
     padded = num_blocks * block
-    # The gradient of a sum arrives expanded, with strides of 0: no tile can be copied from that.
-    if grad_out.stride(3) != 1 or 0 in grad_out.stride():
-        grad_out = grad_out.contiguous()
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    lse2, delta = torch.empty(2, batch, heads, padded, dtype=torch.float32, device=q.device)
-    aligned = copyable(q, k, v, grad_out)
-    tiles = choose(q.device, head_dim, q.element_size(), block, aligned)
+    lse2, delta = row_sums(out, grad_out, lse, grad_lse, block, LOG2_E.value)
+    tiles = choose(q.device, head_dim, q.element_size(), block)
     strides = [s for x in (q, k, v, grad_out) for s in x.stride()[:3]]
     scales = scale, scale * LOG2_E.value
-    triton.set_allocator(scratch)
     with torch.cuda.device_of(q):
-        rows = min(block, 64)
-        _row_sums_kernel[(padded // rows, batch * heads)](
-            out, grad_out, lse, grad_lse, lse2, delta, *grad_out.stride()[:3],
-            tokens, heads, padded, ROWS=rows, D=head_dim, num_warps=4,
-        )  # fmt: skip
         tile = tiles.grad_kv
         _grad_kv_kernel[(triton.cdiv(tokens, tile.kv), batch * heads)](
             q, k, v, grad_out, dk, dv, lse2, delta, col_indptr, col_indices, head_to_layout, valid,
             *strides, tokens, heads, num_blocks, padded, *scales,
             BLOCK=block, BM=tile.q, BN=tile.kv, D=head_dim,
-            TMA=tile.tma, SPECIALIZE=tile.specialize, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
+            STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         tile = tiles.grad_q
         _grad_q_kernel[(triton.cdiv(tokens, tile.q), batch * heads)](
             q, k, v, grad_out, dq, lse2, delta, row_indptr, row_indices, head_to_layout, valid,
             *strides, tokens, heads, num_blocks, padded, num_blocks.bit_length(), *scales,
             BLOCK=block, BM=tile.q, BN=tile.kv, D=head_dim,
-            RAGGED=valid is not None or tokens % tile.kv != 0,
-            TMA=tile.tma, SPECIALIZE=tile.specialize, STAGES=tile.stages,
+            RAGGED=valid is not None or tokens % tile.kv != 0, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dq, dk, dv

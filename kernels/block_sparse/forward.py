@@ -5,17 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import (
-    copyable,
-    keys_end,
-    load_rows,
-    open_rows,
-    own_start,
-    scratch,
-    store_rows,
-    tile_start,
-    visible_tiles,
-)
+from .tiles import keys_end, load_rows, own_start, store_rows, tile_start, visible_tiles
 from .tuning import choose
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -43,7 +33,7 @@ def _forward_kernel(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     S, H, num_rows, depth, scale_log2,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    RAGGED: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(1) // H).to(tl.int64)
     head = (tl.program_id(1) % H).to(tl.int64)
@@ -54,41 +44,34 @@ def _forward_kernel(
     end = keys_end(valid, batch, S)
     whole, rest = visible_tiles(indices, first, stop, end, valid, depth, BLOCK, BN)
 
-    queries = open_rows(Q + batch * q_b + head * q_h, S, q_s, BM, D, TMA)
-    keys = open_rows(K + batch * k_b + head * k_h, end, k_s, BN, D, TMA)
-    values = open_rows(V + batch * v_b + head * v_h, end, v_s, BN, D, TMA)
-    q = load_rows(queries, start_m, S, q_s, BM, D, False, TMA)  # [BM, D]
+    q_start = Q + batch * q_b + head * q_h
+    k_start = K + batch * k_b + head * k_h
+    v_start = V + batch * v_b + head * v_h
+    q = load_rows(q_start, start_m, S, q_s, BM, D, False)  # [BM, D]
     acc = tl.zeros([BM, D], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
 
-    # Only the last tile can need a mask. It is peeled off the loop, except from a specialized one:
-    # there Triton accepts no matrix product outside of the loop, and every tile is compared.
-    IN_LOOP: tl.constexpr = RAGGED and SPECIALIZE
-    tiles = whole
-    if IN_LOOP:
-        tiles += (rest > 0).to(tl.int32)
-    for i in tl.range(0, tiles, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    # Only the last tile can need a mask: it is peeled off the loop.
+    for i in tl.range(0, whole, num_stages=STAGES):
         n = tile_start(indices, first, i, BLOCK, BN)
-        k = load_rows(keys, n, end, k_s, BN, D, not IN_LOOP, TMA)
-        v = load_rows(values, n, end, v_s, BN, D, not IN_LOOP, TMA)
-        acc, top, total = _accumulate(q, k, v, acc, top, total, scale_log2, end - n, BN, IN_LOOP)
-    if RAGGED and not SPECIALIZE:  # noqa: SIM102 - the outer choice is made at compile time
+        k = load_rows(k_start, n, end, k_s, BN, D, True)
+        v = load_rows(v_start, n, end, v_s, BN, D, True)
+        acc, top, total = _accumulate(q, k, v, acc, top, total, scale_log2, rest, BN, False)
+    if RAGGED:  # noqa: SIM102 - the outer choice is made at compile time
         if rest > 0:
             n = tile_start(indices, first, whole, BLOCK, BN)
-            k = load_rows(keys, n, end, k_s, BN, D, False, TMA)
-            v = load_rows(values, n, end, v_s, BN, D, False, TMA)
+            k = load_rows(k_start, n, end, k_s, BN, D, False)
+            v = load_rows(v_start, n, end, v_s, BN, D, False)
             acc, top, total = _accumulate(q, k, v, acc, top, total, scale_log2, rest, BN, True)
 
     # A row that sees no key: 0 / 1 = 0, and top = -inf makes its log-sum-exp -inf.
     total = tl.where(total > 0, total, 1.0)
     lse = (top + tl.math.log2(total)) * LN_2
-    # `start_m` enters as a scalar: in `start_m + arange`, where a tensor descriptor has it as its
-    # coordinate too, Triton 3.6 to 3.9 count the second of two specialized groups' 64 rows twice.
-    m = tl.arange(0, BM)
-    tl.store(Lse + tl.program_id(1).to(tl.int64) * S + start_m + m, lse, mask=m < S - start_m)
-    out = open_rows(Out + (batch * S * H + head) * D, S, H * D, BM, D, TMA)
-    store_rows(out, (acc / total[:, None]).to(Out.dtype.element_ty), start_m, S, H * D, BM, D, TMA)
+    m = start_m + tl.arange(0, BM)
+    tl.store(Lse + tl.program_id(1).to(tl.int64) * S + m, lse, mask=m < S)
+    out = (acc / total[:, None]).to(Out.dtype.element_ty)
+    store_rows(Out + (batch * S * H + head) * D, out, start_m, S, H * D, BM, D)
 
 
 def forward(
@@ -107,16 +90,14 @@ def forward(
     num_rows = row_indptr.shape[1] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    tile = choose(q.device, head_dim, q.element_size(), block, copyable(q, k, v)).forward
-    triton.set_allocator(scratch)
+    tile = choose(q.device, head_dim, q.element_size(), block).forward
     with torch.cuda.device_of(q):
         _forward_kernel[(triton.cdiv(tokens, tile.q), batch * heads)](
             q, k, v, out, lse, row_indptr, row_indices, head_to_layout, valid,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             tokens, heads, num_rows, num_rows.bit_length(), scale * LOG2_E.value,
             BLOCK=block, BM=tile.q, BN=tile.kv, D=head_dim,
-            RAGGED=valid is not None or tokens % tile.kv != 0,
-            TMA=tile.tma, SPECIALIZE=tile.specialize, STAGES=tile.stages,
+            RAGGED=valid is not None or tokens % tile.kv != 0, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse

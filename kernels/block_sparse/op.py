@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .tuning import FA4_IS_FASTER
+from .tuning import FA4_IS_FASTER, hopper_takes
 
 log = logging.getLogger(__name__)
 
@@ -280,6 +280,8 @@ def _attention(
         return reference.forward(*arguments)
     if backend == "fa4":
         from .fa4 import forward
+    elif hopper_takes(block, q, k, v):
+        from .hopper_forward import forward
     else:
         from .forward import forward
 
@@ -312,6 +314,9 @@ def _attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # The gradient of a sum arrives expanded, with strides of 0: no tile can be copied from that.
+    if grad_out.stride(3) != 1 or 0 in grad_out.stride():
+        grad_out = grad_out.contiguous()
     saved = (grad_out, grad_lse, q, k, v, out, lse, row_indptr, row_indices)
     rest = (head_to_layout, valid, block, scale)
     backend = _checked(backend, q, row_indptr)
@@ -319,6 +324,8 @@ def _attention_backward(
         return reference.backward(*saved, *rest)
     if backend == "fa4":
         from .fa4 import backward
+    elif hopper_takes(block, q, k, v, grad_out):
+        from .hopper_backward import backward
     else:
         from .backward import backward
 

@@ -1,32 +1,88 @@
-"""Tile configurations per GPU, head size and element size, as data.
+"""Launch configurations per GPU, head size and element size, as data.
 
-`TABLE` holds measured choices for Hopper (README.md) and, for the other architectures, tiles that
-fit their shared memory without register spills; the offline compile tests hold both to that.
+`HOPPER` holds measured choices for the kernels of hopper_forward.py and hopper_backward.py. `TABLE`
+holds tiles for the portable kernels of forward.py and backward.py, which every other GPU runs:
+they fit its shared memory without register spills. The offline compile tests hold both to that.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One Hopper kernel's launch: how many tokens a circulating tile has, in how many slots.
+
+    `registers` are a consumer thread's. The multiprocessor has 504 for a thread of each of the
+    three groups together; the first consumer group has what the other two leave.
+    """
+
+    tile: int
+    slots: int
+    registers: int
+    producer_registers: int
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """The three launches of a training step on Hopper."""
+
+    forward: Pipeline
+    grad_kv: Pipeline
+    grad_q: Pipeline
+
+
+# Keyed by head_dim; bf16 and fp16 alike.
+HOPPER = {
+    64: Pipelines(
+        forward=Pipeline(128, 2, 232, 40),
+        grad_kv=Pipeline(64, 3, 240, 24),
+        grad_q=Pipeline(64, 3, 232, 40),
+    ),
+    128: Pipelines(
+        forward=Pipeline(128, 2, 232, 40),
+        grad_kv=Pipeline(64, 3, 240, 24),
+        grad_q=Pipeline(64, 3, 232, 40),
+    ),
+}
+HOPPER_BLOCK = 128  # a program's rows are one block: two groups of 64
+
+# Where flash-attn-4 was measured faster than these kernels, forward and backward together: (compute
+# capability, head_dim). The backend "auto" is "fa4" there. Empty until measured.
+FA4_IS_FASTER: frozenset[tuple[tuple[int, int], int]] = frozenset()
+
+
+def hopper_takes(block: int, *tensors: Tensor) -> bool:
+    """Whether the Hopper kernels compute from these [B, S, H, D] tensors in blocks of `block`.
+
+    The copy engine wants 16-bit elements here, and every token 16-byte aligned.
+    """
+    return block == HOPPER_BLOCK and all(
+        x.is_cuda
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and x.shape[3] in HOPPER
+        and x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+        for x in tensors
+    )
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's launch: `q` x `kv` tokens a tile, and how Triton compiles it."""
+    """One portable kernel's launch: `q` x `kv` tokens a tile, and how Triton compiles it."""
 
     q: int
     kv: int
     warps: int
     stages: int
-    tma: bool = False  # read and write through device-side tensor descriptors
-    specialize: bool = False  # one warp group copies, the others compute (Hopper, 128 rows, `tma`)
 
     def within(self, block: int) -> "Tile":
         """This tile cut down to divide a layout block of `block` tokens."""
-        if self.q <= block and self.kv <= block:
-            return self
-        # Specialized warps split 128 rows between two groups: a smaller tile runs without them.
-        return replace(self, q=min(self.q, block), kv=min(self.kv, block), specialize=False)
+        return replace(self, q=min(self.q, block), kv=min(self.kv, block))
 
 
 @dataclass(frozen=True)
@@ -39,26 +95,10 @@ class Tiles:
 
 
 # Keyed by (architecture, widest head_dim, bytes an element).
-#
-# Hopper's dK/dV does not use `specialize`, although that would take a tenth off the backward pass:
-# within training steps at full width it has written NaN into one whole tile, in about one launch of
-# forty (H200, Triton 3.6). Alone, in 140 launches under poisoned memory, it never did, and its
-# barriers and buffers are in order by the generated code; until that is understood it reads by
-# pointers.
 TABLE = {
-    ("hopper", 64, 2): Tiles(
-        forward=Tile(64, 128, 4, 2, tma=True),
-        grad_kv=Tile(64, 64, 4, 2),
-        grad_q=Tile(64, 64, 4, 2, tma=True),
-    ),
-    ("hopper", 128, 2): Tiles(
-        forward=Tile(128, 128, 4, 2, tma=True, specialize=True),
-        grad_kv=Tile(64, 64, 4, 2),
-        grad_q=Tile(128, 128, 4, 2, tma=True, specialize=True),
-    ),
-    # Blackwell, and Hopper where descriptors cannot read: 227 KiB of shared memory.
-    ("pointers", 64, 2): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    ("pointers", 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+    # Blackwell, and Hopper where its own kernels do not apply: 227 KiB of shared memory.
+    ("large", 64, 2): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    ("large", 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
     # A100: 163 KiB.
     ("ampere", 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("ampere", 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
@@ -69,30 +109,18 @@ TABLE = {
     ("small", 64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("small", 128, 4): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
-# Where flash-attn-4 was measured faster than these kernels, forward and backward together: (compute
-# capability, head_dim). The backend "auto" is "fa4" there. Empty until measured.
-FA4_IS_FASTER: frozenset[tuple[tuple[int, int], int]] = frozenset()
-ARCHITECTURES = {(8, 0): "ampere", (9, 0): "hopper", (10, 0): "pointers", (10, 3): "pointers"}
+ARCHITECTURES = {(8, 0): "ampere", (9, 0): "large", (10, 0): "large", (10, 3): "large"}
 
 
 @cache
-def tiles_for(
-    capability: tuple[int, int], head_dim: int, itemsize: int, block: int, aligned: bool
-) -> Tiles:
-    """The tiles of one compute capability; `choose` says what the rest is."""
-    name = ARCHITECTURES.get(capability, "small")
-    if itemsize == 4:
-        name = "small"
-    elif name == "hopper" and not aligned:
-        name = "pointers"
+def tiles_for(capability: tuple[int, int], head_dim: int, itemsize: int, block: int) -> Tiles:
+    """The tiles of one compute capability."""
+    name = "small" if itemsize == 4 else ARCHITECTURES.get(capability, "small")
     tiles = TABLE[name, 64 if head_dim <= 64 else 128, itemsize]
     return Tiles(*(tile.within(block) for tile in (tiles.forward, tiles.grad_kv, tiles.grad_q)))
 
 
-def choose(device: torch.device, head_dim: int, itemsize: int, block: int, aligned: bool) -> Tiles:
-    """The tiles for this device; on a CPU (Triton's interpreter) those that any GPU could run.
-
-    `aligned` says whether tensor descriptors can read the inputs.
-    """
+def choose(device: torch.device, head_dim: int, itemsize: int, block: int) -> Tiles:
+    """The tiles for this device; on a CPU (Triton's interpreter) those that any GPU could run."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
-    return tiles_for(capability, head_dim, itemsize, block, aligned)
+    return tiles_for(capability, head_dim, itemsize, block)

@@ -10,79 +10,126 @@ import subprocess
 import sys
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from longreel.kernels.block_sparse import backward, forward
-from longreel.kernels.block_sparse.tuning import Tile, tiles_for
+from longreel.kernels.block_sparse import backward, forward, hopper_backward, hopper_forward
+from longreel.kernels.block_sparse.hopper import ROWS, sums_of, tiles_of
+from longreel.kernels.block_sparse.tuning import HOPPER, Pipeline, Tile, tiles_for
 
 BLOCK = 128
-KERNELS = {
+PORTABLE = {
     "forward": forward._forward_kernel,
     "grad_kv": backward._grad_kv_kernel,
     "grad_q": backward._grad_q_kernel,
 }
-TYPES = {"Lse": "*fp32", "Lse2": "*fp32", "Delta": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
+FOR_HOPPER = {
+    "forward": hopper_forward._forward_kernel,
+    "grad_kv": hopper_backward._grad_kv_kernel,
+    "grad_q": hopper_backward._grad_q_kernel,
+}
+TYPES = {"scale": "fp32", "scale_log2": "fp32"}
+TYPES |= dict.fromkeys(("Lse", "Lse2", "Delta"), "*fp32")
+TYPES |= dict.fromkeys(("indptr", "indices", "head_to_layout", "valid"), "*i32")
 
 
-def compile_kernel(kernel, tile: Tile, arch: int, head_dim: int, dtype: str) -> dict:
-    """Shared memory and spills in bytes, and whether the assembler serialized matrix products."""
+def compile_kernel(source, kernel, types: dict, constants: dict, arch: int, **options) -> dict:
+    """Shared memory and spills in bytes, whether the assembler serialized matrix products, and the
+    barriers that share an address with another."""
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[i,] = "constexpr", constants[name]
+            continue
+        signature[name] = types.get(name, "i32")
+        # As at a launch: pointers and strides are multiples of 16, but S and H need not be.
+        if signature[name][0] == "*" or re.fullmatch("[a-z]+_[bsh]|padded", name):
+            attributes[i,] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        source(kernel, signature, values, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
+    )
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+        command = [get_ptxas(arch).path, "-v", f"-arch={name}", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    barriers = re.findall(r"mbarrier\.init\S* \[([^]]+)\]", ptx)
+    return {
+        "shared": compiled.metadata.shared,
+        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
+        "serialized": "erialized" in log,
+        "aliased": len(barriers) - len(set(barriers)),
+    }
+
+
+def compile_portable(kernel, tile: Tile, arch: int, head_dim: int, dtype: str) -> dict:
     constants = {
         "BLOCK": BLOCK,
         "BM": tile.q,
         "BN": tile.kv,
         "D": head_dim,
         "RAGGED": True,
-        "TMA": tile.tma,
-        "SPECIALIZE": tile.specialize,
         "STAGES": tile.stages,
     }
-    signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], values[i,] = "constexpr", constants[name]
-            continue
-        if name in ("indptr", "indices", "head_to_layout", "valid"):
-            signature[name] = "*i32"
-        elif name[0].isupper() and len(name) > 1 or name in "QKV":
-            signature[name] = TYPES.get(name, f"*{dtype}")
-        else:
-            signature[name] = TYPES.get(name, "i32")
-        # As at a launch: pointers and strides are multiples of 16, but S and H need not be.
-        if signature[name][0] == "*" or re.fullmatch("[a-z]+_[bsh]|padded", name):
-            attributes[i,] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, values, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
-    )
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [get_ptxas(arch).path, "-v", f"-arch={name}", file.name, "-o", "/dev/null"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {
-        "shared": compiled.metadata.shared,
-        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
-        "serialized": "erialized" in log,
-        "specialized": "warp_specialize" in compiled.asm["ttgir"],
-        "wanted_specialized": tile.specialize,
-    }
+    tensors = [name for name in kernel.arg_names if name[0].isupper() and len(name) > 1]
+    types = dict.fromkeys([*tensors, "Q", "K", "V"], f"*{dtype}") | TYPES
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compile_kernel(ASTSource, kernel, types, constants, arch, **options)
 
 
-def main(arch: int, head_dim: int, dtype: str, aligned: bool) -> None:
-    tiles = tiles_for(
-        (arch // 10, arch % 10), head_dim, 4 if dtype == "fp32" else 2, BLOCK, aligned
-    )
-    report = {
-        name: compile_kernel(kernel, getattr(tiles, name), arch, head_dim, dtype)
-        for name, kernel in KERNELS.items()
+def compile_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str) -> dict:
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    tokens = torch.empty(1, 256, 1, head_dim, dtype=torch_dtype)
+
+    def described(descriptor, of: str) -> str:
+        return f"tensordesc<{of}{descriptor.block_shape},{descriptor.layout!r}>"
+
+    own = described(tiles_of(tokens, ROWS.value), dtype)
+    circulating = described(tiles_of(tokens, pipeline.tile), dtype)
+    by_column = name == "grad_kv"
+    types = {
+        **dict.fromkeys(("queries", "grads"), circulating if by_column else own),
+        **dict.fromkeys(("keys", "values"), own if by_column else circulating),
+        **dict.fromkeys(("outputs", "grad_queries", "grad_keys", "grad_values"), own),
+        **dict.fromkeys(("lses", "deltas"), described(sums_of(torch.empty(1, 256), pipeline.tile), "fp32")),
+        **dict.fromkeys("KV", f"*{dtype}"),
+        **TYPES,
     }
+    constants = {
+        "BLOCK": BLOCK,
+        "BM" if by_column else "BN": pipeline.tile,
+        "D": head_dim,
+        "SLOTS": pipeline.slots,
+        "RAGGED": True,
+        "REGISTERS": pipeline.registers,
+        "PRODUCER_REGISTERS": pipeline.producer_registers,
+    }
+    return compile_kernel(GluonASTSource, FOR_HOPPER[name], types, constants, 90, num_warps=4)
+
+
+def main(arch: str, head_dim: int, dtype: str) -> None:
+    if arch == "hopper":
+        report = {
+            name: compile_for_hopper(name, getattr(HOPPER[head_dim], name), head_dim, dtype)
+            for name in FOR_HOPPER
+        }
+    else:
+        capability = int(arch) // 10, int(arch) % 10
+        tiles = tiles_for(capability, head_dim, 4 if dtype == "fp32" else 2, BLOCK)
+        report = {
+            name: compile_portable(kernel, getattr(tiles, name), int(arch), head_dim, dtype)
+            for name, kernel in PORTABLE.items()
+        }
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "aligned")
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -74,15 +74,10 @@ def use_tile(monkeypatch, tile: Tile) -> None:
         monkeypatch.setattr(module, "choose", lambda *_: Tiles(tile, tile, tile))
 
 
-@pytest.mark.parametrize(
-    "tma, specialize",
-    [(False, False), (True, False), (True, True)],
-    ids=["pointers", "descriptors", "specialized"],
-)
 @pytest.mark.parametrize("q, kv", [(16, 32), (32, 16), (16, 16)])
 @pytest.mark.parametrize("valid", [None, (41, 72), (16, 32)], ids=str)
-def test_tiles_smaller_than_a_block(q, kv, tma, specialize, valid, interpreted, monkeypatch):
-    use_tile(monkeypatch, Tile(q, kv, 4, 2, tma, specialize))
+def test_tiles_smaller_than_a_block(q, kv, valid, interpreted, monkeypatch):
+    use_tile(monkeypatch, Tile(q, kv, 4, 2))
     check_attention(triton, Case(block=32, valid=valid, layouts=(0,)))
 
 

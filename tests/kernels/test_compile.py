@@ -8,53 +8,56 @@ from pathlib import Path
 
 import pytest
 
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-# dK and dV at head_dim 128 fill every register; with these few bytes spilled the kernel is still
-# the fastest of those measured. Elsewhere one or two registers are forgiven.
-SPILLS = {(90, 128, "grad_kv"): 128}
+SHARED_KIB = {"80": 163, "89": 99, "90": 227, "hopper": 227, "100": 227, "120": 99}
+# Hopper's dK and dV at head_dim 128 fill every register. Elsewhere one or two are forgiven.
+SPILLS = {("hopper", 128, "grad_kv"): 32}
 FORGIVEN = 8
-# Heads of 16 channels are the tiny models' alone: their dK/dV by pointers may be slow.
-SERIALIZED = {(90, 16, "grad_kv")}
+# Heads of 16 channels are the tiny models' alone: their dK/dV may be slow on Hopper.
+SERIALIZED = {("90", 16, "grad_kv")}
 SLOW = pytest.mark.slow
 
 
-def compile_for(arch: int, head_dim: int, dtype: str, aligned: bool) -> dict:
+def compile_for(arch: str, head_dim: int, dtype: str) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"
-    arguments = [str(arch), str(head_dim), dtype, "aligned" if aligned else "unaligned"]
     run = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, str(script), arch, str(head_dim), dtype],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
 
 
 @pytest.mark.parametrize(
-    "arch, head_dim, dtype, aligned",
+    "arch, head_dim, dtype",
     [
-        (90, 128, "bf16", True),
-        (80, 128, "bf16", True),
-        pytest.param(90, 64, "bf16", True, marks=SLOW),
-        pytest.param(90, 32, "fp16", True, marks=SLOW),
-        pytest.param(90, 16, "bf16", True, marks=SLOW),
-        pytest.param(90, 128, "bf16", False, marks=SLOW),
-        pytest.param(90, 64, "bf16", False, marks=SLOW),
-        pytest.param(80, 64, "bf16", True, marks=SLOW),
-        pytest.param(80, 32, "fp16", True, marks=SLOW),
-        pytest.param(89, 128, "bf16", True, marks=SLOW),
-        pytest.param(89, 64, "bf16", True, marks=SLOW),
-        pytest.param(89, 64, "fp32", True, marks=SLOW),
-        pytest.param(89, 128, "fp32", True, marks=SLOW),
-        pytest.param(100, 128, "bf16", True, marks=SLOW),
-        pytest.param(100, 64, "bf16", True, marks=SLOW),
-        pytest.param(120, 128, "bf16", True, marks=SLOW),
+        ("hopper", 128, "bf16"),
+        ("hopper", 64, "bf16"),
+        ("80", 128, "bf16"),
+        pytest.param("hopper", 128, "fp16", marks=SLOW),
+        pytest.param("90", 16, "bf16", marks=SLOW),
+        pytest.param("90", 32, "fp16", marks=SLOW),
+        pytest.param("90", 64, "bf16", marks=SLOW),
+        pytest.param("90", 128, "bf16", marks=SLOW),
+        pytest.param("80", 64, "bf16", marks=SLOW),
+        pytest.param("80", 32, "fp16", marks=SLOW),
+        pytest.param("89", 128, "bf16", marks=SLOW),
+        pytest.param("89", 64, "bf16", marks=SLOW),
+        pytest.param("89", 64, "fp32", marks=SLOW),
+        pytest.param("89", 128, "fp32", marks=SLOW),
+        pytest.param("100", 128, "bf16", marks=SLOW),
+        pytest.param("100", 64, "bf16", marks=SLOW),
+        pytest.param("120", 128, "bf16", marks=SLOW),
     ],
 )
-def test_compiles(arch, head_dim, dtype, aligned):
-    for name, got in compile_for(arch, head_dim, dtype, aligned).items():
+def test_compiles(arch, head_dim, dtype):
+    for name, got in compile_for(arch, head_dim, dtype).items():
         assert got["shared"] <= SHARED_KIB[arch] * 1024, name
         if (arch, head_dim, name) not in SERIALIZED:
             assert not got["serialized"], f"{name}: the assembler serialized its matrix products"
-        assert got["specialized"] == got["wanted_specialized"], name
         if dtype != "fp32":
             assert got["spilled"] <= SPILLS.get((arch, head_dim, name), FORGIVEN), name
+        # A barrier in memory that something else uses too is undefined behaviour.
+        assert not got["aliased"], f"{name}: barriers share an address"

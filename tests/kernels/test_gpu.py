@@ -25,9 +25,12 @@ CASES = {
     "product": Case(BF16, 1000, 128, 128, valid=(777, 1000), layouts=(0, 1, 0)),
     "no mask": Case(BF16, 1024, 128, 128),
     "some samples without keys": Case(BF16, 1000, 128, 128, valid=(0, 200), layouts=(0,)),
+    "large logits": Case(BF16, 1000, 128, 128, valid=(777, 1000), std=10**0.5),
+    "narrow heads, large logits": Case(BF16, 1000, 64, 128, valid=(777, 1000), std=10**0.5),
     "below zero": Case(BF16, 1000, 128, 128, valid=(777, 1000), shift=2.0),
     "half": Case(FP16, 1000, 128, 128, valid=(777, 900)),
     "narrow heads": Case(BF16, 1000, 64, 128, valid=(777, 1000), layouts=(0, 1, 0)),
+    "narrow heads, half": Case(FP16, 1000, 64, 128, valid=(0, 900)),
     "narrow heads, no mask": Case(BF16, 1024, 64, 128),
     "narrower heads": Case(BF16, 500, 32, 128, valid=(377, 500)),
     "narrowest heads": Case(BF16, 500, 16, 128, valid=(377, 500)),
@@ -59,6 +62,24 @@ def test_unaligned(name):
 
 
 @pytest.mark.parametrize("name", ["product", "narrow heads"])
+@pytest.mark.parametrize("move", [None, unaligned], ids=["hopper", "portable"])
+def test_masked_keys_may_hold_anything(name, move):
+    (q, k, v), (grad_out, _), lists, valid = CASES[name].make("cuda")
+    ends = valid.tolist()
+    dirty_k, dirty_v = k.clone(), v.clone()
+    for b, end in enumerate(ends):
+        dirty_k[b, end:], dirty_v[b, end:] = float("nan"), float("inf")
+
+    def run(q, k, v):
+        leaves = [(move(x) if move else x).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = triton(*leaves, *lists.tensors, block=128, valid=valid)
+        return out, lse, *torch.autograd.grad(out, leaves, grad_out)
+
+    for got, expected in zip(run(q, dirty_k, dirty_v), run(q, k, v), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["product", "narrow heads"])
 def test_flex(name):
     def flex(*args, **kw):
         return block_sparse_attention(*args, **kw, backend="flex")
@@ -73,6 +94,8 @@ FA4_CASES = {
     "whole blocks": Case(BF16, 1024, 128, 128),
     "a few tokens over": Case(BF16, 900, 128, 128),
     "one short block": Case(BF16, 90, 128, 128),
+    "large logits": Case(BF16, 1000, 128, 128, valid=(777, 1000), std=10**0.5),
+    "narrow heads, large logits": Case(BF16, 1000, 64, 128, valid=(777, 1000), std=10**0.5),
     "below zero": Case(BF16, 1000, 128, 128, shift=2.0),
     "scale and large logits": Case(BF16, 1000, 128, 128, scale=0.2, std=2.0),
     "half": Case(FP16, 1000, 128, 128),

@@ -1,0 +1,152 @@
+"""Pieces of the Hopper kernels: tiles that circulate in shared memory, and what a launch hands over.
+
+On compute capability 9.0 the kernels are written in Gluon, the lower level of Triton, where warps,
+barriers and the asynchronous tensor cores are explicit. A program has three groups of four warps:
+a producer, which walks the block list and has the bulk copy engine (TMA) bring tiles, and two
+consumers of 64 rows each, which multiply while the other one is busy with exponentials
+(FlashAttention-3, Shah et al. 2024, section 3.1). Tiles go through rings of a few slots. A ring is
+the tuple (slots, ready, free): shared memory [slots, 1, rows, 1, D], and a barrier each for "has
+been filled" and "both consumers are done with it". The tile that is loaded as number i, from 0,
+lies in slot i % slots.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# These were renamed after Triton 3.6: the first in 3.7, the others in 3.9.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+CONSUMERS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # of a consumer: the height of a tensor-core instruction
+WARPS = gl.constexpr(4)  # of a group
+
+
+@gluon.jit
+def open_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
+    """[NUM, 1] barriers, each complete after so many arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def open_slots(descriptor, SLOTS: gl.constexpr):
+    """Shared memory for `SLOTS` tiles of a descriptor."""
+    shape: gl.constexpr = [SLOTS] + descriptor.block_type.shape
+    return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+
+
+@gluon.jit
+def open_ring(descriptor, SLOTS: gl.constexpr):
+    return open_slots(descriptor, SLOTS), open_barriers(SLOTS, 1), open_barriers(SLOTS, CONSUMERS)
+
+
+@gluon.jit
+def matrix(slot):
+    """The tile [1, rows, 1, D] in a slot as a matrix [rows, D]."""
+    return slot.reshape([slot.shape[1], slot.shape[3]])
+
+
+@gluon.jit
+def claim(ring, i):
+    """Producer: the slot for tile `i`, once it is free, and the barrier that says it is filled."""
+    slots, ready, free = ring
+    SLOTS: gl.constexpr = slots.shape[0]
+    mbarrier.wait(free.index(i % SLOTS), (i // SLOTS & 1) ^ 1)
+    return slots.index(i % SLOTS), ready.index(i % SLOTS)
+
+
+@gluon.jit
+def copy(descriptor, batch, start, head, slot, ready):
+    """Have rows [start, start + rows) of a head brought to a slot; those past the end come as 0."""
+    mbarrier.expect(ready, descriptor.block_type.nbytes)
+    async_load(descriptor, [batch, start, head, 0], ready, slot)
+
+
+@gluon.jit
+def copy_before(
+    descriptor, base, stride, batch, start, head, end, slot, ready, CUT: gl.constexpr
+):  # fmt: skip
+    """`copy`, but rows from `end` on, which may hold anything, come as 0.
+
+    `base` is the head's first row, `stride` the distance of two. Without `CUT` no row of the tensor
+    lies past `end`.
+    """
+    if CUT:
+        if start + slot.shape[1] > end:
+            _copy_through_registers(base, stride, start, end, matrix(slot))
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(ready)
+        else:
+            copy(descriptor, batch, start, head, slot, ready)
+    else:
+        copy(descriptor, batch, start, head, slot, ready)
+
+
+@gluon.jit
+def _copy_through_registers(base, stride, start, end, tile):
+    D: gl.constexpr = tile.shape[1]
+    STEP: gl.constexpr = 32  # rows at a time: the producer has few registers
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    row = gl.arange(0, STEP, gl.SliceLayout(1, layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, layout))
+    for i in gl.static_range(tile.shape[0] // STEP):
+        m = start + i * STEP + row
+        place = base + m.to(gl.int64)[:, None] * stride + column[None, :]
+        rows = gl.load(place, mask=(m < end)[:, None], other=0.0)
+        tile.slice(i * STEP, STEP, dim=0).store(rows)
+
+
+@gluon.jit
+def await_tile(ring, i):
+    """Consumer: tile `i` as a matrix [rows, D], once it is there."""
+    slots, ready, _ = ring
+    SLOTS: gl.constexpr = slots.shape[0]
+    mbarrier.wait(ready.index(i % SLOTS), i // SLOTS & 1)
+    return matrix(slots.index(i % SLOTS))
+
+
+@gluon.jit
+def peek(ring, i):
+    """Consumer: tile `i` again, which it has awaited and not released."""
+    slots, _, _ = ring
+    return matrix(slots.index(i % slots.shape[0]))
+
+
+@gluon.jit
+def release(ring, i):
+    """Consumer: all four warps are done with tile `i` (one thread arrives for them)."""
+    slots, _, free = ring
+    barrier()
+    mbarrier.arrive(free.index(i % slots.shape[0]))
+
+
+@gluon.jit
+def store(tile, descriptor, batch, start, head, slot):
+    """Write a consumer's tile [rows, D] through shared memory; rows past the end are dropped."""
+    matrix(slot).store(tile.to(descriptor.dtype))
+    fence_async_shared()
+    barrier()
+    async_store(descriptor, [batch, start, head, 0], slot)
+    tma.store_wait(0)
+
+
+def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """How the copy engine sees a 16-bit [B, S, H, D] tensor: tiles of `rows` tokens of one head."""
+    # The stride of a dimension of one element is never used, but must look like a stride.
+    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, rows, 1, x.shape[3]], layout)
+
+
+def sums_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """The same of [B * H, padded] fp32: `rows` queries of one head."""
+    layout = gl.NVMMASharedLayout(0, 32, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows], layout)
