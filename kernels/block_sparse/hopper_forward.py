@@ -23,6 +23,7 @@ from .hopper import (
     ROWS,
     WARPS,
     async_load,
+    await_ahead,
     await_tile,
     barrier,
     claim,
@@ -32,6 +33,7 @@ from .hopper import (
     open_barriers,
     open_ring,
     open_slots,
+    peek,
     release,
     store,
     tiles_of,
@@ -99,8 +101,9 @@ def _consume(
         p = gl.exp2(s * scale_log2 - top[:, None])
         total = _row_sum(p, NARROW)
         p_low = gl.convert_layout(p.to(q.dtype), p_layout)
+        await_ahead(k_ring, 1, tiles)
         for i in range(1, tiles):
-            k = await_tile(k_ring, i)
+            k = peek(k_ring, i)
             if NARROW:
                 mbarrier.wait(turns.index(GROUP), (i - 1) & 1)
             s = warpgroup_mma(q, k.permute((1, 0)), no_s, use_acc=False, is_async=True)
@@ -118,6 +121,7 @@ def _consume(
             else:
                 total *= shrink
             total += _row_sum(p, NARROW)
+            await_ahead(k_ring, i + 1, tiles)
             out = warpgroup_mma_wait(0, deps=[out])
             release(v_ring, i - 1)
             out *= gl.convert_layout(shrink, o_rows)[:, None]
