@@ -68,14 +68,16 @@ def section(name: str, args: argparse.Namespace) -> str:
     grid = GRIDS[name]
     problem = Problem(grid, args.heads, args.head_dim)
     density = problem.layout.density
-    rows = measure(problem, len(grid) <= args.dense_tokens, args.seconds)
+    rows = measure(problem, len(grid) <= args.dense_tokens, args.seconds, args.kernels)
     shape = f"{len(grid):,} tokens, {problem.kept_blocks:,} kept blocks, density {density:.3f}."
     judged = verdict(name, torch.cuda.get_device_name(), args.head_dim, rows)
     return "\n\n".join(filter(None, [shape, table(rows, density), judged]))
 
 
-def measure(problem: Problem, with_dense: bool, seconds: float) -> list[Row]:
-    """Every kernel on one grid."""
+def measure(
+    problem: Problem, with_dense: bool, seconds: float, chosen: list[str] | None
+) -> list[Row]:
+    """Every kernel, or the chosen ones, on one grid."""
     groups = {False: problem.sparse_kernels()}
     if with_dense:
         groups[True] = problem.dense_kernels()
@@ -83,7 +85,8 @@ def measure(problem: Problem, with_dense: bool, seconds: float) -> list[Row]:
     right: dict[str, Kernel] = {}
     for dense, kernels in groups.items():
         expected = problem.expected(dense)
-        for name, kernel in kernels.items():
+        for name in kernels if chosen is None else [x for x in kernels if x in chosen]:
+            kernel = kernels[name]
             rows[name] = Row(name, problem.flops(dense), kernel.complaint(expected))
             if not rows[name].complaint:
                 right[name] = kernel
@@ -149,6 +152,8 @@ def command(args: argparse.Namespace, *rest: str) -> str:
     """What makes the file in one go."""
     settings = f"--heads {args.heads} --head-dim {args.head_dim} --seconds {args.seconds:g}"
     dense = f"--dense-tokens {args.dense_tokens}"
+    if args.kernels:
+        rest = "--kernels", *args.kernels, *rest
     return f"`python benchmarks/attention.py {settings} {dense} {shlex.join(rest)}`"
 
 
@@ -158,6 +163,9 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=(64, 128), default=128)
     parser.add_argument(
         "--grids", nargs="+", choices=GRIDS, default=list(GRIDS), help="all by default"
+    )
+    parser.add_argument(
+        "--kernels", nargs="+", metavar="ROW", help='rows by name, such as "flex, heads first"; all'
     )
     parser.add_argument(
         "--seconds", type=float, default=5.0, help=f"for each row, but {REPEATS} repeats at least"

@@ -1,4 +1,4 @@
-"""Pieces of the Hopper kernels: tiles that circulate in shared memory, and what a launch hands over.
+"""Pieces of the Hopper kernels: tiles that circulate in shared memory, and what a launch takes.
 
 On compute capability 9.0 the kernels are written in Gluon, the lower level of Triton, where warps,
 barriers and the asynchronous tensor cores are explicit. A program has three groups of four warps:
@@ -114,20 +114,8 @@ def await_tile(ring, i):
 
 
 @gluon.jit
-def await_ahead(ring, i, tiles):
-    """Consumer: wait for tile `i`, if there are more than `i` tiles, between two steps of another.
-
-    Tiles come ahead of time, so this waits for nothing. It is a branch: the assembler moves
-    exponentials below a wait for the products that should run meanwhile, but not below a branch.
-    """
-    slots, ready, _ = ring
-    SLOTS: gl.constexpr = slots.shape[0]
-    mbarrier.wait(ready.index(i % SLOTS), i // SLOTS & 1, pred=i < tiles)
-
-
-@gluon.jit
 def peek(ring, i):
-    """Consumer: tile `i`, which it has awaited and not released."""
+    """Consumer: tile `i` again, which it has awaited and not released."""
     slots, _, _ = ring
     return matrix(slots.index(i % slots.shape[0]))
 

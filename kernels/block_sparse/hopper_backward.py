@@ -7,7 +7,6 @@ slower (README.md).
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,7 +24,6 @@ from .hopper import (
     ROWS,
     WARPS,
     async_load,
-    await_ahead,
     await_tile,
     barrier,
     claim,
@@ -113,26 +111,23 @@ def _consume_queries(
         ds_low = gl.convert_layout((p * dp).to(k.dtype), a_layout)
         dv = warpgroup_mma_wait(0, deps=[dv])
         release(do_ring, 0)
-        await_ahead(q_ring, 1, tiles)
-        await_ahead(do_ring, 1, tiles)
         for i in range(1, tiles):
-            q = peek(q_ring, i)
-            do = peek(do_ring, i)
+            q = await_tile(q_ring, i)
             start = _start_from(lse_slots, i, zeros)
             s = warpgroup_mma(k, q.permute((1, 0)), start, is_async=True)
-            dk = warpgroup_mma(ds_low, peek(q_ring, i - 1), dk, is_async=True)
+            do = await_tile(do_ring, i)
             start = _start_from(delta_slots, i, zeros)
             dp = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
+            dk = warpgroup_mma(ds_low, peek(q_ring, i - 1), dk, is_async=True)
             s = warpgroup_mma_wait(2, deps=[s])
             p = gl.exp2(s * scale_log2)
             p_low = gl.convert_layout(p.to(k.dtype), a_layout)
-            await_ahead(q_ring, i + 1, tiles)
+            dv = warpgroup_mma(p_low, do, dv, is_async=True)
+            dp = warpgroup_mma_wait(2, deps=[dp])
+            ds = p * dp
             dk = warpgroup_mma_wait(1, deps=[dk])
             release(q_ring, i - 1)
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            dv = warpgroup_mma(p_low, do, dv, is_async=True)
-            ds_low = gl.convert_layout((p * dp).to(k.dtype), a_layout)
-            await_ahead(do_ring, i + 1, tiles)
+            ds_low = gl.convert_layout(ds.to(k.dtype), a_layout)
             dv = warpgroup_mma_wait(0, deps=[dv])
             release(do_ring, i)
         dk = warpgroup_mma(ds_low, peek(q_ring, tiles - 1), dk, is_async=True)
@@ -237,10 +232,10 @@ def _consume_keys(
     do = matrix(do_slots.index(GROUP))
     mbarrier.wait(q_ready.index(GROUP), 0)
     if tiles > 0:
-        first_k = await_tile(k_ring, 0).permute((1, 0))
-        s = warpgroup_mma(q, first_k, zeros, use_acc=False, is_async=True)
-        first_v = await_tile(v_ring, 0).permute((1, 0))
-        dp = warpgroup_mma(do, first_v, zeros, use_acc=False, is_async=True)
+        k_t = await_tile(k_ring, 0).permute((1, 0))
+        s = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
+        v_t = await_tile(v_ring, 0).permute((1, 0))
+        dp = warpgroup_mma(do, v_t, zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * scale_log2 - lse2)
         dp = warpgroup_mma_wait(0, deps=[dp])
@@ -249,21 +244,17 @@ def _consume_keys(
         if RAGGED:
             ds = gl.where(gl.arange(0, BN, gl.SliceLayout(0, s_layout))[None, :] < rest, ds, 0.0)
         ds_low = gl.convert_layout(ds.to(q.dtype), a_layout)
-        await_ahead(k_ring, 1, tiles)
-        await_ahead(v_ring, 1, tiles)
         for i in range(1, tiles):
-            k_t = peek(k_ring, i).permute((1, 0))
-            s = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
-            v_t = peek(v_ring, i).permute((1, 0))
-            dp = warpgroup_mma(do, v_t, zeros, use_acc=False, is_async=True)
+            k = await_tile(k_ring, i)
+            s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            v = await_tile(v_ring, i)
+            dp = warpgroup_mma(do, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
             dq = warpgroup_mma(ds_low, peek(k_ring, i - 1), dq, is_async=True)
             s = warpgroup_mma_wait(2, deps=[s])
             p = gl.exp2(s * scale_log2 - lse2)
-            await_ahead(k_ring, i + 1, tiles)
             dp = warpgroup_mma_wait(1, deps=[dp])
             release(v_ring, i)
             ds = p * (dp - delta)
-            await_ahead(v_ring, i + 1, tiles)
             dq = warpgroup_mma_wait(0, deps=[dq])
             release(k_ring, i - 1)
             ds_low = gl.convert_layout(ds.to(q.dtype), a_layout)

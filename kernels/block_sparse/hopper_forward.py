@@ -6,7 +6,6 @@ Tiles are walked from the last to the first, so that only the first one walked c
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,8 +21,6 @@ from .hopper import (
     CONSUMERS,
     ROWS,
     WARPS,
-    async_load,
-    await_ahead,
     await_tile,
     barrier,
     claim,
@@ -33,7 +30,6 @@ from .hopper import (
     open_barriers,
     open_ring,
     open_slots,
-    peek,
     release,
     store,
     tiles_of,
@@ -95,15 +91,16 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[s])
         release(k_ring, 0)
         if RAGGED:
-            s = gl.where(gl.arange(0, BN, gl.SliceLayout(0, s_layout))[None, :] < rest, s, float("-inf"))
+            s = gl.where(
+                gl.arange(0, BN, gl.SliceLayout(0, s_layout))[None, :] < rest, s, float("-inf")
+            )
         # Every tile holds a key that counts, so `top` is finite and no exponent is inf - inf.
         top = gl.max(s, 1) * scale_log2
         p = gl.exp2(s * scale_log2 - top[:, None])
         total = _row_sum(p, NARROW)
         p_low = gl.convert_layout(p.to(q.dtype), p_layout)
-        await_ahead(k_ring, 1, tiles)
         for i in range(1, tiles):
-            k = peek(k_ring, i)
+            k = await_tile(k_ring, i)
             if NARROW:
                 mbarrier.wait(turns.index(GROUP), (i - 1) & 1)
             s = warpgroup_mma(q, k.permute((1, 0)), no_s, use_acc=False, is_async=True)
@@ -121,7 +118,6 @@ def _consume(
             else:
                 total *= shrink
             total += _row_sum(p, NARROW)
-            await_ahead(k_ring, i + 1, tiles)
             out = warpgroup_mma_wait(0, deps=[out])
             release(v_ring, i - 1)
             out *= gl.convert_layout(shrink, o_rows)[:, None]

@@ -66,7 +66,10 @@ def hopper_takes(block: int, *tensors: Tensor) -> bool:
         and x.shape[3] in HOPPER
         and x.element_size() == 2
         and x.data_ptr() % 16 == 0
-        and all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+        and all(
+            n == 1 or (s > 0 and s % 8 == 0)
+            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
+        )
         for x in tensors
     )
 

@@ -99,7 +99,9 @@ def compile_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str)
         **dict.fromkeys(("queries", "grads"), circulating if by_column else own),
         **dict.fromkeys(("keys", "values"), own if by_column else circulating),
         **dict.fromkeys(("outputs", "grad_queries", "grad_keys", "grad_values"), own),
-        **dict.fromkeys(("lses", "deltas"), described(sums_of(torch.empty(1, 256), pipeline.tile), "fp32")),
+        **dict.fromkeys(
+            ("lses", "deltas"), described(sums_of(torch.empty(1, 256), pipeline.tile), "fp32")
+        ),
         **dict.fromkeys("KV", f"*{dtype}"),
         **TYPES,
     }
