@@ -78,9 +78,7 @@ def block_sparse_attention(
     resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3], block)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if resolved == "fa4":
-        if deterministic is None:
-            deterministic = _strictly_deterministic()
-        resolved = _fa4_or_other(backend, valid, deterministic and gradients)
+        resolved = _fa4_or_other(backend, valid, gradients, deterministic)
     if resolved == "flex":
         if gradients and q.device.type == "cpu":
             raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
@@ -144,17 +142,14 @@ def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int, block: i
     return "triton"
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace the question
-def _strictly_deterministic() -> bool:
-    return torch.get_deterministic_debug_mode() == 2  # an error, not a warning
-
-
-def _fa4_or_other(backend: str, valid: Tensor | None, deterministic: bool) -> str:
+def _fa4_or_other(
+    backend: str, valid: Tensor | None, gradients: bool, deterministic: bool | None
+) -> str:
     """The backend of a call that resolved to fa4: ValueError if it was asked for and cannot."""
     from . import fa4
 
     try:
-        fa4.check_call(valid, deterministic)
+        fa4.check_call(valid, gradients, deterministic)
     except ValueError:
         if backend == "fa4":
             raise
