@@ -17,12 +17,14 @@ from ..trainer.job import Job
 from ..trainer.lora import check_fits, read_entry
 from ..trainer.sampling import base_model
 from .draw_command import DRAW_USAGE, draw
+from .plan_command import PLAN_USAGE, plan
 
 USAGE = f"""\
 longreel sample lora=RUN prompt="..." [key=value ...]   generate a video with a trained adapter
 longreel export lora=RUN [key=value ...]                write the adapter for ComfyUI
 longreel train recipe=NAME [key=value ...]              train on one process; on more:
                                                         accelerate launch train.py ...
+{PLAN_USAGE}
 {DRAW_USAGE}
 
 Keys of `sample`: lora, prompt, out, negative, frames, height, width, steps, guidance, seed, fps,
@@ -30,7 +32,10 @@ model (folder or repository, if the base model has moved), cache (folder of tiny
 dense (true: without the sparse attention the adapter was trained with).
 
 Keys of `export`: lora, out (unset: RUN_comfyui.safetensors in the run's folder), dtype (float32 or
-bfloat16), model, cache."""
+bfloat16), model, cache.
+
+Keys of `plan` beside a recipe's: gpu (h200, h100, a100, a100_40), gpus, memory (GiB of one, if
+another), price (of one for an hour), clips (in the cache)."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample,
     "export": export,
     "train": train,
+    "plan": plan,
     "draw": draw,
 }
 

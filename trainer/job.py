@@ -16,6 +16,7 @@ from . import checkpoint
 from .config import Config, ConfigError, config_hash, load_file, pattern_to_dict, to_dict
 from .families import FAMILIES
 from .families.base import Geometry, ModelFamily
+from .families.published import published_geometry
 from .settings import flatten
 
 # A resumed run may differ from the one that it continues in these alone: they do not change what
@@ -48,8 +49,11 @@ class Job:
     model_path: str
 
     @classmethod
-    def from_config(cls, config: Config) -> Job:
-        """Raises ConfigError for what cannot run: lengths, sizes, layers, missing files."""
+    def from_config(cls, config: Config, *, published: bool = False) -> Job:
+        """Raises ConfigError for what cannot run: lengths, sizes, layers, missing files.
+
+        published: take the sizes of a model in `families.published` from there, not from its files.
+        """
         if config.family not in FAMILIES:
             raise ConfigError(
                 f"family={config.family} is unknown. Families: {', '.join(FAMILIES)}."
@@ -59,7 +63,9 @@ class Job:
             raise ConfigError(f"data.path={config.data.path} is not a folder.")
         path = config.model.path or family.default_path
         model_path = family.resolve(path, config.cache.dir)
-        geometry = family.geometry(model_path, config.model.revision)
+        revision = config.model.revision
+        geometry = published_geometry(family, model_path, revision) if published else None
+        geometry = geometry or family.geometry(model_path, revision)
         config = replace(config, model=replace(config.model, path=path))
         config = _settle(config, family, geometry)
         return cls(config, family, geometry, model_path)

@@ -29,6 +29,7 @@ from .caching import extra_captions, prepare_data
 from .config import Config, ConfigError, pattern_to_dict, save, to_dict, to_yaml
 from .job import Job
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
+from .plan import check_memory, explaining_memory
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
 from .validate import Validator
@@ -66,6 +67,7 @@ class Trainer:
             job.family.blank_transformer(job.model_path, self.config.model.revision),
             job.family.target_pattern(self.config.lora.targets),
         )
+        self.memory_warning = check_memory(job, self.device)
         self.attention = job.attention()
         self.grid = job.grid(job.frames)
         self.cost = self._cost(self.grid)
@@ -94,7 +96,8 @@ class Trainer:
         batches = self._batches(train, start)
         with StepProgress(self.console, start, steps, self.cost.density) as progress:
             for step in range(start + 1, steps + 1):
-                row = self._step(step, batches) | {"attention_layer_speedup": ratio}
+                with explaining_memory(self.job, self.device):
+                    row = self._step(step, batches) | {"attention_layer_speedup": ratio}
                 progress.advance(step, row)
                 if self.accelerator.is_main_process and step % self.config.log.every == 0:
                     self.metrics.write(row)
@@ -124,6 +127,8 @@ class Trainer:
         rounded = job.pattern.note(grid.without_text(), sparse.block)
         if rounded is not None:
             log.info(rounded)
+        if self.memory_warning is not None:
+            log.warning(self.memory_warning)
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(self.config, self.run_dir / "config.yaml")

@@ -65,6 +65,8 @@ class ModelFamily(ABC):
     least_steps: int = 1  # that the pipeline's schedule can take
     train_guidance: float = 1.0  # told to a guidance-distilled model in training
     text_tokens: int = 0  # at most, in the sequence beside the video's
+    joins_guidance: bool = False  # the pipeline runs both forwards of guidance as one batch
+    context_tokens: int = 0  # that the video's attend to beside the sequence, by cross-attention
     # Regexes of whole module names by the names that `lora.targets` takes; the first is the default
     lora_targets: Mapping[str, str]
     # The layers of the published checkpoint, as ComfyUI names them, each with the diffusers layers
@@ -104,7 +106,7 @@ class ModelFamily(ABC):
         """Sizes from the model's JSON files; raises ConfigError when they are missing or describe a
         model that this family does not cover."""
         names = ("model_index.json", "transformer/config.json", "vae/config.json")
-        index, transformer, vae = (self._read_json(path, revision, name) for name in names)
+        index, transformer, vae = (self.read_json(path, revision, name) for name in names)
         if index["_class_name"] != self.pipeline_name:
             raise ConfigError(
                 f"{path} holds a {index['_class_name']}; family={self.name} covers "
@@ -176,7 +178,8 @@ class ModelFamily(ABC):
     def pipeline_class(self) -> Any:
         return diffusers_class(self.pipeline_name)
 
-    def _read_json(self, path: str, revision: str | None, name: str) -> dict[str, Any]:
+    def read_json(self, path: str, revision: str | None, name: str) -> dict[str, Any]:
+        """One of the model's JSON files; raises ConfigError when it is missing."""
         with self._fetching(path):
             if Path(path).is_dir():
                 file = Path(path) / name

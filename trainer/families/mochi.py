@@ -28,6 +28,7 @@ class Mochi(JointFamily):
     native_frames = 163
     guidance = 4.5
     steps = 64
+    joins_guidance = True
     least_steps = 2  # half of the steps are linear in sigma, and their number is a divisor
     lora_targets = {
         "attention": r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",

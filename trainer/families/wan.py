@@ -29,6 +29,7 @@ class Wan(ModelFamily):
     native_frames = 81
     guidance = 5.0
     steps = 50
+    context_tokens = TEXT_TOKENS
     lora_targets = {
         "attention": r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
         "attention+text": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",

@@ -1,0 +1,310 @@
+"""What a run will take and what would fit, before anything is loaded: no GPU, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from ..sparse.grid import TokenGrid
+from .anatomy import Anatomy, anatomy
+from .config import Config, ConfigError
+from .estimate import (
+    GIB,
+    SAMPLING,
+    Flops,
+    Knobs,
+    Memory,
+    Passes,
+    Seconds,
+    cache_bytes,
+    decoding_bytes,
+    forward_memory,
+    read_knobs,
+    seconds,
+    training_memory,
+    work,
+)
+from .families.published import blank_encoders
+from .job import Job
+from .rates import RESERVE, Gpu
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one training run on GPUs of one kind.
+
+    flops: of one update of one process; seconds: likewise, and dense_seconds were all attention
+    dense. memory_limit: bytes of one GPU. samples: that an update learns from, over all GPUs.
+    gpu_hours: of the whole run. clip_bytes, caption_bytes: of one on disk.
+    """
+
+    model: Anatomy
+    knobs: Knobs
+    grid: TokenGrid
+    densities: list[float]
+    flops: Flops
+    memory: Memory
+    seconds: Seconds
+    memory_limit: float
+    gpus: int
+    samples: int
+    gpu_hours: float
+    dense_seconds: float
+    clip_bytes: int
+    caption_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.memory_limit
+
+
+def plan(job: Job, gpu: Gpu, *, gpus: int = 1, memory: float | None = None) -> Plan:
+    """memory: GiB of one GPU, if not that of `gpu`. Raises ConfigError for missing model files, and
+    if `gpus` cannot be shared as the config asks."""
+    model, knobs, config = anatomy(job), read_knobs(job.config), job.config
+    if gpus % knobs.sequence:
+        raise ConfigError(f"gpus={gpus} is no multiple of parallel.sequence={knobs.sequence}.")
+    grid, train = job.grid(job.frames), config.train
+    densities = job.attention().layer_densities(grid, job.geometry.layers, job.geometry.heads)
+    passes = Passes.of_training(knobs)
+
+    def update(shares: list[float]) -> Seconds:
+        timed = seconds(
+            model,
+            grid,
+            shares,
+            knobs,
+            gpu,
+            passes,
+            batch=train.batch,
+            backend=config.sparse.backend,
+        )
+        return timed.times(train.accumulate)
+
+    clip_bytes, caption_bytes = cache_bytes(job, model)
+    return Plan(
+        model=model,
+        knobs=knobs,
+        grid=grid,
+        densities=densities,
+        flops=work(model, grid, densities, knobs, passes, train.batch * train.accumulate),
+        memory=training_memory(model, train.batch * len(grid), knobs),
+        seconds=update(densities),
+        dense_seconds=update([1.0] * len(densities)).total,
+        memory_limit=GIB * (gpu.memory if memory is None else memory),
+        gpus=gpus,
+        samples=train.batch * train.accumulate * gpus // knobs.sequence,
+        gpu_hours=train.steps * update(densities).total * gpus / 3600,
+        clip_bytes=clip_bytes,
+        caption_bytes=caption_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Of one video as `longreel sample` makes it, text encoders and transformer one after another.
+
+    text, transformer, decoding: peak bytes by part of these three stages. forwards: of the model,
+    each of `samples` at once. seconds: of all forwards; text and VAE take more.
+    """
+
+    steps: int
+    forwards: int
+    samples: int
+    text: dict[str, float]
+    transformer: dict[str, float]
+    decoding: dict[str, float]
+    seconds: Seconds
+
+    @property
+    def peak(self) -> float:
+        return max(sum(s.values()) for s in (self.text, self.transformer, self.decoding))
+
+
+def plan_sampling(job: Job, gpu: Gpu) -> SamplingPlan:
+    """At the job's length, with the family's steps and guidance, on one GPU."""
+    model, family, config = anatomy(job), job.family, job.config
+    knobs = replace(read_knobs(config), sequence=1, offload=False)
+    vae, encoders = blank_encoders(family, job.model_path, config.model.revision)
+    grid, attention = job.grid(job.frames), job.attention()
+    negative = family.uses_negative(job.geometry, family.guidance)
+    samples = 2 if negative and family.joins_guidance else 1
+    forwards = family.steps * (1 + (negative and samples == 1))
+    spent = Seconds(0, 0, 0, 0)
+    layers = range(job.geometry.layers)
+    sparse = attention.layer_densities(grid, len(layers), job.geometry.heads)
+    for step in range(family.steps):
+        dense = attention.planned(grid, step=(step, family.steps)).dense
+        once = seconds(
+            model,
+            grid,
+            [1.0] * len(layers) if dense else sparse,
+            knobs,
+            gpu,
+            SAMPLING,
+            batch=samples,
+            backend=config.sparse.backend,
+        )
+        spent = spent.plus(once.times(forwards / family.steps))
+
+    def weights(module: Any, component: str) -> float:
+        bytes_each = 4 if component in family.fp32_components else knobs.act
+        return bytes_each * sum(p.numel() for p in module.parameters())
+
+    vae_bytes, reserve = {"VAE": weights(vae, "vae")}, {"reserve": RESERVE * GIB}
+    transformer = forward_memory(model, len(grid), knobs, samples)
+    held = {part: transformer[part] for part in ("frozen base", "LoRA")}
+    text = sum(weights(encoder, "text_encoder") for encoder in encoders)
+    return SamplingPlan(
+        steps=family.steps,
+        forwards=forwards,
+        samples=samples,
+        text={"text encoders": text} | reserve,
+        transformer=transformer | vae_bytes | reserve,
+        decoding=held | vae_bytes | {"decoder": decoding_bytes(job)} | reserve,
+        seconds=spent,
+    )
+
+
+def longest_frames(job: Job, fits: Callable[[int], bool]) -> int | None:
+    """The greatest legal number of frames for which `fits(tokens)`, by bisection; None if none is.
+
+    fits: of the tokens of one sample, text included; must not come back once it has failed.
+    """
+    step, geometry = job.family.frame_step(job.geometry), job.geometry
+    most = 2**16  # of steps: days of video
+    if geometry.max_positions is not None:
+        last = (geometry.max_positions * geometry.patch[0] - 1) * geometry.temporal
+        most = last // step
+
+    def holds(steps: int) -> bool:
+        return fits(len(job.grid(steps * step + 1)))
+
+    if not holds(0):
+        return None
+    low, high = 0, most + 1  # holds, and is past the end or fails
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low * step + 1
+
+
+def longest_training(job: Job, model: Anatomy, limit: float) -> int | None:
+    """Frames of the longest clip that trains in `limit` bytes under the job's settings."""
+    knobs, batch = read_knobs(job.config), job.config.train.batch
+    return longest_frames(
+        job, lambda tokens: training_memory(model, batch * tokens, knobs).peak <= limit
+    )
+
+
+# What to turn when memory is short, what costs least first: the setting, and its value.
+REMEDIES: tuple[tuple[str, Any], ...] = (
+    ("memory.checkpoint", "attention"),  # in place of none, and what offload needs
+    ("memory.offload", True),
+    ("memory.checkpoint", "full"),
+    ("memory.mlp_chunk", 16384),
+    ("memory.optimizer", "adamw8bit"),
+    ("memory.base_dtype", "float8"),
+    ("parallel.sequence", 2),
+    ("parallel.sequence", 4),
+    ("parallel.sequence", 8),
+)
+
+
+def remedies(config: Config, model: Anatomy, tokens: int, limit: float) -> dict[str, float]:
+    """Settings that bring a step of `tokens` under `limit` bytes, each on top of those before it,
+    with the peak in bytes that it leaves.
+
+    Only those that this version knows and that help. The last one may still not be enough.
+    """
+    knobs, turned = read_knobs(config), {}
+    peak = training_memory(model, tokens, knobs).peak
+    for setting, value in REMEDIES:
+        name = setting.rpartition(".")[2]
+        if peak <= limit or not _takes(config, setting, value):
+            continue
+        if name == "sequence" and model.heads % value:
+            continue
+        tried = replace(knobs, **{name: value})
+        lower = training_memory(model, tokens, tried).peak
+        if lower < peak:
+            knobs, peak = tried, lower
+            turned[setting] = value, peak
+    return {
+        f"{setting}={str(value).lower() if value is True else value}": left
+        for setting, (value, left) in turned.items()
+    }
+
+
+def _takes(config: Config, setting: str, value: Any) -> bool:
+    """Whether this version's config has such a setting, which takes such a value."""
+    section, _, name = setting.partition(".")
+    group = getattr(config, section, None)
+    if not hasattr(group, name):
+        return False
+    hint = get_type_hints(type(group))[name]
+    return value in get_args(hint) if get_origin(hint) is Literal else isinstance(value, hint)
+
+
+def advice(job: Job, memory: float) -> str:
+    """What to change so that the job trains in `memory` GiB: a setting a line, and if they are not
+    enough, the length."""
+    model, tokens = anatomy(job), job.config.train.batch * len(job.grid(job.frames))
+    found = remedies(job.config, model, tokens, memory * GIB)
+    lines = [f"{setting}: {peak / GIB:.1f} GiB" for setting, peak in found.items()]
+    if not found or [*found.values()][-1] > memory * GIB:
+        frames = longest_training(job, model, memory * GIB)
+        lines.append(
+            "no length fits: the GPU is too small"
+            if frames is None
+            else f"frames={frames}: the longest that fits as it is"
+        )
+    return "; then ".join(lines)
+
+
+def check_memory(job: Job, device: torch.device) -> str | None:
+    """Before a run: one sentence if its steps are predicted not to fit the device, else None.
+
+    Raises ConfigError if the frozen base and the adapter alone are larger than its memory.
+    """
+    if device.type != "cuda":
+        return None
+    model, knobs = anatomy(job), read_knobs(job.config)
+    limit = torch.cuda.get_device_properties(device).total_memory
+    needed = training_memory(model, job.config.train.batch * len(job.grid(job.frames)), knobs)
+    return memory_warning(job, needed, limit)
+
+
+def memory_warning(job: Job, needed: Memory, limit: float) -> str | None:
+    """As `check_memory`, of a GPU with `limit` bytes."""
+    has = f"and the GPU has {limit / GIB:.1f} GiB"
+    if needed.fixed > limit:
+        raise ConfigError(
+            f"The frozen base and the adapter alone take {needed.fixed / GIB:.1f} GiB, {has}. "
+            f"Change: {advice(job, limit / GIB)}."
+        )
+    if needed.peak <= limit:
+        return None
+    return (
+        f"A step is predicted to take {needed.peak / GIB:.1f} GiB, {has}: it may run out. "
+        f"`longreel plan` shows the parts. Change: {advice(job, limit / GIB)}."
+    )
+
+
+@contextmanager
+def explaining_memory(job: Job, device: torch.device) -> Iterator[None]:
+    """An out-of-memory error within it ends the run with what would change that."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory = 0.0
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory / GIB
+        reason = str(error).splitlines()[0]
+        raise SystemExit(
+            f"error: {reason}\nBy `longreel plan`, of {memory:.1f} GiB: {advice(job, memory)}."
+        ) from error
