@@ -116,7 +116,7 @@ def _kept_by_checkpoint(model: Anatomy, block: Block, knobs: Knobs) -> int:
     return knobs.act * block.width + attention * (knobs.checkpoint == "attention")
 
 
-def _kept_by_forward(model: Anatomy, block: Block, knobs: Knobs) -> dict[str, float]:
+def kept_by_forward(model: Anatomy, block: Block, knobs: Knobs) -> dict[str, float]:
     """Bytes a token, by part, that a block's forward keeps for its backward."""
     act, width = knobs.act, block.width
     kept: dict[str, float] = {
@@ -140,7 +140,7 @@ def _block_parts(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dic
     MLP kept is gone.
     """
     act, width = knobs.act, block.width
-    kept = _kept_by_forward(model, block, knobs)
+    kept = kept_by_forward(model, block, knobs)
     chunk = 1.0
     if knobs.mlp_chunk:
         # Chunks are recomputed from the MLP's input.
@@ -247,7 +247,7 @@ def work(
             matmul += 4 * grid.video * model.context_tokens * block.width * crossing
         tokens = len(grid) if block.joint else grid.video
         lora += 2 * block.lora * tokens * (passes.forward + 2 * passes.backward)
-        kept = sum(_kept_by_forward(model, block, knobs).values()) * len(grid)
+        kept = sum(kept_by_forward(model, block, knobs).values()) * len(grid)
         elementwise += rates.ELEMENTWISE_MOVES * kept * (passes.forward + 2 * passes.backward)
     return Flops(
         attention=attention * sum(densities),

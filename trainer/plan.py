@@ -233,6 +233,7 @@ def remedies(config: Config, model: Anatomy, tokens: int, limit: float) -> dict[
         lower = training_memory(model, tokens, tried).peak
         if lower < peak:
             knobs, peak = tried, lower
+            turned.pop(setting, None)  # one value of a setting, in the place of the last
             turned[setting] = value, peak
     return {
         f"{setting}={str(value).lower() if value is True else value}": left
@@ -271,40 +272,43 @@ def check_memory(job: Job, device: torch.device) -> str | None:
 
     Raises ConfigError if the frozen base and the adapter alone are larger than its memory.
     """
-    if device.type != "cuda":
+    limit = device_memory(device)
+    if limit is None:
         return None
-    model, knobs = anatomy(job), read_knobs(job.config)
-    limit = torch.cuda.get_device_properties(device).total_memory
-    needed = training_memory(model, job.config.train.batch * len(job.grid(job.frames)), knobs)
-    return memory_warning(job, needed, limit)
-
-
-def memory_warning(job: Job, needed: Memory, limit: float) -> str | None:
-    """As `check_memory`, of a GPU with `limit` bytes."""
+    tokens = job.config.train.batch * len(job.grid(job.frames))
+    needed = training_memory(anatomy(job), tokens, read_knobs(job.config))
+    if needed.peak <= limit:
+        return None
     has = f"and the GPU has {limit / GIB:.1f} GiB"
     if needed.fixed > limit:
         raise ConfigError(
             f"The frozen base and the adapter alone take {needed.fixed / GIB:.1f} GiB, {has}. "
-            f"Change: {advice(job, limit / GIB)}."
+            f"What would help: {advice(job, limit / GIB)}."
         )
-    if needed.peak <= limit:
-        return None
     return (
         f"A step is predicted to take {needed.peak / GIB:.1f} GiB, {has}: it may run out. "
-        f"`longreel plan` shows the parts. Change: {advice(job, limit / GIB)}."
+        f"`longreel plan` shows the parts. What would help: {advice(job, limit / GIB)}."
     )
 
 
 @contextmanager
 def explaining_memory(job: Job, device: torch.device) -> Iterator[None]:
-    """An out-of-memory error within it ends the run with what would change that."""
+    """An out-of-memory error within it ends the run with what would help."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        memory = 0.0
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory / GIB
-        reason = str(error).splitlines()[0]
+        limit = device_memory(device)
+        if limit is None:
+            raise
+        # The prediction may be what was wrong: look for a tenth more room than there is.
+        found = advice(job, 0.9 * limit / GIB)
         raise SystemExit(
-            f"error: {reason}\nBy `longreel plan`, of {memory:.1f} GiB: {advice(job, memory)}."
+            f"error: {str(error).splitlines()[0]}\nWhat would help, by `longreel plan`: {found}."
         ) from error
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Bytes of a GPU; None for a CPU, whose memory is not planned."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory

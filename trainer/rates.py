@@ -102,12 +102,6 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
-def gpu_like(device_name: str) -> Gpu:
-    """The entry of a device by the name that CUDA gives it; the measured one for unknown ones."""
-    known = (gpu for gpu in GPUS.values() if gpu.name in device_name.lower())
-    return next(known, MEASURED)
-
-
 def note(gpu: Gpu) -> str:
     """Where the rates of `gpu` come from, in one sentence."""
     if gpu is MEASURED:
