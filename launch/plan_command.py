@@ -83,12 +83,18 @@ def _work(job: Job, made: Plan) -> Rows:
     size = f"{grid.frames} x {grid.height} x {grid.width} video and {grid.text} text tokens"
     yield "tokens", f"{len(grid):,}: {size}"
     yield "attention", density_by_layer(made.densities)
+    parts = {
+        "attention": flops.attention,
+        "dense": flops.dense_attention,
+        "matrix products": flops.matmul,
+        "LoRA": flops.lora,
+    }
+    attention, dense, matmul, lora = (f"{k} {_short(v / 1e15)}" for k, v in parts.items())
     yield (
         "operations",
-        f"{flops.total / 1e15:.3g} PFLOP an update, of dense attention "
-        f"{flops.dense_total / 1e15:.3g}: attention {flops.attention / 1e15:.3g} (dense "
-        f"{flops.dense_attention / 1e15:.3g}), matrix products {flops.matmul / 1e15:.3g}, LoRA "
-        f"{flops.lora / 1e15:.3g}; element-wise {flops.elementwise / 1e12:.3g} TB moved",
+        f"{_short(flops.total / 1e15)} PFLOP an update, with dense attention "
+        f"{_short(flops.dense_total / 1e15)}: {attention} ({dense}), {matmul}, {lora}; "
+        f"element-wise {_short(flops.elementwise / 1e12)} TB moved",
     )
 
 
@@ -96,37 +102,38 @@ def _memory(job: Job, made: Plan) -> Rows:
     from ..trainer.plan import longest_training, remedies
 
     memory, limit = made.memory, made.memory_limit
-    verdict = "fits" if made.fits else "does not fit"
-    lines = [f"{_gib(memory.peak)} of {_gib(limit)}: {verdict}"]
+    lines = [f"{_gib(memory.peak)} of {_gib(limit)}: {made.verdict}"]
     lines += [f"  {part:30}{size / 2**30:7.1f} GiB" for part, size in memory.gpu.items()]
     yield "memory", "\n".join(lines)
-    yield "host memory", _parts(memory.host)
+    yield "host memory", f"{_parts(memory.host)} a process"
     longest = longest_training(job, made.model, limit)
     known = "no length trains" if longest is None else f"{longest} frames train"
-    yield "longest", f"{known} in {_gib(limit)} as set"
+    native = job.native_frames
+    less = "" if longest is None or longest >= native else f", less than the native {native}"
+    yield "longest", f"{known} in {_gib(limit)} as set{less}"
     if made.fits:
         return
     turned = remedies(job.config, made.model, job.config.train.batch * len(made.grid), limit)
     steps = [f"{setting} ({_gib(peak)})" for setting, peak in turned.items()]
     if not turned or [*turned.values()][-1] > limit:
-        steps.append("that is not enough: fewer frames, or a GPU with more memory")
+        steps.append("no further setting helps: fewer frames, or a GPU with more memory")
     yield "change", "; then ".join(steps)
 
 
 def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:
     seconds = made.seconds
     spent = {part.name: getattr(seconds, part.name) for part in fields(seconds)}
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in spent.items() if value)
+    parts = ", ".join(f"{name} {_short(value)}" for name, value in spent.items() if value)
     samples = "1 sample" if made.samples == 1 else f"{made.samples} samples"
     where = f"{made.gpus} x {options.gpu}"
     yield (
         "time",
-        f"{seconds.total:.3g} s an update of {samples} on {where} ({parts}); dense "
-        f"{made.dense_seconds:.3g} s",
+        f"{_short(seconds.total)} s an update of {samples} on {where} ({parts}); dense "
+        f"{_short(made.dense_seconds)} s",
     )
     cost = "" if options.price is None else f", costs {made.gpu_hours * options.price:,.0f}"
-    hours = f"{made.gpu_hours / made.gpus:.3g} hours for {job.config.train.steps:,} updates"
-    yield "run", f"{hours}, {made.gpu_hours:.3g} GPU hours{cost}"
+    hours = f"{_short(made.gpu_hours / made.gpus)} hours for {job.config.train.steps:,} updates"
+    yield "run", f"{hours}, {_short(made.gpu_hours)} GPU hours{cost}"
     sizes = {"latents": made.clip_bytes, "text, at most": made.caption_bytes}
     total = _parts({part: options.clips * size for part, size in sizes.items()})
     yield "cache", f"{total} for {options.clips} clips"
@@ -140,9 +147,14 @@ def _sampling(made: SamplingPlan, limit: float) -> str:
     if made.samples > 1:
         forwards += f" of {made.samples} samples"
     return (
-        f"{_gib(made.peak)}: {fits} ({peaks}); {made.seconds.total:.3g} s in {forwards}, text "
+        f"{_gib(made.peak)}: {fits} ({peaks}); {_short(made.seconds.total)} s in {forwards}, text "
         "encoder and VAE not counted"
     )
+
+
+def _short(number: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _gib(size: float) -> str:

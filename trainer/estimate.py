@@ -102,7 +102,10 @@ def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> Memory:
 
 
 def base_bytes(model: Anatomy, knobs: Knobs) -> float:
-    """The frozen weights; at float8 those of the blocks, and one layer at a time in bf16."""
+    """The frozen weights; at float8 those of the blocks, and one layer at a time in bf16.
+
+    The few that diffusers keeps in fp32 (Wan's norms and timestep embedding) count as the rest.
+    """
     if knobs.base_dtype != "float8":
         return model.params * BYTES[knobs.base_dtype]
     blocks = sum(block.params for block in model.blocks)

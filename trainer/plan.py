@@ -30,7 +30,7 @@ from .estimate import (
 )
 from .families.published import blank_encoders
 from .job import Job
-from .rates import RESERVE, Gpu
+from .rates import MEMORY_ERROR, RESERVE, Gpu
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory.peak <= self.memory_limit
+
+    @property
+    def verdict(self) -> str:
+        """`fits`, `does not fit`, or in between, when the error of the prediction decides."""
+        if self.memory.peak * (1 + MEMORY_ERROR) <= self.memory_limit:
+            return "fits"
+        return f"may fit, by less than {MEMORY_ERROR:.0%}" if self.fits else "does not fit"
 
 
 def plan(job: Job, gpu: Gpu, *, gpus: int = 1, memory: float | None = None) -> Plan:
