@@ -99,25 +99,21 @@ def _work(job: Job, made: Plan) -> Rows:
 
 
 def _memory(job: Job, made: Plan) -> Rows:
-    from ..trainer.plan import longest_training, remedies
+    from ..trainer.estimate import read_knobs
+    from ..trainer.plan import advice, longest_training
 
     memory, limit = made.memory, made.memory_limit
     lines = [f"{_gib(memory.peak)} of {_gib(limit)}: {made.verdict}"]
     lines += [f"  {part:30}{size / 2**30:7.1f} GiB" for part, size in memory.gpu.items()]
     yield "memory", "\n".join(lines)
     yield "host memory", f"{_parts(memory.host)} a process"
-    longest = longest_training(job, made.model, limit)
+    longest = longest_training(job, made.model, limit, read_knobs(job.config))
     known = "no length trains" if longest is None else f"{longest} frames train"
     native = job.native_frames
     less = "" if longest is None or longest >= native else f", less than the native {native}"
     yield "longest", f"{known} in {_gib(limit)} as set{less}"
-    if made.fits:
-        return
-    turned = remedies(job.config, made.model, job.config.train.batch * len(made.grid), limit)
-    steps = [f"{setting} ({_gib(peak)})" for setting, peak in turned.items()]
-    if not turned or [*turned.values()][-1] > limit:
-        steps.append("no further setting helps: fewer frames, or a GPU with more memory")
-    yield "change", "; then ".join(steps)
+    if not made.fits:
+        yield "change", advice(job, made.model, limit)
 
 
 def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:

@@ -77,8 +77,8 @@ def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> Memory:
     inputs = [_kept_by_checkpoint(model, block, knobs) * tokens for block in model.blocks]
     parts = {block: _block_parts(model, block, tokens, knobs) for block in set(model.blocks)}
     if knobs.checkpoint == "none":
-        # Everything but the gradients is kept of every block.
-        inputs = [sum(parts[block].values()) - parts[block]["gradients"] for block in model.blocks]
+        kept = {b: sum(_kept(model, b, tokens, knobs).values()) for b in set(model.blocks)}
+        inputs = [kept[block] * tokens for block in model.blocks]
     gpu_inputs, host_inputs = sum(inputs), 0.0
     if knobs.offload:
         # The last ones, and two blocks' on their way.
@@ -109,7 +109,7 @@ def base_bytes(model: Anatomy, knobs: Knobs) -> float:
     if knobs.base_dtype != "float8":
         return model.params * BYTES[knobs.base_dtype]
     blocks = sum(block.params for block in model.blocks)
-    largest = max(block.width * (block.mlp + block.width * block.fused) for block in model.blocks)
+    largest = max(b.width * (b.mlp * (1 + b.gated) + b.width * b.fused) for b in model.blocks)
     return blocks * BYTES["float8"] + (model.params - blocks + largest) * BYTES["bfloat16"]
 
 
@@ -136,6 +136,22 @@ def kept_by_forward(model: Anatomy, block: Block, knobs: Knobs) -> dict[str, flo
     return kept
 
 
+def _kept(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dict[str, float]:
+    """As `kept_by_forward`, without what the knobs put elsewhere."""
+    kept = kept_by_forward(model, block, knobs)
+    if knobs.mlp_chunk:
+        # Chunks are recomputed, one at a time, from the MLP's input.
+        kept["MLP"] = kept["MLP"] * _chunk_share(tokens, knobs) + knobs.act * block.width
+    if knobs.checkpoint == "attention":
+        del kept["attention out, lse"]  # counted with the inputs
+    return kept
+
+
+def _chunk_share(tokens: int, knobs: Knobs) -> float:
+    """Share of the tokens that is in the MLP at a time."""
+    return min(1.0, knobs.mlp_chunk / tokens) if knobs.mlp_chunk else 1.0
+
+
 def _block_parts(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dict[str, float]:
     """Bytes that one block holds when its backward needs most.
 
@@ -143,14 +159,7 @@ def _block_parts(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dic
     MLP kept is gone.
     """
     act, width = knobs.act, block.width
-    kept = kept_by_forward(model, block, knobs)
-    chunk = 1.0
-    if knobs.mlp_chunk:
-        # Chunks are recomputed from the MLP's input.
-        chunk = min(1.0, knobs.mlp_chunk / tokens)
-        kept["MLP"] = kept["MLP"] * chunk + act * width
-    if knobs.checkpoint == "attention":
-        del kept["attention out, lse"]  # counted with the inputs
+    kept, chunk = _kept(model, block, tokens, knobs), _chunk_share(tokens, knobs)
     # Of the output, the residual, hidden units and what comes before them; a fused output layer's
     # is of attention and MLP in one.
     hidden = (4 if block.gated else 2) * block.mlp * chunk + block.fused * width

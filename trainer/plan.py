@@ -43,7 +43,6 @@ class Plan:
     """
 
     model: Anatomy
-    knobs: Knobs
     grid: TokenGrid
     densities: list[float]
     flops: Flops
@@ -95,7 +94,6 @@ def plan(job: Job, gpu: Gpu, *, gpus: int = 1, memory: float | None = None) -> P
     clip_bytes, caption_bytes = cache_bytes(job, model)
     return Plan(
         model=model,
-        knobs=knobs,
         grid=grid,
         densities=densities,
         flops=work(model, grid, densities, knobs, passes, train.batch * train.accumulate),
@@ -200,9 +198,10 @@ def longest_frames(job: Job, fits: Callable[[int], bool]) -> int | None:
     return low * step + 1
 
 
-def longest_training(job: Job, model: Anatomy, limit: float) -> int | None:
-    """Frames of the longest clip that trains in `limit` bytes under the job's settings."""
-    knobs, batch = read_knobs(job.config), job.config.train.batch
+def longest_training(job: Job, model: Anatomy, limit: float, knobs: Knobs) -> int | None:
+    """Frames of the longest clip that trains in `limit` bytes; it may be below the native length,
+    at which no run trains."""
+    batch = job.config.train.batch
     return longest_frames(
         job, lambda tokens: training_memory(model, batch * tokens, knobs).peak <= limit
     )
@@ -222,9 +221,11 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def remedies(config: Config, model: Anatomy, tokens: int, limit: float) -> dict[str, float]:
+def remedies(
+    config: Config, model: Anatomy, tokens: int, limit: float
+) -> tuple[dict[str, float], Knobs]:
     """Settings that bring a step of `tokens` under `limit` bytes, each on top of those before it,
-    with the peak in bytes that it leaves.
+    with the peak in bytes that it leaves; and the knobs as they then are.
 
     Only those that this version knows and that help. The last one may still not be enough.
     """
@@ -242,10 +243,11 @@ def remedies(config: Config, model: Anatomy, tokens: int, limit: float) -> dict[
             knobs, peak = tried, lower
             turned.pop(setting, None)  # one value of a setting, in the place of the last
             turned[setting] = value, peak
-    return {
+    steps = {
         f"{setting}={str(value).lower() if value is True else value}": left
         for setting, (value, left) in turned.items()
     }
+    return steps, knobs
 
 
 def _takes(config: Config, setting: str, value: Any) -> bool:
@@ -258,20 +260,19 @@ def _takes(config: Config, setting: str, value: Any) -> bool:
     return value in get_args(hint) if get_origin(hint) is Literal else isinstance(value, hint)
 
 
-def advice(job: Job, memory: float) -> str:
-    """What to change so that the job trains in `memory` GiB: a setting a line, and if they are not
-    enough, the length."""
-    model, tokens = anatomy(job), job.config.train.batch * len(job.grid(job.frames))
-    found = remedies(job.config, model, tokens, memory * GIB)
-    lines = [f"{setting}: {peak / GIB:.1f} GiB" for setting, peak in found.items()]
-    if not found or [*found.values()][-1] > memory * GIB:
-        frames = longest_training(job, model, memory * GIB)
-        lines.append(
-            "no length fits: the GPU is too small"
-            if frames is None
-            else f"frames={frames}: the longest that fits as it is"
-        )
-    return "; then ".join(lines)
+def advice(job: Job, model: Anatomy, limit: float) -> str:
+    """What to change so that the job trains in `limit` bytes: settings and the peaks they leave,
+    and where they are not enough, the length."""
+    tokens = job.config.train.batch * len(job.grid(job.frames))
+    found, knobs = remedies(job.config, model, tokens, limit)
+    steps = [f"{setting} ({peak / GIB:.1f} GiB)" for setting, peak in found.items()]
+    if not found or [*found.values()][-1] > limit:
+        frames, native = longest_training(job, model, limit, knobs), job.native_frames
+        if frames is None or frames < native:
+            steps.append(f"a GPU with more memory, for not even the native {native} frames fit")
+        else:
+            steps.append(f"frames={frames}, the most that then fit")
+    return "; then ".join(steps)
 
 
 def check_memory(job: Job, device: torch.device) -> str | None:
@@ -282,19 +283,19 @@ def check_memory(job: Job, device: torch.device) -> str | None:
     limit = device_memory(device)
     if limit is None:
         return None
-    tokens = job.config.train.batch * len(job.grid(job.frames))
-    needed = training_memory(anatomy(job), tokens, read_knobs(job.config))
+    model, tokens = anatomy(job), job.config.train.batch * len(job.grid(job.frames))
+    needed = training_memory(model, tokens, read_knobs(job.config))
     if needed.peak <= limit:
         return None
     has = f"and the GPU has {limit / GIB:.1f} GiB"
     if needed.fixed > limit:
         raise ConfigError(
             f"The frozen base and the adapter alone take {needed.fixed / GIB:.1f} GiB, {has}. "
-            f"What would help: {advice(job, limit / GIB)}."
+            f"What would help: {advice(job, model, limit)}."
         )
     return (
         f"A step is predicted to take {needed.peak / GIB:.1f} GiB, {has}: it may run out. "
-        f"`longreel plan` shows the parts. What would help: {advice(job, limit / GIB)}."
+        f"`longreel plan` shows the parts. What would help: {advice(job, model, limit)}."
     )
 
 
@@ -308,7 +309,7 @@ def explaining_memory(job: Job, device: torch.device) -> Iterator[None]:
         if limit is None:
             raise
         # The prediction may be what was wrong: look for a tenth more room than there is.
-        found = advice(job, 0.9 * limit / GIB)
+        found = advice(job, anatomy(job), 0.9 * limit)
         raise SystemExit(
             f"error: {str(error).splitlines()[0]}\nWhat would help, by `longreel plan`: {found}."
         ) from error

@@ -260,7 +260,7 @@ def test_the_longest_length_is_that_of_a_search_through_all(recipe, gib):
         if training_memory(model, len(job.grid(frames)), Knobs()).peak <= gib * GIB
     ]
     assert 1 < fitting[-1] < 1900
-    assert plan.longest_training(job, model, gib * GIB) == fitting[-1]
+    assert plan.longest_training(job, model, gib * GIB, Knobs()) == fitting[-1]
     job.family.check_frames(fitting[-1], job.geometry)
 
 
@@ -286,7 +286,7 @@ def test_remedies_come_in_order_until_it_fits():
     model, tokens = anatomy(job), len(job.grid(job.frames))
 
     def found(gib):
-        return plan.remedies(job.config, model, tokens, gib * GIB)
+        return plan.remedies(job.config, model, tokens, gib * GIB)[0]
 
     assert list(found(10_000)) == []
     assert list(found(140)) == ["memory.checkpoint=attention", "memory.offload=true"]
@@ -301,11 +301,24 @@ def test_remedies_come_in_order_until_it_fits():
     assert list(everything.values()) == sorted(everything.values(), reverse=True)
 
 
+def test_advice_ends_with_a_length_that_then_fits():
+    """Or says that none does which would train."""
+    job = job_of("hunyuan_4x", memory=AllKnobs())
+    model, tokens = anatomy(job), len(job.grid(job.frames))
+    said = plan.advice(job, model, 75 * GIB)
+    frames = int(said.rpartition("frames=")[2].partition(",")[0])
+    _, knobs = plan.remedies(job.config, model, tokens, 75 * GIB)
+    assert 125 <= frames < 509
+    for length, fits in ((frames, True), (frames + 4, False)):
+        assert (training_memory(model, len(job.grid(length)), knobs).peak <= 75 * GIB) == fits
+    assert plan.advice(job, model, 30 * GIB).endswith("not even the native 125 frames fit")
+
+
 def test_only_settings_of_this_version_are_advised():
     job = job_of("hunyuan_2x", memory=Memory())
     known = {f"memory.{name}" for name in Memory.__dataclass_fields__}
     model, tokens = anatomy(job), len(job.grid(job.frames))
-    for setting in plan.remedies(job.config, model, tokens, GIB):
+    for setting in plan.remedies(job.config, model, tokens, GIB)[0]:
         assert setting.partition("=")[0] in known
         load(["recipe=hunyuan_2x", setting])
 
@@ -326,7 +339,7 @@ def test_a_run_is_checked_before_it_loads(gpu):
     assert plan.check_memory(job, gpu(200)) is None
     warning = plan.check_memory(job, gpu(120))
     assert warning and "predicted to take 135" in warning and "has 120.0 GiB" in warning
-    assert "memory.offload=true: " in warning
+    assert "memory.offload=true (" in warning
     with pytest.raises(ConfigError, match="adapter alone take 29.7 GiB, and the GPU has 24.0 GiB"):
         plan.check_memory(job, gpu(24))
 
