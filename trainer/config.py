@@ -157,10 +157,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Memory:
-    """checkpoint: recompute each block in backward. base_dtype: of the frozen weights."""
+    """checkpoint: recompute each block in backward. base_dtype: of the frozen weights.
+
+    fused_norms: norms and RoPE of queries and keys in one Triton kernel, forward and backward, in
+        place of the stock modules one by one. Their gradients then are rounded once; else equal.
+    """
 
     checkpoint: bool = True
     base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    fused_norms: bool = False
 
 
 @dataclass(frozen=True)

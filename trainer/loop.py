@@ -161,7 +161,7 @@ class Trainer:
             dropout=config.lora.dropout,
             seed=config.train.seed,
         )
-        job.family.install(transformer, self.attention)
+        job.family.install(transformer, self.attention, fused_norms=config.memory.fused_norms)
         if config.memory.checkpoint:
             transformer.enable_gradient_checkpointing(self.attention.checkpoint)
         transformer.train()

@@ -382,6 +382,19 @@ def test_wandb_offline_and_out_of_order(arguments, tmp_path, monkeypatch):
         assert rows(other) == rows(run_dir)
 
 
+def losses(run_dir: Path) -> list[float]:
+    """Of the training steps."""
+    return [float(row["loss"]) for row in rows(run_dir) if row["loss"]]
+
+
+def test_fused_norms_are_the_recipe_s_choice(arguments, tmp_path):
+    """The same numbers but for the rounding of gradients."""
+    stock = losses(train(arguments).run_dir)
+    trainer = train(arguments, "memory.fused_norms=true", f"run.dir={tmp_path / 'fused'}")
+    assert all(block.attn1.processor.fused_norms for block in trainer.transformer.blocks)
+    assert losses(trainer.run_dir) == pytest.approx(stock, rel=1e-4) and len(stock) == 4
+
+
 def test_lr_factor():
     assert [lr_factor(s, 4, 10, "constant") for s in (1, 4, 5, 10)] == [0.25, 1, 1, 1]
     cosine = [lr_factor(s, 2, 10, "cosine") for s in range(1, 11)]

@@ -274,21 +274,27 @@ class ModelFamily(ABC):
 
     # Attention
 
-    def install(self, transformer: Any, attention: SparseAttention) -> None:
+    def install(
+        self, transformer: Any, attention: SparseAttention, *, fused_norms: bool = False
+    ) -> None:
         """Let `attention` compute the transformer's self-attention, in training and in pipelines.
 
         Each layer gets a processor of its own, and a hook plans the geometry of every forward from
         its inputs. Installing again replaces what was installed before.
+
+        fused_norms: query and key norms and RoPE by one kernel (`rope.norm_and_rotate`).
         """
         for hook in list(transformer._forward_pre_hooks.values()):
             if isinstance(hook, PlanForward):
                 hook.handle.remove()
-        self.set_processors(transformer, attention)
+        self.set_processors(transformer, attention, fused_norms)
         hook = PlanForward(self, attention)
         hook.handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
     @abstractmethod
-    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+    def set_processors(
+        self, transformer: Any, attention: SparseAttention, fused_norms: bool
+    ) -> None:
         """Give every self-attention layer, in the order they run, its processor."""
 
     @abstractmethod

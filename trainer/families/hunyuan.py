@@ -15,7 +15,7 @@ from ...sparse.attention import SparseAttention
 from ..config import ConfigError
 from .base import Geometry, Text, diffusers_class
 from .joint import JointFamily, pad, trim
-from .rope import rotate
+from .rope import norm_and_rotate, rotate
 from .tiny import latent_statistics, let_attention_speak
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -114,11 +114,13 @@ class Hunyuan(JointFamily):
             )
         return {"tokenizer": tokenizer}
 
-    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+    def set_processors(
+        self, transformer: Any, attention: SparseAttention, fused_norms: bool
+    ) -> None:
         # The token refiner's attention, over text alone, stays as it is.
         blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         for index, block in enumerate(blocks):
-            block.attn.set_processor(HunyuanAttention(index, attention))
+            block.attn.set_processor(HunyuanAttention(index, attention, fused_norms))
 
     def encode_text(self, pipe: Any, caption: str) -> Text:
         with torch.no_grad():
@@ -271,9 +273,10 @@ class HunyuanAttention:
     its fused kernels.
     """
 
-    def __init__(self, layer_index: int, attention: SparseAttention) -> None:
+    def __init__(self, layer_index: int, attention: SparseAttention, fused_norms: bool) -> None:
         self.layer_index = layer_index
         self.attention = attention
+        self.fused_norms = fused_norms
 
     def __call__(
         self,
@@ -290,17 +293,16 @@ class HunyuanAttention:
             video = torch.cat([video, text], dim=1)
         projections = (attn.to_q, attn.to_k, attn.to_v)
         q, k, v = (project(video).unflatten(2, (attn.heads, -1)) for project in projections)
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        tq = tk = None
         if dual:
             projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             tq, tk, tv = (project(text).unflatten(2, (attn.heads, -1)) for project in projections)
-            tq, tk, v = attn.norm_added_q(tq), attn.norm_added_k(tk), torch.cat([v, tv], dim=1)
-        else:
-            (q, tq), (k, tk) = q.split(lengths, dim=1), k.split(lengths, dim=1)
+            v = torch.cat([v, tv], dim=1)
         # Each value comes twice, for a pair; text has no position.
-        cos, sin = (table[:, None, 0::2] for table in image_rotary_emb)
-        q = torch.cat([rotate(q, cos, sin), tq], dim=1)
-        k = torch.cat([rotate(k, cos, sin), tk], dim=1)
+        cos, sin = (table[:, 0::2] for table in image_rotary_emb)
+        norm = self._fused if self.fused_norms else self._stock
+        q = norm(q, attn.norm_q, cos, sin, tq, attn.norm_added_q)
+        k = norm(k, attn.norm_k, cos, sin, tk, attn.norm_added_k)
         out = self.attention.attention(self.layer_index, q, k, v).flatten(2)
         video, text = out.split(lengths, dim=1)
         if dual:
@@ -308,6 +310,22 @@ class HunyuanAttention:
                 video = module(video)
             text = attn.to_add_out(text)
         return video, text
+
+    def _stock(
+        self, x: Tensor, norm: Any, cos: Tensor, sin: Tensor, text: Tensor | None, text_norm: Any
+    ) -> Tensor:
+        """Norms, RoPE of the video's tokens, and text after them, module by module."""
+        x, video = norm(x), len(cos)
+        rest = x[:, video:] if text is None else text_norm(text)
+        return torch.cat([rotate(x[:, :video], cos[:, None], sin[:, None]), rest], dim=1)
+
+    def _fused(
+        self, x: Tensor, norm: Any, cos: Tensor, sin: Tensor, text: Tensor | None, text_norm: Any
+    ) -> Tensor:
+        """The same in one kernel."""
+        return norm_and_rotate(
+            x, norm, cos, sin, text=text, text_norm=text_norm, round_before_weight=True
+        )
 
 
 def _pipeline_text(text: Text) -> dict[str, Tensor]:

@@ -1,16 +1,41 @@
-"""Rotary position embedding as the families' transformers apply it."""
+"""Query and key norms with rotary position embedding, as the families' transformers apply them."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
+from ...kernels.norm_rope import norm_rope, rotate
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on interleaved pairs of `[B, S, H, D]`; cos and sin broadcast to `[B, S, H, D / 2]`.
+__all__ = ["norm_and_rotate", "rotate"]
 
-    Computed in the tables' fp32, each element rounded once.
+
+def norm_and_rotate(
+    x: Tensor,
+    norm: Any,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    text: Tensor | None = None,
+    text_norm: Any = None,
+    across_heads: bool = False,
+    round_before_weight: bool = False,
+) -> Tensor:
+    """`norm_rope` with the weights that the stock modules `norm` and `text_norm` hold.
+
+    Where a GPU computes it, one pass over memory takes the place of the norm, the rotation and the
+    concatenation with text. Rounded as the stock modules round; gradients are rounded once, where
+    theirs are after every operation.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = (even * cos - odd * sin, even * sin + odd * cos)
-    return torch.stack([part.type_as(x) for part in rotated], dim=-1).flatten(-2)
+    return norm_rope(
+        x,
+        norm.weight,
+        cos,
+        sin,
+        eps=norm.eps,
+        across_heads=across_heads,
+        round_before_weight=round_before_weight,
+        text=text,
+        text_weight=None if text is None else text_norm.weight,
+    )

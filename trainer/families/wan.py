@@ -12,7 +12,7 @@ from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
-from .rope import rotate
+from .rope import norm_and_rotate, rotate
 from .tiny import latent_statistics, let_attention_speak
 
 TEXT_TOKENS = 512  # the pipeline's call pads to it; `encode_prompt` alone would pad to 226
@@ -79,9 +79,11 @@ class Wan(ModelFamily):
     def extended_frames(self, native: int, factor: int, geometry: Geometry) -> int:
         return (native - 1) * factor + 1
 
-    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+    def set_processors(
+        self, transformer: Any, attention: SparseAttention, fused_norms: bool
+    ) -> None:
         for index, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(WanSelfAttention(index, attention))
+            block.attn1.set_processor(WanSelfAttention(index, attention, fused_norms))
 
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
@@ -200,9 +202,10 @@ class Wan(ModelFamily):
 class WanSelfAttention:
     """Attention processor of one layer: the stock one's arithmetic around `SparseAttention`."""
 
-    def __init__(self, layer_index: int, attention: SparseAttention) -> None:
+    def __init__(self, layer_index: int, attention: SparseAttention, fused_norms: bool) -> None:
         self.layer_index = layer_index
         self.attention = attention
+        self.fused_norms = fused_norms
 
     def __call__(
         self,
@@ -217,11 +220,17 @@ class WanSelfAttention:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
-        # The norms span all heads, so they come before the split.
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        if not self.fused_norms:
+            # The norms span all heads, so they come before the split.
+            q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]  # each value comes twice
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.fused_norms:
+            tables = cos[0, :, 0], sin[0, :, 0]
+            q = norm_and_rotate(q, attn.norm_q, *tables, across_heads=True)
+            k = norm_and_rotate(k, attn.norm_k, *tables, across_heads=True)
+        else:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.attention.attention(self.layer_index, q, k, v).flatten(2)
         for module in attn.to_out:
             out = module(out)
