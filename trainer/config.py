@@ -159,12 +159,14 @@ class Checkpoint:
 class Memory:
     """checkpoint: recompute each block in backward. base_dtype: of the frozen weights.
 
+    float8 (e4m3) halves the linear layers of the blocks and computes them, forward, in float8; the
+        rest is bfloat16. It rounds coarsely, for GPUs since Ada (capability 8.9).
     fused_norms: norms and RoPE of queries and keys in one Triton kernel, forward and backward, in
         place of the stock modules one by one. Their gradients then are rounded once; else equal.
     """
 
     checkpoint: bool = True
-    base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    base_dtype: Literal["bfloat16", "float32", "float8"] = "bfloat16"
     fused_norms: bool = False
 
 

@@ -24,7 +24,7 @@ from ..data.sampler import SeededBatches
 from ..kernels.block_sparse import resolve_backend
 from ..sparse.draw import draw_pattern
 from ..sparse.grid import TokenGrid
-from . import checkpoint, flow, lora, report
+from . import checkpoint, float8, flow, lora, report
 from .caching import extra_captions, prepare_data
 from .config import Config, ConfigError, pattern_to_dict, save, to_dict, to_yaml
 from .job import Job
@@ -60,7 +60,10 @@ class Trainer:
             )
         self.device = self.accelerator.device
         self.console = open_console(self.accelerator.is_main_process)
-        self.dtype = getattr(torch, self.config.memory.base_dtype)
+        base_dtype = self.config.memory.base_dtype
+        self.dtype = torch.float32 if base_dtype == "float32" else torch.bfloat16
+        if base_dtype == "float8":
+            float8.check_device(self.device)
         self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
         lora.check_targets(
             job.family.blank_transformer(job.model_path, self.config.model.revision),
@@ -152,6 +155,9 @@ class Trainer:
     def _load_model(self) -> None:
         config, job = self.config, self.job
         transformer = job.family.load_transformer(job.model_path, config.model.revision, self.dtype)
+        if config.memory.base_dtype == "float8":
+            some, of = float8.quantise_layers(transformer, job.family.float8_layers, self.device)
+            log.info(f"{some / 1e9:.2f} of {of / 1e9:.2f} billion parameters in float8.")
         parameters = lora.attach(
             transformer,
             job.family,

@@ -70,6 +70,10 @@ class ModelFamily(ABC):
     # The layers of the published checkpoint, as ComfyUI names them, each with the diffusers layers
     # whose outputs it holds one after another. `{}` is the index of a block.
     original_layers: Mapping[str, tuple[str, ...]]
+    # A regex of the layers that `memory.base_dtype=float8` quantises: the products over all tokens
+    # inside of the blocks. Modulation steers every token by a few numbers, the first and last
+    # projections are the latents themselves, and embeddings and norms cost next to nothing.
+    float8_layers: str
     text_components: tuple[str, ...] = ("tokenizer", "text_encoder")  # of the pipeline
     fp32_components: tuple[str, ...] = ("vae",)
     tiny_version: int  # to be raised with every change of `build_tiny`

@@ -44,6 +44,7 @@ class Hunyuan(JointFamily):
         # A single block's attention output has no projection of its own: it shares the MLP's.
         "attention+fused": rf"{ATTENTION}|{SINGLE}\.\d+\.proj_out",
     }
+    float8_layers = rf"({DUAL}|{SINGLE})\.\d+\.((attn|ff|ff_context)\..+|proj_mlp|proj_out)"
     original_layers = {
         "double_blocks.{}.img_attn_qkv": tuple(f"{DUAL}.{{}}.attn.to_{x}" for x in "qkv"),
         "double_blocks.{}.img_attn_proj": (f"{DUAL}.{{}}.attn.to_out.0",),

@@ -33,6 +33,7 @@ class Wan(ModelFamily):
         "attention": r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
         "attention+text": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     }
+    float8_layers = r"blocks\.\d+\.(attn1|attn2|ffn)\..+"
     original_layers = {
         **{f"blocks.{{}}.self_attn.{o}": (f"blocks.{{}}.attn1.{d}",) for o, d in PROJECTIONS},
         **{f"blocks.{{}}.cross_attn.{o}": (f"blocks.{{}}.attn2.{d}",) for o, d in PROJECTIONS},
