@@ -163,11 +163,14 @@ class Memory:
         rest is bfloat16. It rounds coarsely, for GPUs since Ada (capability 8.9).
     fused_norms: norms and RoPE of queries and keys in one Triton kernel, forward and backward, in
         place of the stock modules one by one. Their gradients then are rounded once; else equal.
+    optimizer: adamw, or adamw8bit (bitsandbytes, installed apart): AdamW with moments of 8 bits,
+        2 bytes a parameter of the adapter in place of 8.
     """
 
     checkpoint: bool = True
     base_dtype: Literal["bfloat16", "float32", "float8"] = "bfloat16"
     fused_norms: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 @dataclass(frozen=True)

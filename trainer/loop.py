@@ -29,6 +29,7 @@ from .caching import extra_captions, prepare_data
 from .config import Config, ConfigError, pattern_to_dict, save, to_dict, to_yaml
 from .job import Job
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
+from .optimizer import build_optimizer, check_installed
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
 from .validate import Validator
@@ -64,6 +65,7 @@ class Trainer:
         self.dtype = torch.float32 if base_dtype == "float32" else torch.bfloat16
         if base_dtype == "float8":
             float8.check_device(self.device)
+        check_installed(self.config.memory.optimizer)
         self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
         lora.check_targets(
             job.family.blank_transformer(job.model_path, self.config.model.revision),
@@ -174,8 +176,11 @@ class Trainer:
         self.parameters = dict(parameters)
         count = sum(p.numel() for p in self.parameters.values())
         log.info(f"LoRA of rank {config.lora.rank}: {count:,} parameters to train.")
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.train.lr, weight_decay=config.train.weight_decay
+        optimizer = build_optimizer(
+            config.memory.optimizer,
+            self.parameters.values(),
+            config.train.lr,
+            config.train.weight_decay,
         )
         prepared: Any = self.accelerator.prepare(transformer, optimizer)
         self.model, self.optimizer = prepared
