@@ -49,6 +49,7 @@ class NormCase:
 
         per_head = (self.heads,) if self.family == "mochi" else ()
         angles = 50 * torch.randn(self.video, *per_head, self.head_dim // 2, device=device)
+        angles = angles.to(torch.promote_types(self.dtype, FP32))
         cos, sin = angles.cos(), angles.sin()
         if self.family != "mochi":  # each value twice, for a pair
             cos, sin = (t.repeat_interleave(2, dim=-1)[..., 0::2] for t in (cos, sin))

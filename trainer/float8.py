@@ -79,9 +79,11 @@ def quantise_layers(
     weights were quantised, and how many parameters the transformer has.
     """
     parameters = sum(p.numel() for p in transformer.parameters())
+    names = [name for name, _ in transformer.named_modules() if re.fullmatch(layers, name)]
     quantised = 0
-    for name, module in list(transformer.named_modules()):
-        if not isinstance(module, nn.Linear) or not re.fullmatch(layers, name):
+    for name in names:
+        module = transformer.get_submodule(name)
+        if not isinstance(module, nn.Linear):
             continue
         if module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0:
             transformer.set_submodule(name, Float8Linear(module, device))

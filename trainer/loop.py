@@ -158,8 +158,9 @@ class Trainer:
         config, job = self.config, self.job
         transformer = job.family.load_transformer(job.model_path, config.model.revision, self.dtype)
         if config.memory.base_dtype == "float8":
-            some, of = float8.quantise_layers(transformer, job.family.float8_layers, self.device)
-            log.info(f"{some / 1e9:.2f} of {of / 1e9:.2f} billion parameters in float8.")
+            layers = job.family.float8_layers
+            quantised, total = float8.quantise_layers(transformer, layers, self.device)
+            log.info(f"{quantised / total:.0%} of the base's {total:,} parameters are in float8.")
         parameters = lora.attach(
             transformer,
             job.family,

@@ -93,10 +93,11 @@ def _check(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, across_he
             f"cos and sin must both be [V, {head_dim // 2}] or [V, {heads}, {head_dim // 2}] with "
             f"V at most {tokens}; got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    wide = torch.promote_types(x.dtype, torch.float32)
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype not in (torch.float32, torch.float64) or table.device != x.device:
+        if table.dtype != wide or table.device != x.device:
             raise ValueError(
-                f"{name} is {table.dtype} on {table.device}; it must be float32 on {x.device}"
+                f"{name} is {table.dtype} on {table.device}; it must be {wide} on {x.device}"
             )
 
 

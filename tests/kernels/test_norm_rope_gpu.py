@@ -72,9 +72,10 @@ def test_past_2_31_elements(family):
     generator = torch.Generator("cuda").manual_seed(1)
     upstream = torch.randn(out.shape, device="cuda", generator=generator).to(BF16)
     for place in (slice(0, 50), slice(case.tokens - 50, case.tokens)):
-        cut = {name: inputs[name][place] for name in ("cos", "sin")}
         results = {}
         for dtype in (BF16, torch.float64):
+            wide = torch.promote_types(dtype, torch.float32)
+            cut = {name: inputs[name][place].to(wide) for name in ("cos", "sin")}
             leaf = inputs["x"][:, place].to(dtype).detach().requires_grad_()
             weight = inputs["weight"].to(dtype)
             part = norm_rope(leaf, weight, **cut, **case.options, backend="reference")
