@@ -36,6 +36,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 PATTERN = "sparse.pattern."
 DEFAULT_PATTERN = "radial"
 
+RopeName = Literal["native", "riflex", "interpolate"]
+
 T = TypeVar("T")
 
 
@@ -75,6 +77,20 @@ class Sparse:
     density: float | None = None
     dense_layers: Any = 2  # int | list[int], which OmegaConf cannot say
     dense_steps: Any = 2
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Temporal positions beyond the native length; spatial ones stay as they are (docs/rope.md).
+
+    policy: `native` goes on counting, `interpolate` scales positions to the native length, `riflex`
+        lowers the one frequency that makes videos repeat.
+    k: of riflex, which frequency, from 1, the highest (None: the first whose period is not shorter
+        than the native length).
+    """
+
+    policy: RopeName = "native"
+    k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,7 @@ class Config:
     model: Model = field(default_factory=Model)
     extend: Extend = field(default_factory=Extend)
     sparse: Sparse = field(default_factory=Sparse)
+    rope: Rope = field(default_factory=Rope)
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     cache: Cache = field(default_factory=Cache)
@@ -409,6 +426,7 @@ def _problems(config: Config) -> Iterator[str]:
         "fps": config.fps,
         "extend.factor": config.extend.factor,
         "extend.native": config.extend.native,
+        "rope.k": config.rope.k,
         "lora.alpha": config.lora.alpha,
         "train.guidance": train.guidance,
         "validate.frames": validate.frames,
@@ -427,6 +445,8 @@ def _problems(config: Config) -> Iterator[str]:
     block = config.sparse.block
     if block > 0 and block not in BLOCKS:
         yield f"sparse.block={block} must be 16, 32, 64 or 128; the kernels are tuned for 128."
+    if config.rope.k is not None and config.rope.policy != "riflex":
+        yield f"rope.k={config.rope.k} is of rope.policy=riflex alone, not {config.rope.policy}."
     if config.frames is None and config.extend.factor is None:
         yield (
             "Neither frames nor extend.factor is set: give the length to train at, e.g. "

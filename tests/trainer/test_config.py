@@ -15,6 +15,7 @@ from longreel.sparse.patterns import PATTERNS, Dense, Power, Radial, SlidingTile
 from longreel.trainer.config import (
     Config,
     ConfigError,
+    Rope,
     Sparse,
     Validate,
     config_hash,
@@ -406,6 +407,9 @@ configs = st.builds(
         dense_layers=st.integers(0, 99) | st.sets(st.integers(-9, 9)).map(sorted),
         dense_steps=st.integers(0, 99) | st.sets(st.integers(-9, 9)).map(sorted),
     ),
+    rope=st.just(Rope())
+    | st.just(Rope("interpolate"))
+    | st.builds(Rope, st.just("riflex"), k=st.none() | st.integers(1, 99)),
     validate=st.builds(
         Validate,
         prompts=st.lists(texts, max_size=3),

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ..config import ConfigError
 from .base import Geometry, Text, diffusers_class
 from .joint import JointFamily, pad, trim
-from .rope import rotate
+from .rope import RopePolicy, TemporalAxis, TemporalRope, rotate
 from .tiny import latent_statistics, let_attention_speak
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -83,6 +83,7 @@ class Hunyuan(JointFamily):
             layers=transformer["num_layers"] + transformer["num_single_layers"],
             heads=transformer["num_attention_heads"],
             head_dim=transformer["attention_head_dim"],
+            rope=_temporal_axis(transformer),
             guidance_embeds=transformer["guidance_embeds"],
         )
 
@@ -119,6 +120,10 @@ class Hunyuan(JointFamily):
         blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         for index, block in enumerate(blocks):
             block.attn.set_processor(HunyuanAttention(index, attention))
+
+    def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        axis = _temporal_axis(config)
+        return TemporalRope(stock, rope, axis, patch=config["patch_size_t"], token_dim=0)
 
     def encode_text(self, pipe: Any, caption: str) -> Text:
         with torch.no_grad():
@@ -308,6 +313,12 @@ class HunyuanAttention:
                 video = module(video)
             text = attn.to_add_out(text)
         return video, text
+
+
+def _temporal_axis(config: Mapping[str, Any]) -> TemporalAxis:
+    """Of the transformer's config."""
+    dim = config.get("rope_axes_dim", (16, 56, 56))[0]
+    return TemporalAxis(dim, config.get("rope_theta", 256.0), torch.float32)
 
 
 def _pipeline_text(text: Text) -> dict[str, Tensor]:

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
-from .rope import rotate
+from .rope import RopePolicy, TemporalAxis, TemporalRope, rotate
 from .tiny import latent_statistics, let_attention_speak
 
 TEXT_TOKENS = 512  # the pipeline's call pads to it; `encode_prompt` alone would pad to 226
+
+ROPE_THETA = 10000.0  # of diffusers' WanRotaryPosEmbed; no config sets another
 
 PROJECTIONS = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
 
@@ -69,6 +71,7 @@ class Wan(ModelFamily):
             layers=transformer["num_layers"],
             heads=transformer["num_attention_heads"],
             head_dim=transformer["attention_head_dim"],
+            rope=_temporal_axis(transformer),
             max_positions=transformer.get("rope_max_seq_len", 1024),
         )
 
@@ -82,6 +85,10 @@ class Wan(ModelFamily):
     def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
         for index, block in enumerate(transformer.blocks):
             block.attn1.set_processor(WanSelfAttention(index, attention))
+
+    def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        axis = _temporal_axis(config)
+        return TemporalRope(stock, rope, axis, patch=config["patch_size"][0], token_dim=1)
 
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
@@ -226,6 +233,12 @@ class WanSelfAttention:
         for module in attn.to_out:
             out = module(out)
         return out
+
+
+def _temporal_axis(config: Mapping[str, Any]) -> TemporalAxis:
+    """Of the transformer's config. Time has what two spatial axes, a third each, leave over."""
+    head_dim = config["attention_head_dim"]
+    return TemporalAxis(head_dim - 4 * (head_dim // 6), ROPE_THETA, torch.float64)
 
 
 def _pad(embeds: Sequence[Tensor]) -> Tensor:
