@@ -118,6 +118,8 @@ class Trainer:
             f"({grid.frames} x {grid.height} x {grid.width}). Attention computes "
             f"{report.density_by_layer(self.layer_densities)}."
         )
+        if job.rope.policy != "native":
+            log.info(f"RoPE: {job.rope.describe(job.geometry.rope)}.")
         sparse, heads = self.config.sparse, job.geometry.heads
         if sparse.density is not None:
             log.info(f"sparse.density sets {report.solved_density(job, self.cost.layer_density)}.")
@@ -161,6 +163,7 @@ class Trainer:
             dropout=config.lora.dropout,
             seed=config.train.seed,
         )
+        job.family.set_rope(transformer, job.rope)
         job.family.install(transformer, self.attention)
         if config.memory.checkpoint:
             transformer.enable_gradient_checkpointing(self.attention.checkpoint)
@@ -369,6 +372,9 @@ class Trainer:
             samples = self.validator.samples(self.config.train.steps)
             files = [*(self.run_dir / name for name in names), *samples]
             self.console.print(report.summary(self.job, self.cost, speedup, rows, files))
+            note = self.job.rope.stock_note("Stock pipelines apply")
+            if note is not None:
+                log.info(note)
         # Leave together. The process group is not destroyed here: DDP's reducer still refers to it,
         # and would join gloo's threads under the GIL that they wait for when it goes.
         self.accelerator.wait_for_everyone()
