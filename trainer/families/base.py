@@ -307,6 +307,13 @@ class ModelFamily(ABC):
         inputs: the arguments of `transformer.forward` by name.
         """
 
+    @abstractmethod
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        """Let each block's MLP take the video so many tokens at a time, as `chunked` does it.
+
+        What the modules hold keeps its names: adapters and state dicts do not see a difference.
+        """
+
     # Positions
 
     def set_rope(self, transformer: Any, rope: RopePolicy) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...sparse.attention import SparseAttention
 from ..config import ConfigError
 from .base import Geometry, Text, channel_statistics, diffusers_class
+from .chunked import ChunkedFeedForward
 from .joint import JointFamily, pad, trim
 from .rope import NATIVE, RopePolicy, rotate
 from .tiny import latent_statistics, let_attention_speak
@@ -95,6 +96,10 @@ class Mochi(JointFamily):
 
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         return QuietRope(stock, rope)
+
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        for block in transformer.transformer_blocks:  # the text's is at most 256 tokens long
+            block.ff = ChunkedFeedForward(block.ff, tokens)
 
     def encode_text(self, pipe: Any, caption: str) -> Text:
         # One caption a call: the pipeline zeroes an empty one only if it is the last of its batch.

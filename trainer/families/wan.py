@@ -12,6 +12,7 @@ from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
+from .chunked import ChunkedFeedForward
 from .rope import RopePolicy, TemporalAxis, TemporalRope, rotate
 from .tiny import latent_statistics, let_attention_speak
 
@@ -89,6 +90,10 @@ class Wan(ModelFamily):
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         axis = _temporal_axis(config)
         return TemporalRope(stock, rope, axis, patch=config["patch_size"][0], token_dim=1)
+
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        for block in transformer.blocks:
+            block.ffn = ChunkedFeedForward(block.ffn, tokens)
 
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
