@@ -34,6 +34,8 @@ from .settings import (
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PATTERN = "sparse.pattern."
+# `memory.checkpoint` was once true or false: runs of that time resume.
+ONCE = {"memory.checkpoint": {"true": "full", "false": "none"}}
 DEFAULT_PATTERN = "radial"
 
 RopeName = Literal["native", "riflex", "interpolate"]
@@ -173,9 +175,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Memory:
-    """checkpoint: recompute each block in backward. base_dtype: of the frozen weights."""
+    """What is traded for GPU memory. Gradients stay as they are; see docs/memory.md for figures.
 
-    checkpoint: bool = True
+    checkpoint: what backward recomputes of a block from its inputs: `full`, everything;
+        `attention`, all but self-attention, whose result is kept (as much memory again as the
+        inputs); `none`, nothing, and everything is kept.
+    offload: what blocks keep waits in pinned host memory, which needs room for all of it.
+    offload_keep: last blocks whose tensors stay on the GPU.
+    mlp_chunk: tokens that a block's MLP takes at a time, recomputed by themselves (0: all).
+    base_dtype: of the frozen weights.
+    """
+
+    checkpoint: Literal["none", "full", "attention"] = "full"
+    offload: bool = False
+    offload_keep: int = 1
+    mlp_chunk: int = 0
     base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -347,6 +361,8 @@ def _merge(recipe: dict[str, Any], arguments: dict[str, str]) -> Config:
     hints |= {name_key: str} | leaf_types(_pattern_class(name), PATTERN)
     check_known([*recipe, *arguments], hints)
     merged = recipe | {key: parse_text(key, text, hints[key]) for key, text in arguments.items()}
+    for key in ONCE.keys() & merged.keys():
+        merged[key] = ONCE[key].get(str(merged[key]).lower(), merged[key])
 
     pattern = {k.removeprefix(PATTERN): v for k, v in merged.items() if k.startswith(PATTERN)}
     config = build(Config, {k: v for k, v in merged.items() if not k.startswith(PATTERN)})
@@ -420,6 +436,8 @@ def _problems(config: Config) -> Iterator[str]:
         "validate.seed": validate.seed,
         "validate.clips": validate.clips,
         "lora.dropout": config.lora.dropout,
+        "memory.offload_keep": config.memory.offload_keep,
+        "memory.mlp_chunk": config.memory.mlp_chunk,
     }
     optional = {
         "frames": config.frames,
@@ -451,6 +469,16 @@ def _problems(config: Config) -> Iterator[str]:
         yield (
             "Neither frames nor extend.factor is set: give the length to train at, e.g. "
             "extend.factor=2."
+        )
+    if config.memory.offload and config.memory.checkpoint == "none":
+        yield (
+            "memory.offload=true moves what checkpointed blocks keep: it needs memory.checkpoint="
+            "full or attention."
+        )
+    if config.memory.checkpoint == "attention" and config.sparse.backend == "flex":
+        yield (
+            "memory.checkpoint=attention keeps the results of our kernels and of SDPA, and "
+            "sparse.backend=flex is neither: use memory.checkpoint=full, or another backend."
         )
     if config.lora.dropout >= 1:
         yield f"lora.dropout={config.lora.dropout} must be below 1."

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "log",
     "cache",
     "checkpoint",
+    *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk")),
     "data.path",
     "data.strict",
     "train.workers",
