@@ -38,7 +38,8 @@ def test_the_readme_names_every_pattern():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/patterns.md", "docs/rope.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", *(f"docs/{x}.md" for x in ("memory", "patterns", "rope"))],
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page
