@@ -54,15 +54,15 @@ def block_checkpoint(
 
 
 def remedies(memory: Memory) -> str:
-    """The settings that need less memory than these, what costs least time first. They leave
-    gradients as they are, so that a run may change them between two of its steps."""
+    """The settings that need less memory than these, what costs least time first. Each may be taken
+    up by itself in the middle of a run, for gradients stay as they are."""
     options = {
         "memory.checkpoint=full (backward recomputes blocks)": memory.checkpoint == "none",
         f"memory.mlp_chunk={memory.mlp_chunk // 2 or 16384} (tokens that an MLP takes at a time)": (
             memory.mlp_chunk != 1
         ),
         "memory.offload=true (what blocks keep for backward waits in host memory)": (
-            not memory.offload
+            not memory.offload and memory.checkpoint != "none"
         ),
         "memory.offload_keep=0": memory.offload and memory.offload_keep > 0,
         "memory.checkpoint=full (attention's results are not kept)": (

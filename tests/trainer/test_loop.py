@@ -315,6 +315,7 @@ def test_remedies_need_less_than_what_is_set():
         return remedies(Memory(**settings))
 
     assert said(checkpoint="none").startswith("memory.checkpoint=full (backward recomputes")
+    assert "offload" not in said(checkpoint="none")  # which goes with checkpointing alone
     assert "memory.mlp_chunk=512 " in said(mlp_chunk=1024)
     assert "offload" not in said(offload=True, offload_keep=0)
     assert "memory.offload_keep=0" in said(offload=True)
