@@ -6,6 +6,10 @@ input is a bf16 product with the weight turned back for the moment: e5m2 gradien
 bits of mantissa, and a scale for each output channel lies along that product's sum, where no
 float8 product takes one. The frozen weight itself has no gradient.
 
+What is quantised are the products over all tokens inside of the blocks, named by each family.
+Modulation steers every token by a few numbers, the first and last projections are the latents
+themselves, and embeddings and norms cost next to nothing.
+
 Why not torchao: its float8 linear with dynamic activations has no backward pass (0.18), its
 weight-only one computes in bf16, and its training layers keep the weights in bf16.
 """

@@ -48,16 +48,18 @@ def check_inputs(device: torch.device, dtype: torch.dtype, head_dim: int, block:
     _package()
 
 
-def check_call(valid: Tensor | None, gradients: bool) -> None:
+def check_call(valid: Tensor | None, gradients: bool, deterministic: bool | None) -> None:
     """Raise ValueError for what flash-attn-4 has no kernel for, whatever the inputs."""
     if valid is not None:
         raise ValueError(
             "the fa4 backend takes no valid: its backward knows no lengths of samples; cut the "
             f"padding off and pass valid=None, or {REMEDY}"
         )
-    if gradients and _strictly_deterministic():
+    if deterministic is None:
+        deterministic = _strictly_deterministic()
+    if gradients and deterministic:
         raise ValueError(
-            "the fa4 backend's gradients are not deterministic, which "
+            "the fa4 backend's gradients are not deterministic, which deterministic=True or "
             f"torch.use_deterministic_algorithms(True) asks for; {REMEDY}"
         )
 

@@ -36,6 +36,16 @@ def open_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def close_barriers(barriers):
+    """After the groups have met again. It also keeps the allocator from giving the barriers' memory
+    to something else while they are in use, which Triton's own warp specialization fell victim to
+    (README.md)."""
+    NUM: gl.constexpr = barriers.shape[0]
+    for i in gl.static_range(NUM):
+        mbarrier.invalidate(barriers.index(i))
+
+
+@gluon.jit
 def open_slots(descriptor, SLOTS: gl.constexpr):
     """Shared memory for `SLOTS` tiles of a descriptor."""
     shape: gl.constexpr = [SLOTS] + descriptor.block_type.shape
@@ -45,6 +55,13 @@ def open_slots(descriptor, SLOTS: gl.constexpr):
 @gluon.jit
 def open_ring(descriptor, SLOTS: gl.constexpr):
     return open_slots(descriptor, SLOTS), open_barriers(SLOTS, 1), open_barriers(SLOTS, CONSUMERS)
+
+
+@gluon.jit
+def close_ring(ring):
+    _, ready, free = ring
+    close_barriers(ready)
+    close_barriers(free)
 
 
 @gluon.jit

@@ -27,6 +27,8 @@ from .hopper import (
     await_tile,
     barrier,
     claim,
+    close_barriers,
+    close_ring,
     copy,
     copy_before,
     matrix,
@@ -190,6 +192,9 @@ def _grad_kv_kernel(
         [WARPS, WARPS],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+    close_barriers(kv_ready)
+    close_ring(q_ring)
+    close_ring(do_ring)
 
 
 @gluon.jit
@@ -311,6 +316,9 @@ def _grad_q_kernel(
         [WARPS, WARPS],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+    close_barriers(q_ready)
+    close_ring(k_ring)
+    close_ring(v_ring)
 
 
 def backward(

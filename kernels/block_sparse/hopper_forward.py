@@ -24,6 +24,8 @@ from .hopper import (
     await_tile,
     barrier,
     claim,
+    close_barriers,
+    close_ring,
     copy,
     copy_before,
     matrix,
@@ -185,6 +187,10 @@ def _forward_kernel(
         [WARPS, WARPS],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+    close_barriers(q_ready)
+    close_ring(k_ring)
+    close_ring(v_ring)
+    close_barriers(turns)
 
 
 def forward(

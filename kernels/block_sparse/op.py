@@ -34,6 +34,7 @@ def block_sparse_attention(
     block: int,
     valid: Tensor | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v, where each block of queries attends to the key blocks it lists.
@@ -56,6 +57,8 @@ def block_sparse_attention(
         valid: [B] int32 on the same device: keys at positions >= valid[b] do not count. Queries
             there are computed like any others.
         scale: positive factor of the logits; D ** -0.5 by default.
+        deterministic: whether gradients must be bit-equal when repeated, which excludes `fa4`; by
+            default what torch.use_deterministic_algorithms asks for.
         backend: see `resolve_backend`.
 
     Returns:
@@ -75,7 +78,7 @@ def block_sparse_attention(
     resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3], block)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if resolved == "fa4":
-        resolved = _fa4_or_other(backend, valid, gradients)
+        resolved = _fa4_or_other(backend, valid, gradients, deterministic)
     if resolved == "flex":
         if gradients and q.device.type == "cpu":
             raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
@@ -139,12 +142,14 @@ def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int, block: i
     return "triton"
 
 
-def _fa4_or_other(backend: str, valid: Tensor | None, gradients: bool) -> str:
+def _fa4_or_other(
+    backend: str, valid: Tensor | None, gradients: bool, deterministic: bool | None
+) -> str:
     """The backend of a call that resolved to fa4: ValueError if it was asked for and cannot."""
     from . import fa4
 
     try:
-        fa4.check_call(valid, gradients)
+        fa4.check_call(valid, gradients, deterministic)
     except ValueError:
         if backend == "fa4":
             raise

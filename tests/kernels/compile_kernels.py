@@ -38,8 +38,8 @@ TYPES |= dict.fromkeys(("indptr", "indices", "head_to_layout", "valid"), "*i32")
 
 
 def compile_kernel(source, kernel, types: dict, constants: dict, arch: int, **options) -> dict:
-    """Shared memory and spills in bytes, whether the assembler serialized matrix products, and the
-    barriers that share an address with another."""
+    """Shared memory and spills in bytes, whether the assembler serialized matrix products, and how
+    many barriers share an address with another or are never invalidated."""
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -67,6 +67,7 @@ def compile_kernel(source, kernel, types: dict, constants: dict, arch: int, **op
         "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
         "serialized": "erialized" in log,
         "aliased": len(barriers) - len(set(barriers)),
+        "left": len(barriers) - ptx.count("mbarrier.inval"),
     }
 
 

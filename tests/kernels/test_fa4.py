@@ -238,7 +238,7 @@ def test_auto_is_fa4_where_that_is_faster(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(fa4, "_package", StandIn)
-    assert resolve_backend("auto", cuda, BF16, 128) == "triton"
+    assert resolve_backend("auto", cuda, BF16, 64) == "fa4"  # as measured
     monkeypatch.setattr(op, "FA4_IS_FASTER", {((9, 0), 128)})
     assert resolve_backend("auto", cuda, BF16, 128) == "fa4"
     assert resolve_backend("auto", cuda, BF16, 64) == "triton"
@@ -279,7 +279,12 @@ def test_calls_it_has_no_kernel_for(package):
     attend(*qkv, *lists.tensors, block=128)
     with pytest.raises(ValueError, match="not deterministic"):
         attend(qkv[0].clone().requires_grad_(), *qkv[1:], *lists.tensors, block=128)
-    assert len(package.sizes) == 2
+    torch.use_deterministic_algorithms(False)
+    leaf = qkv[0].clone().requires_grad_()
+    with pytest.raises(ValueError, match="deterministic=True"):
+        attend(leaf, *qkv[1:], *lists.tensors, block=128, deterministic=True)
+    attend(leaf, *qkv[1:], *lists.tensors, block=128)
+    assert len(package.sizes) == 3
 
 
 def test_opcheck(package):

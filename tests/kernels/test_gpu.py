@@ -1,5 +1,6 @@
 """The compiled kernels on an NVIDIA GPU: every variant small, then real sizes."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -153,8 +154,9 @@ def test_fa4_equals_triton_at_real_sizes(head_dim, fa4):
         assert (a - b).norm() < 1e-2 * b.norm(), name
 
 
-def test_auto_is_triton():
+def test_auto_is_triton_where_fa4_is_not(monkeypatch):
     device = torch.device("cuda")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
     assert resolve_backend("auto", device, BF16, 128) == "triton"
     with pytest.raises(ValueError, match="backend='reference'"):
         resolve_backend("triton", device, torch.float64, 128)

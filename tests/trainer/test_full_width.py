@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from full_width import CASES, Case, guidance, inputs, load, save_blocks
 from tiny import AllBlocks
 from torch import Tensor, nn
 
@@ -19,44 +18,9 @@ from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Radial, SparsePattern
 from longreel.trainer import float8, flow, lora
 from longreel.trainer.config import Sigma
-from longreel.trainer.families import FAMILIES
-from longreel.trainer.families.base import ModelFamily
 
 pytestmark = pytest.mark.gpu
 FUSED, FLOAT8 = "fused_norms=true", "base_dtype=float8"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A few blocks of a model; the rest is diffusers' default, the published width.
-
-    latents: `(frames, height, width)` at the target length. small: a grid with a ragged tail whose
-    dense mask fits, and its radial density.
-    """
-
-    family: ModelFamily
-    blocks: dict[str, int]
-    latents: tuple[int, int, int]
-    small: tuple[int, int, int]
-    density: float
-    text: dict[str, int] = field(default_factory=dict)  # widths of its further embeddings
-
-
-CASES = {
-    # 41 latent frames of 720 x 1280: 147,600 tokens
-    "wan": Case(FAMILIES["wan"], {"num_layers": 2}, (41, 90, 160), (21, 18, 32), 0.679),
-    # one dual and one single block at 253 frames of 720 x 1280: 230,400 tokens and text
-    "hunyuan": Case(
-        FAMILIES["hunyuan"],
-        {"num_layers": 1, "num_single_layers": 1},
-        (64, 90, 160),
-        (21, 18, 32),
-        0.704,
-        {"pooled_prompt_embeds": 768},
-    ),
-    # a block, and the last one, which is without text output, at 331 frames of 480 x 848
-    "mochi": Case(FAMILIES["mochi"], {"num_layers": 2}, (56, 60, 106), (21, 18, 32), 0.704),
-}
 
 
 class MaskedAttention(SparseAttention):
@@ -82,23 +46,14 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The blocks, saved so that they load as a run loads them: some modules may stay in fp32."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = getattr(diffusers, case.family.transformer_name)(**case.blocks)
-    heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
-    assert (heads, dim) == (40 if case.family.name == "wan" else 24, 128)
-    if case.family.name == "mochi":  # zero by default, which makes its RoPE the identity
-        with torch.no_grad():
-            model.pos_frequencies.normal_(std=0.3)
     folder = tmp_path_factory.mktemp(case.family.name)
-    model.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    save_blocks(case, folder)
     return folder
 
 
-def load(case: Case, folder: Path, dtype: torch.dtype, setting: str = "") -> Any:
+def load_with(case: Case, folder: Path, dtype: torch.dtype, setting: str) -> Any:
     """setting: of `memory`; `base_dtype=float8` has its effect here."""
-    model = case.family.load_transformer(str(folder), None, dtype).cuda().train()
+    model = load(case, folder, dtype)
     if setting == FLOAT8:
         float8.quantise_layers(model, case.family.float8_layers)
     return model
@@ -118,34 +73,11 @@ def with_lora(
     return parameters
 
 
-def inputs(
-    case: Case, model: Any, size: tuple[int, int, int], texts: tuple[int, ...]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator("cuda").manual_seed(2)
-    shape = (len(texts), model.config.in_channels, *size)
-    clean = torch.randn(shape, device="cuda", generator=generator)
-    embeds = [
-        {
-            "prompt_embeds": torch.randn(n, 4096, device="cuda", generator=generator),
-            **{
-                name: torch.randn(width, device="cuda", generator=generator)
-                for name, width in case.text.items()
-            },
-        }
-        for n in texts
-    ]
-    return clean, {name: x.cuda() for name, x in case.family.collate_text(embeds).items()}
-
-
-def guidance(case: Case) -> float | None:
-    return 1.0 if case.family.name == "hunyuan" else None
-
-
 @pytest.mark.parametrize("setting", ["", FUSED, FLOAT8])
 def test_lora_steps_at_the_target_length(case: Case, folder: Path, setting: str):
     """Three optimizer steps on the blocks; the peak is what one block needs beside its weights."""
     attention = SparseAttention(Radial())
-    model = load(case, folder, torch.bfloat16, setting)
+    model = load_with(case, folder, torch.bfloat16, setting)
     parameters = with_lora(case, model, attention, "attention", setting)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4)
     clean, text = inputs(case, model, case.latents, (100,))
@@ -187,7 +119,7 @@ def small_step(
 ) -> dict[str, Tensor]:
     """The output and the LoRA's gradients on a small ragged grid, two captions of different
     lengths."""
-    model = load(case, folder, dtype, setting)
+    model = load_with(case, folder, dtype, setting)
     targets = [*case.family.lora_targets][-1]
     parameters = with_lora(case, model, attention, targets, setting)
     clean, text = inputs(case, model, case.small, (77, 20))

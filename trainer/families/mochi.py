@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ...sparse.attention import SparseAttention
 from ..config import ConfigError
 from .base import Geometry, Text, channel_statistics, diffusers_class
+from .chunked import ChunkedFeedForward
 from .joint import JointFamily, pad, trim
-from .rope import norm_and_rotate, rotate
+from .norm_rope import norm_and_rotate, rotate
+from .rope import NATIVE, RopePolicy
 from .tiny import latent_statistics, let_attention_speak
 
 
@@ -96,6 +98,13 @@ class Mochi(JointFamily):
             block.attn1.processor = MochiJointAttention(index, attention, fused_norms)
         if not isinstance(transformer.rope, QuietRope):
             transformer.rope = QuietRope(transformer.rope)
+
+    def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        return QuietRope(stock, rope)
+
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        for block in transformer.transformer_blocks:  # the text's is at most 256 tokens long
+            block.ff = ChunkedFeedForward(block.ff, tokens)
 
     def encode_text(self, pipe: Any, caption: str) -> Text:
         # One caption a call: the pipeline zeroes an empty one only if it is the last of its batch.
@@ -270,11 +279,12 @@ class MochiJointAttention:
 
 class QuietRope(nn.Module):
     """The stock RoPE tables without its switch to an fp32 autocast, which a CPU refuses with a
-    warning: the arithmetic is in fp32 anyway."""
+    warning: the arithmetic is in fp32 anyway. Temporal positions, raw indices of latent frames, are
+    scaled by the policy: that is the same as to interpolate each learned frequency."""
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any, policy: RopePolicy = NATIVE) -> None:
         super().__init__()
-        self.stock = stock
+        self.stock, self.policy = stock, policy
 
     def forward(
         self,
@@ -286,6 +296,7 @@ class QuietRope(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         positions = self.stock._get_positions(num_frames, height, width, device, dtype)
+        positions[:, 0] *= self.policy.scale
         with torch.autocast(pos_frequencies.device.type, enabled=False):
             angles = torch.einsum("nd,dhf->nhf", positions.float(), pos_frequencies.float())
         return angles.cos(), angles.sin()

@@ -6,16 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
-from .rope import norm_and_rotate, rotate
+from .chunked import ChunkedFeedForward
+from .norm_rope import norm_and_rotate, rotate
+from .rope import RopePolicy, TemporalAxis, TemporalRope
 from .tiny import latent_statistics, let_attention_speak
 
 TEXT_TOKENS = 512  # the pipeline's call pads to it; `encode_prompt` alone would pad to 226
+
+ROPE_THETA = 10000.0  # of diffusers' WanRotaryPosEmbed; no config sets another
 
 PROJECTIONS = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
 
@@ -70,6 +74,7 @@ class Wan(ModelFamily):
             layers=transformer["num_layers"],
             heads=transformer["num_attention_heads"],
             head_dim=transformer["attention_head_dim"],
+            rope=_temporal_axis(transformer),
             max_positions=transformer.get("rope_max_seq_len", 1024),
         )
 
@@ -85,6 +90,14 @@ class Wan(ModelFamily):
     ) -> None:
         for index, block in enumerate(transformer.blocks):
             block.attn1.set_processor(WanSelfAttention(index, attention, fused_norms))
+
+    def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        axis = _temporal_axis(config)
+        return TemporalRope(stock, rope, axis, patch=config["patch_size"][0], token_dim=1)
+
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        for block in transformer.blocks:
+            block.ffn = ChunkedFeedForward(block.ffn, tokens)
 
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
@@ -236,6 +249,12 @@ class WanSelfAttention:
         for module in attn.to_out:
             out = module(out)
         return out
+
+
+def _temporal_axis(config: Mapping[str, Any]) -> TemporalAxis:
+    """Of the transformer's config. Time has what two spatial axes, a third each, leave over."""
+    head_dim = config["attention_head_dim"]
+    return TemporalAxis(head_dim - 4 * (head_dim // 6), ROPE_THETA, torch.float64)
 
 
 def _pad(embeds: Sequence[Tensor]) -> Tensor:
