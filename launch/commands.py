@@ -12,7 +12,7 @@ import torch
 
 from ..trainer.config import Cache, ConfigError, load, parse, pattern_from_dict
 from ..trainer.export import export_comfyui
-from ..trainer.families import family_of
+from ..trainer.families import RopePolicy, family_of
 from ..trainer.job import Job
 from ..trainer.lora import check_fits, read_entry
 from ..trainer.sampling import base_model
@@ -72,7 +72,7 @@ def sample(argv: list[str]) -> None:
     family = family_of(entry)
     steps = family.steps if options.steps is None else options.steps
     base = base_model(entry, options.model, options.cache)
-    family.latent_shape(**size, geometry=family.geometry(*base))
+    family.latent_shape(**size, geometry=family.geometry(*base), rope=RopePolicy.recorded(entry))
     family.check_steps("steps", steps)
     check_fits(family.blank_transformer(*base), options.lora)
     pattern_from_dict(entry["pattern"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from ..kernels.block_sparse import block_sparse_attention
 from ..kernels.block_sparse.op import Backend
@@ -21,6 +21,8 @@ from .patterns import Dense, SparsePattern
 
 # Index of a diffusion step; with the number of steps where the last ones are to be told.
 Step = int | tuple[int, int]
+# The contexts of a checkpointed forward and of its recomputation.
+ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +90,17 @@ class SparseAttention:
         finally:
             self._plan = before
 
-    def checkpoint(self, function: Callable[..., object], *args: object) -> object:
+    def checkpoint(
+        self,
+        function: Callable[..., object],
+        *args: object,
+        context_fn: ContextFn = noop_context_fn,
+    ) -> object:
         """Gradient checkpointing of one block that recomputes under the plan its forward saw.
 
         Pass it to a diffusers model's `enable_gradient_checkpointing`. Another forward may set
-        another plan before this one's backward runs.
+        another plan before this one's backward runs. context_fn: of `torch.utils.checkpoint`, such
+        as `keep.keeping_attention`.
         """
         plan = self._plan
 
@@ -100,7 +108,7 @@ class SparseAttention:
             with self.using(plan):
                 return function(*args)
 
-        return checkpoint(under_plan, *args, use_reentrant=False)
+        return checkpoint(under_plan, *args, use_reentrant=False, context_fn=context_fn)
 
     def is_dense(self, layer_index: int, plan: Plan | None = None) -> bool:
         """Whether a layer runs dense attention under `plan` (without one: in a sparse step)."""

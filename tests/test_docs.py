@@ -37,7 +37,10 @@ def test_the_readme_names_every_pattern():
     assert re.findall(r"`(\w+)`", row)[: len(PATTERNS)] == list(PATTERNS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/patterns.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", *(f"docs/{x}.md" for x in ("memory", "patterns", "rope"))],
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):

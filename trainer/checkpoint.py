@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ConfigError
+from .optimizer import moments_of, restore_moments
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
 NAME = re.compile(r"step-\d+")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -112,22 +111,31 @@ def check_continues(path: Path, saved: Progress, now: Progress) -> None:
 def restore(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Load weights and optimizer moments in place; raises ConfigError if the names differ."""
+    """Load weights and optimizer moments in place; raises ConfigError if the names differ, or the
+    moments are of another optimizer."""
     state = json.loads((path / STATE).read_text())
+    stored: dict[str, dict[str, Tensor]] = {}  # by parameter: its weight and its moments
     with safe_open(path / TENSORS, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    stored = {name.removeprefix("lora.") for name in tensors if name.startswith("lora.")}
-    if stored != set(parameters):
-        differing = sorted(stored ^ set(parameters))
+        for key in file.keys():  # noqa: SIM118
+            kind, _, name = key.partition(".")
+            stored.setdefault(name, {})[kind] = file.get_tensor(key)
+    if stored.keys() != parameters.keys():
+        differing = sorted(stored.keys() ^ parameters.keys())
         raise ConfigError(
             f"{path} holds other parameters than this run trains, {len(differing)} differ, such as "
             f"{differing[0]}: lora.targets or the model has changed."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"lora.{name}"])
+            tensors = stored[name]
+            parameter.copy_(tensors.pop("lora"))
             if name in state["adam_steps"]:
-                optimizer.state[parameter] = _moments(name, parameter, tensors, state)
+                try:
+                    restore_moments(optimizer, parameter, state["adam_steps"][name], tensors)
+                except ValueError as error:
+                    raise ConfigError(
+                        f"{path} was written under another memory.optimizer: {error}."
+                    ) from error
 
 
 def _tensors(
@@ -137,19 +145,12 @@ def _tensors(
     adam_steps: dict[str, float] = {}
     for name, parameter in parameters.items():
         tensors[f"lora.{name}"] = parameter.detach().cpu().contiguous()
-        moments = optimizer.state.get(parameter)
-        if moments:
-            adam_steps[name] = float(moments["step"])
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = moments[moment].detach().cpu().contiguous()
+        moments = moments_of(optimizer, parameter)
+        if moments is not None:
+            adam_steps[name], kept = moments
+            for moment, tensor in kept.items():
+                tensors[f"{moment}.{name}"] = tensor.detach().cpu().contiguous()
     return tensors, adam_steps
-
-
-def _moments(
-    name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
-    return {"step": torch.tensor(state["adam_steps"][name], dtype=torch.float32), **moments}
 
 
 def _by_age(folder: Path) -> list[Path]:

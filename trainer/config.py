@@ -34,7 +34,11 @@ from .settings import (
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PATTERN = "sparse.pattern."
+# `memory.checkpoint` was once true or false: runs of that time resume.
+ONCE = {"memory.checkpoint": {"true": "full", "false": "none"}}
 DEFAULT_PATTERN = "radial"
+
+RopeName = Literal["native", "riflex", "interpolate"]
 
 T = TypeVar("T")
 
@@ -75,6 +79,20 @@ class Sparse:
     density: float | None = None
     dense_layers: Any = 2  # int | list[int], which OmegaConf cannot say
     dense_steps: Any = 2
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Temporal positions beyond the native length; spatial ones stay as they are (docs/rope.md).
+
+    policy: `native` goes on counting, `interpolate` scales positions to the native length, `riflex`
+        lowers the one frequency that makes videos repeat.
+    k: of riflex, which frequency, from 1, the highest (None: the first whose period is not shorter
+        than the native length).
+    """
+
+    policy: RopeName = "native"
+    k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,10 +175,27 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Memory:
-    """checkpoint: recompute each block in backward. base_dtype: of the frozen weights."""
+    """What is traded for GPU memory and time; see docs/memory.md for figures.
 
-    checkpoint: bool = True
-    base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    checkpoint: what backward recomputes of a block from its inputs: `full`, everything;
+        `attention`, all but self-attention, whose result is kept (as much memory again as the
+        inputs); `none`, nothing, and everything is kept.
+    offload: what blocks keep waits in pinned host memory, which needs room for all of it.
+    offload_keep: last blocks whose tensors stay on the GPU.
+    mlp_chunk: tokens that a block's MLP takes at a time, recomputed by themselves (0: all).
+    base_dtype: of the frozen weights; float8 (e4m3, GPUs since Ada) is for the linear layers of the
+        blocks and their forward products, and rounds coarsely.
+    fused_norms: norms and RoPE of queries and keys in one Triton kernel; gradients round once.
+    optimizer: adamw, or adamw8bit (bitsandbytes, installed apart): moments of 8 bits.
+    """
+
+    checkpoint: Literal["none", "full", "attention"] = "full"
+    offload: bool = False
+    offload_keep: int = 1
+    mlp_chunk: int = 0
+    base_dtype: Literal["bfloat16", "float32", "float8"] = "bfloat16"
+    fused_norms: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 @dataclass(frozen=True)
@@ -211,6 +246,7 @@ class Config:
     model: Model = field(default_factory=Model)
     extend: Extend = field(default_factory=Extend)
     sparse: Sparse = field(default_factory=Sparse)
+    rope: Rope = field(default_factory=Rope)
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     cache: Cache = field(default_factory=Cache)
@@ -330,6 +366,8 @@ def _merge(recipe: dict[str, Any], arguments: dict[str, str]) -> Config:
     hints |= {name_key: str} | leaf_types(_pattern_class(name), PATTERN)
     check_known([*recipe, *arguments], hints)
     merged = recipe | {key: parse_text(key, text, hints[key]) for key, text in arguments.items()}
+    for key in ONCE.keys() & merged.keys():
+        merged[key] = ONCE[key].get(str(merged[key]).lower(), merged[key])
 
     pattern = {k.removeprefix(PATTERN): v for k, v in merged.items() if k.startswith(PATTERN)}
     config = build(Config, {k: v for k, v in merged.items() if not k.startswith(PATTERN)})
@@ -403,12 +441,15 @@ def _problems(config: Config) -> Iterator[str]:
         "validate.seed": validate.seed,
         "validate.clips": validate.clips,
         "lora.dropout": config.lora.dropout,
+        "memory.offload_keep": config.memory.offload_keep,
+        "memory.mlp_chunk": config.memory.mlp_chunk,
     }
     optional = {
         "frames": config.frames,
         "fps": config.fps,
         "extend.factor": config.extend.factor,
         "extend.native": config.extend.native,
+        "rope.k": config.rope.k,
         "lora.alpha": config.lora.alpha,
         "train.guidance": train.guidance,
         "validate.frames": validate.frames,
@@ -427,10 +468,22 @@ def _problems(config: Config) -> Iterator[str]:
     block = config.sparse.block
     if block > 0 and block not in BLOCKS:
         yield f"sparse.block={block} must be 16, 32, 64 or 128; the kernels are tuned for 128."
+    if config.rope.k is not None and config.rope.policy != "riflex":
+        yield f"rope.k={config.rope.k} is of rope.policy=riflex alone, not {config.rope.policy}."
     if config.frames is None and config.extend.factor is None:
         yield (
             "Neither frames nor extend.factor is set: give the length to train at, e.g. "
             "extend.factor=2."
+        )
+    if config.memory.offload and config.memory.checkpoint == "none":
+        yield (
+            "memory.offload=true moves what checkpointed blocks keep: it needs memory.checkpoint="
+            "full or attention."
+        )
+    if config.memory.checkpoint == "attention" and config.sparse.backend == "flex":
+        yield (
+            "memory.checkpoint=attention keeps the results of our kernels and of SDPA, and "
+            "sparse.backend=flex is neither: use memory.checkpoint=full, or another backend."
         )
     if config.lora.dropout >= 1:
         yield f"lora.dropout={config.lora.dropout} must be below 1."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from ..data.files import read_tensors, replacing, save_tensors
 from .config import Cache, ConfigError
-from .families import ModelFamily, family_of
+from .families import ModelFamily, RopePolicy, family_of
 from .lora import WEIGHTS, adapter_file, read_entry, read_updates, some
 from .sampling import base_model
+
+log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."  # of layer names; the weights inside a ComfyUI checkpoint have it too
 SUFFIX = "_comfyui.safetensors"
@@ -68,6 +71,9 @@ def export_comfyui(
     with replacing(out) as temporary:
         save_tensors(temporary, tensors, entry)
         _check_written(temporary, places, sizes, updates)
+    note = RopePolicy.recorded(entry).stock_note("ComfyUI applies")
+    if note is not None:
+        log.warning(note)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .config import Config, ConfigError, config_hash, load_file, pattern_to_dict
 from .families import FAMILIES
 from .families.base import Geometry, ModelFamily
 from .families.published import published_geometry
+from .families.rope import NATIVE, RopePolicy
 from .settings import flatten
 
 # A resumed run may differ from the one that it continues in these alone: they do not change what
@@ -27,6 +28,7 @@ FREE_KEYS = (
     "log",
     "cache",
     "checkpoint",
+    *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk")),
     "data.path",
     "data.strict",
     "train.workers",
@@ -38,8 +40,8 @@ FREE_KEYS = (
 class Job:
     """A config whose open choices are filled in, with the model it names.
 
-    config: as given, with `frames`, `fps`, `extend.native`, `lora.alpha`, `model.path` and
-        `run.dir` settled; loading it back gives the same job.
+    config: as given, with `frames`, `fps`, `extend.native`, `rope.k`, `lora.alpha`, `model.path`
+        and `run.dir` settled; loading it back gives the same job.
     model_path: where the model is read from: a folder, or a Hub repository.
     """
 
@@ -96,7 +98,7 @@ class Job:
     def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
         """`(channels, frames, height, width)` of a clip's latents."""
         height, width = self.config.height, self.config.width
-        return self.family.latent_shape(frames, height, width, self.geometry)
+        return self.family.latent_shape(frames, height, width, self.geometry, self.rope)
 
     def grid(self, frames: int) -> TokenGrid:
         """The tokens of a clip of so many frames, with a caption of the greatest length."""
@@ -124,6 +126,11 @@ class Job:
         except ValueError as error:
             raise ConfigError(f"sparse.{error}") from error
 
+    @property
+    def rope(self) -> RopePolicy:
+        """What temporal positions do at this run's lengths."""
+        return _rope_policy(self.config, self.geometry, self.native_frames, self.frames)
+
     def attention(self) -> SparseAttention:
         """A fresh sparse attention as the config sets it."""
         sparse = self.config.sparse
@@ -143,7 +150,8 @@ class Job:
         if path != "tiny" and Path(path).is_dir():
             path = str(Path(path).absolute())  # sampling may start in another folder
         return {
-            "version": 1,
+            # A reader from before there was a choice would apply native RoPE and not say so.
+            "version": 1 if self.rope.policy == "native" else 2,
             "family": self.family.name,
             "model": {"path": path, "revision": config.model.revision},
             "pattern": pattern_to_dict(self.pattern),
@@ -155,7 +163,7 @@ class Job:
             "height": config.height,
             "width": config.width,
             "fps": self.fps,
-            "rope": "native",
+            "rope": asdict(self.rope),
             "guidance": config.train.guidance,
             "config_hash": config_hash(config),
         }
@@ -163,12 +171,7 @@ class Job:
 
 def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
     native = config.extend.native or family.native_frames
-    for name, count in (("extend.native", native), ("validate.frames", config.validate.frames)):
-        if count is not None:
-            try:
-                family.check_frames(count, geometry)
-            except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from error
+    _check_frames("extend.native", native, family, geometry, NATIVE)
     family.check_steps("validate.steps", config.validate.steps)
     _check_dense_steps(config.sparse.dense_steps, config.validate.steps)
     if config.train.guidance is not None and not geometry.guidance_embeds:
@@ -186,9 +189,12 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
             )
         frames = extended
     assert frames is not None
-    family.latent_shape(frames, config.height, config.width, geometry)
     if frames < native:
         raise ConfigError(f"frames={frames} is less than the native length of {native} frames.")
+    rope = _rope_policy(config, geometry, native, frames)
+    family.latent_shape(frames, config.height, config.width, geometry, rope)
+    if config.validate.frames is not None:
+        _check_frames("validate.frames", config.validate.frames, family, geometry, rope)
     if geometry.head_dim not in HEAD_DIMS:
         raise ConfigError(
             f"The model's heads have {geometry.head_dim} channels; the kernels take {HEAD_DIMS}."
@@ -202,11 +208,26 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
         fps=config.fps or family.fps,
         extend=replace(config.extend, native=native),
         sparse=sparse,
+        rope=replace(config.rope, k=rope.k),
         lora=replace(config.lora, alpha=config.lora_alpha),
         train=replace(config.train, guidance=_train_guidance(config, family, geometry)),
         validate=replace(config.validate, guidance=_sample_guidance(config, family)),
         run=replace(config.run, dir=str(config.run_dir)),
     )
+
+
+def _check_frames(
+    name: str, frames: int, family: ModelFamily, geometry: Geometry, rope: RopePolicy
+) -> None:
+    try:
+        family.check_frames(frames, geometry, rope)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _rope_policy(config: Config, geometry: Geometry, native: int, frames: int) -> RopePolicy:
+    lengths = {"native": geometry.positions(native), "target": geometry.positions(frames)}
+    return RopePolicy.resolve(config.rope, **lengths, axis=geometry.rope)
 
 
 def _dense_layers(chosen: int | list[int], layers: int) -> int | list[int]:

@@ -24,12 +24,14 @@ from ..data.sampler import SeededBatches
 from ..kernels.block_sparse import resolve_backend
 from ..sparse.draw import draw_pattern
 from ..sparse.grid import TokenGrid
-from . import checkpoint, flow, lora, report
+from . import checkpoint, float8, flow, lora, report
 from .caching import extra_captions, prepare_data
 from .config import Config, ConfigError, pattern_to_dict, save, to_dict, to_yaml
 from .job import Job
+from .memory import block_checkpoint, remedies
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
-from .plan import check_memory, explaining_memory
+from .optimizer import build_optimizer, check_installed
+from .plan import advice_on, check_memory
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
 from .validate import Validator
@@ -61,7 +63,11 @@ class Trainer:
             )
         self.device = self.accelerator.device
         self.console = open_console(self.accelerator.is_main_process)
-        self.dtype = getattr(torch, self.config.memory.base_dtype)
+        base_dtype = self.config.memory.base_dtype
+        self.dtype = torch.float32 if base_dtype == "float32" else torch.bfloat16
+        if base_dtype == "float8":
+            float8.check_device(self.device)
+        check_installed(self.config.memory.optimizer)
         self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
         lora.check_targets(
             job.family.blank_transformer(job.model_path, self.config.model.revision),
@@ -92,18 +98,9 @@ class Trainer:
         steps = self.config.train.steps
         if start >= steps:
             log.info(f"{self.run_dir} is complete at step {start}; train.steps={steps}.")
-        self._validate(start)
-        batches = self._batches(train, start)
-        with StepProgress(self.console, start, steps, self.cost.density) as progress:
-            for step in range(start + 1, steps + 1):
-                with explaining_memory(self.job, self.device):
-                    row = self._step(step, batches) | {"attention_layer_speedup": ratio}
-                progress.advance(step, row)
-                if self.accelerator.is_main_process and step % self.config.log.every == 0:
-                    self.metrics.write(row)
-                if step % self.config.checkpoint.every == 0 or step == steps:
-                    self._save(step)
-                self._validate(step)
+        with self._keeping_what_is_learnt(start):
+            self._validate(start)
+            self._train(train, start, ratio)
         self._finish(str(speedup))
 
     # Before the first step
@@ -121,6 +118,8 @@ class Trainer:
             f"({grid.frames} x {grid.height} x {grid.width}). Attention computes "
             f"{report.density_by_layer(self.layer_densities)}."
         )
+        if job.rope.policy != "native":
+            log.info(f"RoPE: {job.rope.describe(job.geometry.rope)}.")
         sparse, heads = self.config.sparse, job.geometry.heads
         if sparse.density is not None:
             log.info(f"sparse.density sets {report.solved_density(job, self.cost.layer_density)}.")
@@ -157,6 +156,10 @@ class Trainer:
     def _load_model(self) -> None:
         config, job = self.config, self.job
         transformer = job.family.load_transformer(job.model_path, config.model.revision, self.dtype)
+        if config.memory.base_dtype == "float8":
+            layers = job.family.float8_layers
+            quantised, total = float8.quantise_layers(transformer, layers, self.device)
+            log.info(f"{quantised / total:.0%} of the base's {total:,} parameters are in float8.")
         parameters = lora.attach(
             transformer,
             job.family,
@@ -166,15 +169,23 @@ class Trainer:
             dropout=config.lora.dropout,
             seed=config.train.seed,
         )
-        job.family.install(transformer, self.attention)
-        if config.memory.checkpoint:
-            transformer.enable_gradient_checkpointing(self.attention.checkpoint)
+        job.family.set_rope(transformer, job.rope)
+        job.family.install(transformer, self.attention, fused_norms=config.memory.fused_norms)
+        if config.memory.mlp_chunk:
+            job.family.chunk_mlp(transformer, config.memory.mlp_chunk)
+        blocks = block_checkpoint(config.memory, self.attention, self.device)
+        if blocks is not None:
+            transformer.enable_gradient_checkpointing(blocks)
+        self.offload = None if blocks is None else blocks.offload
         transformer.train()
         self.parameters = dict(parameters)
         count = sum(p.numel() for p in self.parameters.values())
         log.info(f"LoRA of rank {config.lora.rank}: {count:,} parameters to train.")
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.train.lr, weight_decay=config.train.weight_decay
+        optimizer = build_optimizer(
+            config.memory.optimizer,
+            self.parameters.values(),
+            config.train.lr,
+            config.train.weight_decay,
         )
         prepared: Any = self.accelerator.prepare(transformer, optimizer)
         self.model, self.optimizer = prepared
@@ -247,6 +258,21 @@ class Trainer:
 
     # Training
 
+    def _train(self, dataset: LatentDataset, start: int, ratio: float | str) -> None:
+        steps, batches = self.config.train.steps, self._batches(dataset, start)
+        with StepProgress(self.console, start, steps, self.cost.density) as progress:
+            for step in range(start + 1, steps + 1):
+                row = self._step(step, batches) | {"attention_layer_speedup": ratio}
+                progress.advance(step, row)
+                if self.offload is not None and step == start + 1:
+                    size = self.offload.arena.size / 2**30
+                    log.info(f"memory.offload holds {size:.1f} GiB of host memory, and keeps it.")
+                if self.accelerator.is_main_process and step % self.config.log.every == 0:
+                    self.metrics.write(row)
+                if step % self.config.checkpoint.every == 0 or step == steps:
+                    self._save(step)
+                self._validate(step)
+
     def _batches(self, dataset: LatentDataset, start: int) -> Iterator[dict[str, Any]]:
         train = self.config.train
         sampler = SeededBatches(
@@ -299,13 +325,15 @@ class Trainer:
                 f"checkpoint in {self.run_dir / 'checkpoints'} is whole; a lower train.lr is the "
                 "usual remedy."
             )
+        self._whole = None
         self.optimizer.step()
+        self._whole = step
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         samples = train.batch * self.accelerator.num_processes
         tokens = samples * sum(len(grid) for grid in grids)
         cost = AttentionCost.sum([self._cost(grid) for grid in grids])
-        cost = cost.training(samples, recomputed=self.config.memory.checkpoint)
+        cost = cost.training(samples, recomputed=self.config.memory.checkpoint == "full")
         return {
             "step": step,
             "loss": mean_loss,
@@ -339,6 +367,29 @@ class Trainer:
         )
 
     # Beside training
+
+    @contextlib.contextmanager
+    def _keeping_what_is_learnt(self, start: int) -> Iterator[None]:
+        """End a run that is out of memory with its last whole step saved, and say what helps.
+
+        `_whole` is the step that parameters and moments stand at, None while the optimizer writes
+        them. On several processes the main one alone can save, if it is the one that fails.
+        """
+        self._whole: int | None = start
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            newest = checkpoint.latest(self.run_dir / "checkpoints")
+            saved = 0 if newest is None else checkpoint.load_progress(newest).step
+            if self._whole is not None and self._whole > saved:
+                self._save(self._whole)
+            reason = str(error).strip().partition("\n")[0]
+            planned = advice_on(self.job, self.device)
+            raise SystemExit(
+                f"error: out of memory: {reason}\nThe same command goes on from the newest "
+                f"checkpoint, and may do so with {remedies(self.config.memory)}."
+                + (f" What would fit, by `longreel plan`: {planned}." if planned else "")
+            ) from error
 
     def _validate(self, step: int) -> None:
         if self.accelerator.is_main_process and self.validator.due(step):
@@ -374,6 +425,9 @@ class Trainer:
             samples = self.validator.samples(self.config.train.steps)
             files = [*(self.run_dir / name for name in names), *samples]
             self.console.print(report.summary(self.job, self.cost, speedup, rows, files))
+            note = self.job.rope.stock_note("Stock pipelines apply")
+            if note is not None:
+                log.info(note)
         # Leave together. The process group is not destroyed here: DDP's reducer still refers to it,
         # and would join gloo's threads under the GIL that they wait for when it goes.
         self.accelerator.wait_for_everyone()

@@ -209,7 +209,7 @@ def read_entry(path: str | Path) -> dict[str, Any]:
             "`pipe.load_lora_weights` of diffusers."
         )
     entry = json.loads(metadata[ENTRY])
-    if entry["version"] != 1:
+    if entry["version"] not in (1, 2):
         raise ConfigError(f"{file} is of a newer longreel (entry version {entry['version']}).")
     return entry
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -299,20 +298,11 @@ def check_memory(job: Job, device: torch.device) -> str | None:
     )
 
 
-@contextmanager
-def explaining_memory(job: Job, device: torch.device) -> Iterator[None]:
-    """An out-of-memory error within it ends the run with what would help."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        limit = device_memory(device)
-        if limit is None:
-            raise
-        # The prediction may be what was wrong: look for a tenth more room than there is.
-        found = advice(job, anatomy(job), 0.9 * limit)
-        raise SystemExit(
-            f"error: {str(error).splitlines()[0]}\nWhat would help, by `longreel plan`: {found}."
-        ) from error
+def advice_on(job: Job, device: torch.device) -> str | None:
+    """`advice` to a job that ran out of a GPU's memory; None on a CPU."""
+    limit = device_memory(device)
+    # The prediction may be what was wrong: look for a tenth more room than there is.
+    return None if limit is None else advice(job, anatomy(job), 0.9 * limit)
 
 
 def device_memory(device: torch.device) -> float | None:

@@ -16,7 +16,14 @@ from ..kernels.block_sparse.op import Backend
 from ..sparse.attention import SparseAttention, Step
 from . import lora
 from .config import Cache, ConfigError, pattern_from_dict
-from .families import FAMILIES, ModelFamily, family_of, installed_attention
+from .families import (
+    FAMILIES,
+    ModelFamily,
+    RopePolicy,
+    family_of,
+    installed_attention,
+    installed_rope,
+)
 from .families.base import Text
 from .validate import evaluating
 
@@ -32,13 +39,14 @@ def load_pipeline(
     backend: Backend = "auto",
     cache_dir: str | Path = Cache.dir,
 ) -> Any:
-    """The stock diffusers pipeline with the adapter and the attention it was trained with.
+    """The stock diffusers pipeline with the adapter, under the attention and RoPE of its training.
 
         pipe = load_pipeline("runs/x")
         frames = pipe(prompt="...", num_frames=161).frames[0]
 
     run: an adapter's folder or file. model_path: in place of the recorded base model. dtype: None
-    for bf16 on a GPU and fp32 on a CPU. sparse: False for the model's own dense attention.
+    for bf16 on a GPU and fp32 on a CPU. sparse: False for the model's own dense attention; RoPE is
+    the adapter's all the same.
     text: False to leave out the text encoders, for prompts that `encode_captions` has encoded.
     backend: of the block-sparse kernel. cache_dir: where a `tiny` base model is kept.
     """
@@ -54,6 +62,8 @@ def load_pipeline(
     pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="longreel")
     if sparse:
         apply_sparse_attention(pipe, entry, backend=backend)
+    else:
+        apply_rope(pipe, entry)
     return pipe
 
 
@@ -103,15 +113,13 @@ def base_model(
 def apply_sparse_attention(
     pipe: Any, entry: dict[str, Any], *, backend: Backend = "auto"
 ) -> SparseAttention:
-    """Let a stock pipeline attend as the adapter of `entry` (`lora.read_entry`) was trained.
+    """Let a stock pipeline attend as the adapter of `entry` (`lora.read_entry`) was trained, its
+    RoPE included.
 
     Returns the attention, whose fields may be changed between calls of the pipeline.
     """
-    family = family_of(entry)
-    if type(pipe).__name__ != family.pipeline_name:
-        raise ConfigError(
-            f"The adapter is for {family.pipeline_name}, the pipeline is a {type(pipe).__name__}."
-        )
+    family = _family_for(pipe, entry)
+    apply_rope(pipe, entry)
     attention = SparseAttention(
         pattern_from_dict(entry["pattern"]),
         block=entry["block"],
@@ -122,6 +130,24 @@ def apply_sparse_attention(
     attention.schedule = _step_of(pipe)
     family.install(pipe.transformer, attention)
     return attention
+
+
+def apply_rope(pipe: Any, entry: dict[str, Any]) -> None:
+    """Let a stock pipeline's RoPE follow the policy of the adapter of `entry` (`lora.read_entry`).
+
+    Its attention stays as it is: for an adapter that is to be sampled dense.
+    """
+    _family_for(pipe, entry).set_rope(pipe.transformer, RopePolicy.recorded(entry))
+
+
+def _family_for(pipe: Any, entry: dict[str, Any]) -> ModelFamily:
+    """The family of both; ConfigError if the pipeline is another's."""
+    family = family_of(entry)
+    if type(pipe).__name__ != family.pipeline_name:
+        raise ConfigError(
+            f"The adapter is for {family.pipeline_name}, the pipeline is a {type(pipe).__name__}."
+        )
+    return family
 
 
 def _step_of(pipe: Any) -> Callable[[Tensor], Step]:
@@ -171,7 +197,8 @@ def generate(
     geometry = family.geometry_of(pipe)
     family.check_steps("steps", steps)
     guidance = family.guidance if guidance is None else guidance
-    shape = family.latent_shape(frames, height, width, geometry)
+    rope = installed_rope(pipe.transformer)
+    shape = family.latent_shape(frames, height, width, geometry, rope)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
     text = _encoded(pipe, family, prompt)
     uses_negative = family.uses_negative(geometry, guidance)

@@ -120,7 +120,7 @@ def resolve_backend(
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}; it must be one of {HEAD_DIMS}")
     if backend == "triton":
-        _check_triton(device)
+        check_triton(device)
     return backend
 
 
@@ -182,7 +182,7 @@ def _warn(failure: str) -> None:
     log.warning("%s; such attention runs in Triton instead", failure)
 
 
-def _check_triton(device: torch.device) -> None:
+def check_triton(device: torch.device) -> None:
     """Raise unless Triton is installed and can compile for `device`."""
     try:
         from triton import knobs
@@ -196,7 +196,8 @@ def _check_triton(device: torch.device) -> None:
     if device.type != "cuda" or torch.version.hip is not None:
         kind = "AMD GPU" if torch.version.hip is not None else device.type
         raise ValueError(
-            f"the triton backend needs an NVIDIA GPU, and q is on: {kind}; use backend='reference'"
+            f"the triton backend needs an NVIDIA GPU, and the tensors are on: {kind}; use "
+            "backend='reference'"
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):

@@ -17,11 +17,10 @@ SERIALIZED = {("90", 16, "grad_kv")}
 SLOW = pytest.mark.slow
 
 
-def compile_for(arch: str, head_dim: int, dtype: str) -> dict:
+def compile_for(*arguments, script: str = "compile_kernels.py") -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "compile_kernels.py"
     run = subprocess.run(
-        [sys.executable, str(script), arch, str(head_dim), dtype],
+        [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
@@ -63,3 +62,10 @@ def test_compiles(arch, head_dim, dtype):
         # invalidated at the end keeps its memory until then.
         assert not got["aliased"], f"{name}: barriers share an address"
         assert not got["left"], f"{name}: barriers are not invalidated"
+
+
+@pytest.mark.parametrize("arch", ["90", pytest.param("80", marks=SLOW)])
+def test_norm_rope_compiles(arch):
+    for name, got in compile_for(arch, script="compile_norm_rope.py").items():
+        assert got["shared"] <= SHARED_KIB["89"] * 1024, name
+        assert got["spilled"] == 0, name

@@ -1,5 +1,7 @@
 """SparseAttention against SDPA over the same token pairs, and its plan across recomputation."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as plain_checkpoint
 from longreel.kernels.block_sparse import block_sparse_attention
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
+from longreel.sparse.keep import keeping_attention
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import Dense, Radial
 
@@ -332,6 +335,10 @@ def with_the_plan(attention):
     return attention.checkpoint
 
 
+def keeping_what_attention_returned(attention):
+    return partial(attention.checkpoint, context_fn=keeping_attention)
+
+
 PLANS = {
     "other length": [(SMALL, None), (WITH_TEXT, None)],
     "same length": [(TokenGrid(16, 4, 9), None), (TokenGrid(9, 8, 8), None)],
@@ -339,10 +346,11 @@ PLANS = {
 }
 
 
+@pytest.mark.parametrize("checkpoint", [with_the_plan, keeping_what_attention_returned])
 @pytest.mark.parametrize("plans", PLANS.values(), ids=PLANS.keys())
-def test_recomputation_sees_the_plan_of_its_forward(plans):
+def test_recomputation_sees_the_plan_of_its_forward(plans, checkpoint):
     want, _ = two_forwards_one_backward(plans, directly)
-    got, attention = two_forwards_one_backward(plans, with_the_plan)
+    got, attention = two_forwards_one_backward(plans, checkpoint)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -364,12 +372,13 @@ def test_recomputation_without_it_would_be_wrong():
     assert any((one - other).abs().max() > 1e-3 for one, other in zip(silent, want, strict=True))
 
 
-def test_a_checkpointed_block_can_run_backward_twice():
+@pytest.mark.parametrize("checkpoint", [with_the_plan, keeping_what_attention_returned])
+def test_a_checkpointed_block_can_run_backward_twice(checkpoint):
     attention = SparseAttention(Radial(), block=16, backend="reference")
     block = Block(attention, LAYER)
     attention.plan(SMALL)
     x = torch.randn(1, len(SMALL), 16, dtype=torch.float64)
-    loss = attention.checkpoint(block, x).square().sum()
+    loss = checkpoint(attention)(block, x).square().sum()
     attention.plan(WITH_TEXT)
     once = torch.autograd.grad(loss, list(block.parameters()), retain_graph=True)
     twice = torch.autograd.grad(loss, list(block.parameters()))

@@ -15,6 +15,7 @@ from longreel.sparse.patterns import PATTERNS, Dense, Power, Radial, SlidingTile
 from longreel.trainer.config import (
     Config,
     ConfigError,
+    Rope,
     Sparse,
     Validate,
     config_hash,
@@ -289,6 +290,9 @@ MISTAKES = {
     "train.lr=nan": "train.lr=nan is not a finite number.",
     "lora.rank=0": "lora.rank=0 must be positive.",
     "train.seed=-1": "train.seed=-1 must not be negative.",
+    "memory.offload_keep=-1": "memory.offload_keep=-1 must not be negative.",
+    "memory.mlp_chunk=-1": "memory.mlp_chunk=-1 must not be negative.",
+    "memory.checkpoint=all": "memory.checkpoint=all must be one of none, full, attention.",
     "data.stride=-2": "data.stride=-2 must not be negative.",
     "lora.dropout=1": "lora.dropout=1.0 must be below 1.",
     "sparse.block=100": "sparse.block=100 must be 16, 32, 64 or 128",
@@ -306,6 +310,25 @@ def test_mistakes_are_named_with_their_remedy(argument):
     message = refusal(TINY, argument)
     assert MISTAKES[argument] in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["memory.checkpoint=none", "memory.offload=true"], "needs memory.checkpoint=full or att"),
+        (["memory.checkpoint=attention", "sparse.backend=flex"], "use memory.checkpoint=full, or"),
+    ],
+)
+def test_memory_settings_that_do_not_go_together(arguments, message):
+    assert message in refusal(TINY, *arguments)
+
+
+@pytest.mark.parametrize(("once", "now"), [("true", "full"), ("False", "none"), ("full", "full")])
+def test_checkpointing_that_was_a_flag_keeps_its_meaning(once, now, recipe):
+    """On the command line, in a recipe, and in the config of a run that began so."""
+    assert load([TINY, f"memory.checkpoint={once}"]).memory.checkpoint == now
+    text = f"frames: 5\nmemory: {{checkpoint: {once}}}\n"
+    assert load([recipe(text)]).memory.checkpoint == now
 
 
 def test_all_values_out_of_range_are_told_at_once():
@@ -406,6 +429,9 @@ configs = st.builds(
         dense_layers=st.integers(0, 99) | st.sets(st.integers(-9, 9)).map(sorted),
         dense_steps=st.integers(0, 99) | st.sets(st.integers(-9, 9)).map(sorted),
     ),
+    rope=st.just(Rope())
+    | st.just(Rope("interpolate"))
+    | st.builds(Rope, st.just("riflex"), k=st.none() | st.integers(1, 99)),
     validate=st.builds(
         Validate,
         prompts=st.lists(texts, max_size=3),

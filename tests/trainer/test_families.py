@@ -1,6 +1,7 @@
 """What holds for every model family, against its stock diffusers model and pipeline."""
 
 import filecmp
+import functools
 import shutil
 import weakref
 from pathlib import Path
@@ -20,7 +21,7 @@ from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer import lora
 from longreel.trainer.caching import prepare_data
 from longreel.trainer.config import ConfigError, load
-from longreel.trainer.families import FAMILIES, installed_attention
+from longreel.trainer.families import FAMILIES, installed_attention, norm_rope
 from longreel.trainer.flow import add_noise
 from longreel.trainer.job import Job
 from longreel.trainer.sampling import generate
@@ -81,6 +82,42 @@ def test_all_blocks_are_within_the_stock_model_s_own_error(family, texts):
     for name, grad in exact_grads.items():
         if grad.any():
             assert error(grads[name], grad) <= 3 * error(stock_grads[name], grad) + 1e-7, name
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_fused_norms_round_as_the_stock_modules_do(family, dtype):
+    """The output to the bit, where the eager twin computes it; gradients are rounded less often."""
+    inputs = make_inputs(family, texts=(5, 5), dtype=dtype)
+    double = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+    _, exact = forward_backward(tiny.load_transformer(family).to(dtype).double(), double)
+    stock = tiny.load_transformer(family, dtype)
+    names = stock.state_dict().keys()
+    out, grads = forward_backward(stock, inputs)
+    fused = tiny.load_transformer(family, dtype)
+    family.install(fused, SparseAttention(Dense()), fused_norms=True)
+    assert fused.state_dict().keys() == names
+    fused_out, fused_grads = forward_backward(fused, inputs)
+    assert torch.equal(fused_out, out)
+    for name, grad in exact.items():
+        if grad.any():
+            assert error(fused_grads[name], grad) <= 2 * error(grads[name], grad) + 1e-7, name
+
+
+def test_fused_norms_train_an_adapter_in_triton(family, interpreted, monkeypatch):
+    """Its gradients through the kernels, against those through the stock modules."""
+    kernels = functools.partial(norm_rope.norm_rope, backend="triton")
+    inputs = make_inputs(family, frames=5, texts=(5,))
+    grads = []
+    for fused_norms in (False, True):
+        transformer = tiny.load_transformer(family)
+        family.install(transformer, SparseAttention(Dense()), fused_norms=fused_norms)
+        randomise(lora.attach(transformer, family, rank=4))
+        monkeypatch.setattr(norm_rope, "norm_rope", kernels)
+        grads.append(forward_backward(transformer, inputs))
+    (out, stock), (fused_out, fused) = grads
+    torch.testing.assert_close(fused_out, out)
+    for name, grad in stock.items():
+        assert error(fused[name], grad) < 1e-5, name
 
 
 def test_each_sample_of_a_batch_is_as_if_alone(family):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import main
-from longreel.trainer import lora
+from longreel.trainer import lora, offload
 from longreel.trainer.caching import extra_captions
 from longreel.trainer.config import ConfigError, load
 from longreel.trainer.families import FAMILIES
@@ -61,6 +61,35 @@ def test_resumed_equals_uninterrupted(name, arguments, cache, tmp_path, monkeypa
     assert (info.width, info.height, round(info.fps)) == (64, 64, family.fps)
     clip = read_clip(out, start=0, frames=frames, fps=family.fps, height=64, width=64)
     assert clip.std() > 1
+
+
+def test_what_saves_memory_leaves_training_alone(arguments, tmp_path, monkeypatch):
+    """To the bit where the operations are the same; a run may change these settings as it goes."""
+    monkeypatch.setattr(offload, "PAGE", 1024)
+    plain = train(arguments, "memory.checkpoint=none", f"run.dir={tmp_path / 'plain'}")
+    saving = ["memory.checkpoint=attention", "memory.offload=true", "lora.dropout=0"]
+    train(arguments, *saving, "train.steps=2")
+    trainer = train(arguments, "memory.checkpoint=full", "lora.dropout=0")
+    one, two = (load_file(run.run_dir / lora.WEIGHTS) for run in (plain, trainer))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    losses = [column(read_rows(run.run_dir / "metrics.csv"), "loss") for run in (plain, trainer)]
+    assert losses[0] == losses[1]
+    work = [
+        list(column(read_rows(run.run_dir / "metrics.csv"), "attention_pflop").values())
+        for run in (plain, trainer)
+    ]
+    # Attention's forward was recomputed in the last two steps alone.
+    ratios = [with_it / without for without, with_it in zip(*work, strict=True)]
+    assert ratios == pytest.approx([1, 1, 4.5 / 3.5, 4.5 / 3.5])
+
+
+def test_offload_says_what_it_holds(arguments, monkeypatch, caplog):
+    monkeypatch.setattr(offload, "PAGE", 1024)
+    caplog.set_level("INFO")
+    settings = ["memory.checkpoint=attention", "memory.offload=true", "memory.mlp_chunk=64"]
+    trainer = train(arguments, *settings, "train.steps=2")
+    assert trainer.offload is not None and trainer.offload.arena.size > 2**16
+    assert len([m for m in caplog.messages if m.startswith("memory.offload holds")]) == 1
 
 
 def test_samples_within_a_run_leave_training_alone(arguments, tmp_path):

@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from full_width import CASES, Case, guidance, inputs, load, save_blocks
 from tiny import AllBlocks
 from torch import Tensor, nn
 
 from longreel.kernels.block_sparse.op import Backend
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Radial, SparsePattern
-from longreel.trainer import flow, lora
+from longreel.trainer import float8, flow, lora
 from longreel.trainer.config import Sigma
-from longreel.trainer.families import FAMILIES
-from longreel.trainer.families.base import ModelFamily
 
 pytestmark = pytest.mark.gpu
-
-
-@dataclass(frozen=True)
-class Case:
-    """A few blocks of a model; the rest is diffusers' default, the published width.
-
-    latents: `(frames, height, width)` at the target length. small: a grid with a ragged tail whose
-    dense mask fits, and its radial density.
-    """
-
-    family: ModelFamily
-    blocks: dict[str, int]
-    latents: tuple[int, int, int]
-    small: tuple[int, int, int]
-    density: float
-    text: dict[str, int] = field(default_factory=dict)  # widths of its further embeddings
-
-
-CASES = {
-    # 41 latent frames of 720 x 1280: 147,600 tokens
-    "wan": Case(FAMILIES["wan"], {"num_layers": 2}, (41, 90, 160), (21, 18, 32), 0.679),
-    # one dual and one single block at 253 frames of 720 x 1280: 230,400 tokens and text
-    "hunyuan": Case(
-        FAMILIES["hunyuan"],
-        {"num_layers": 1, "num_single_layers": 1},
-        (64, 90, 160),
-        (21, 18, 32),
-        0.704,
-        {"pooled_prompt_embeds": 768},
-    ),
-    # a block, and the last one, which is without text output, at 331 frames of 480 x 848
-    "mochi": Case(FAMILIES["mochi"], {"num_layers": 2}, (56, 60, 106), (21, 18, 32), 0.704),
-}
+FUSED, FLOAT8 = "fused_norms=true", "base_dtype=float8"
 
 
 class MaskedAttention(SparseAttention):
@@ -80,26 +46,21 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The blocks, saved so that they load as a run loads them: some modules may stay in fp32."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = getattr(diffusers, case.family.transformer_name)(**case.blocks)
-    heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
-    assert (heads, dim) == (40 if case.family.name == "wan" else 24, 128)
-    if case.family.name == "mochi":  # zero by default, which makes its RoPE the identity
-        with torch.no_grad():
-            model.pos_frequencies.normal_(std=0.3)
     folder = tmp_path_factory.mktemp(case.family.name)
-    model.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    save_blocks(case, folder)
     return folder
 
 
-def load(case: Case, folder: Path, dtype: torch.dtype) -> Any:
-    return case.family.load_transformer(str(folder), None, dtype).cuda().train()
+def load_with(case: Case, folder: Path, dtype: torch.dtype, setting: str) -> Any:
+    """setting: of `memory`; `base_dtype=float8` has its effect here."""
+    model = load(case, folder, dtype)
+    if setting == FLOAT8:
+        float8.quantise_layers(model, case.family.float8_layers)
+    return model
 
 
 def with_lora(
-    case: Case, model: Any, attention: SparseAttention, targets: str
+    case: Case, model: Any, attention: SparseAttention, targets: str, setting: str = ""
 ) -> dict[str, nn.Parameter]:
     parameters = dict(lora.attach(model, case.family, rank=128, targets=targets))
     generator = torch.Generator("cuda").manual_seed(1)
@@ -107,44 +68,25 @@ def with_lora(
         if "lora_B" in name:  # zero at first, which would leave A without a gradient
             with torch.no_grad():
                 parameter.normal_(std=0.02, generator=generator)
-    case.family.install(model, attention)
+    case.family.install(model, attention, fused_norms=setting == FUSED)
     model.enable_gradient_checkpointing(attention.checkpoint)
     return parameters
 
 
-def inputs(
-    case: Case, model: Any, size: tuple[int, int, int], texts: tuple[int, ...]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator("cuda").manual_seed(2)
-    shape = (len(texts), model.config.in_channels, *size)
-    clean = torch.randn(shape, device="cuda", generator=generator)
-    embeds = [
-        {
-            "prompt_embeds": torch.randn(n, 4096, device="cuda", generator=generator),
-            **{
-                name: torch.randn(width, device="cuda", generator=generator)
-                for name, width in case.text.items()
-            },
-        }
-        for n in texts
-    ]
-    return clean, {name: x.cuda() for name, x in case.family.collate_text(embeds).items()}
-
-
-def guidance(case: Case) -> float | None:
-    return 1.0 if case.family.name == "hunyuan" else None
-
-
-def test_lora_steps_at_the_target_length(case: Case, folder: Path):
+@pytest.mark.parametrize("setting", ["", FUSED, FLOAT8])
+def test_lora_steps_at_the_target_length(case: Case, folder: Path, setting: str):
     """Three optimizer steps on the blocks; the peak is what one block needs beside its weights."""
     attention = SparseAttention(Radial())
-    model = load(case, folder, torch.bfloat16)
-    parameters = with_lora(case, model, attention, "attention")
+    model = load_with(case, folder, torch.bfloat16, setting)
+    parameters = with_lora(case, model, attention, "attention", setting)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4)
     clean, text = inputs(case, model, case.latents, (100,))
     torch.cuda.reset_peak_memory_stats()
     losses = []
+    seconds = 0.0
     for step in range(3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
         generator = torch.Generator().manual_seed(step)
         noise, sigma = flow.sample(clean, Sigma(), generator)
         loss = flow.flow_matching_loss(
@@ -161,10 +103,33 @@ def test_lora_steps_at_the_target_length(case: Case, folder: Path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
     assert all(torch.isfinite(torch.tensor(losses)))
     assert attention.current is not None
     peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"{attention.current.grid}: losses {losses}, peak {peak:.1f} GiB")
+    print(
+        f"{attention.current.grid} {setting}: losses {losses}, peak {peak:.1f} GiB, last step "
+        f"{seconds:.2f} s"
+    )
+
+
+def small_step(
+    case: Case, folder: Path, dtype: torch.dtype, attention: SparseAttention, setting: str = ""
+) -> dict[str, Tensor]:
+    """The output and the LoRA's gradients on a small ragged grid, two captions of different
+    lengths."""
+    model = load_with(case, folder, dtype, setting)
+    targets = [*case.family.lora_targets][-1]
+    parameters = with_lora(case, model, attention, targets, setting)
+    clean, text = inputs(case, model, case.small, (77, 20))
+    sigma = torch.tensor([0.7, 0.3], device="cuda")
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3)).cuda()
+    noisy = flow.add_noise(clean, noise, sigma)
+    out = case.family.predict(model, noisy, sigma, text, guidance(case))
+    F.mse_loss(out, case.family.target(clean, noise)).backward()
+    grads = {n: p.grad for n, p in parameters.items() if p.grad is not None and p.grad.any()}
+    return {"out": out.detach(), **grads}
 
 
 @pytest.mark.parametrize(
@@ -174,26 +139,12 @@ def test_lora_steps_at_the_target_length(case: Case, folder: Path):
 def test_equals_the_masked_reference(
     case: Case, folder: Path, pattern: SparsePattern, backend: Backend
 ):
-    """On a small ragged grid, two captions of different lengths: output and LoRA gradients in bf16
-    are at most twice as far from fp32 as plain PyTorch's masked attention in bf16 is."""
-
-    def run(dtype: torch.dtype, attention: SparseAttention) -> dict[str, Tensor]:
-        model = load(case, folder, dtype)
-        targets = [*case.family.lora_targets][-1]
-        parameters = with_lora(case, model, attention, targets)
-        clean, text = inputs(case, model, case.small, (77, 20))
-        sigma = torch.tensor([0.7, 0.3], device="cuda")
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3)).cuda()
-        noisy = flow.add_noise(clean, noise, sigma)
-        out = case.family.predict(model, noisy, sigma, text, guidance(case))
-        F.mse_loss(out, case.family.target(clean, noise)).backward()
-        grads = {n: p.grad for n, p in parameters.items() if p.grad is not None and p.grad.any()}
-        return {"out": out.detach(), **grads}
-
-    exact = run(torch.float32, MaskedAttention(pattern))
-    plain = run(torch.bfloat16, MaskedAttention(pattern))
+    """Output and LoRA gradients in bf16 are at most twice as far from fp32 as plain PyTorch's
+    masked attention in bf16 is."""
+    exact = small_step(case, folder, torch.float32, MaskedAttention(pattern))
+    plain = small_step(case, folder, torch.bfloat16, MaskedAttention(pattern))
     attention = SparseAttention(pattern, backend=backend)
-    ours = run(torch.bfloat16, attention)
+    ours = small_step(case, folder, torch.bfloat16, attention)
     assert attention.current is not None
     density = attention.layout(attention.current.grid).density
     expected = 1 if isinstance(pattern, AllBlocks) else case.density
@@ -202,3 +153,25 @@ def test_equals_the_masked_reference(
     for name, oracle in exact.items():
         error, allowed = ((x[name] - oracle).norm().item() for x in (ours, plain))
         assert error <= 2 * allowed, f"{name}: {error:.3e} against {allowed:.3e}"
+
+
+def test_fused_norms_equal_the_stock_modules(case: Case, folder: Path):
+    """Within twice the error that the stock modules have in bf16."""
+    exact = small_step(case, folder, torch.float32, SparseAttention(Radial()))
+    plain = small_step(case, folder, torch.bfloat16, SparseAttention(Radial()))
+    ours = small_step(case, folder, torch.bfloat16, SparseAttention(Radial()), FUSED)
+    assert exact.keys() == plain.keys() == ours.keys()
+    for name, oracle in exact.items():
+        error, allowed = ((x[name] - oracle).norm().item() for x in (ours, plain))
+        assert error <= 2 * allowed, f"{name}: {error:.3e} against {allowed:.3e}"
+
+
+def test_float8_stays_near_bf16(case: Case, folder: Path):
+    """Two roundings to three bits of mantissa in every product: a few percent."""
+    plain = small_step(case, folder, torch.bfloat16, SparseAttention(Radial()))
+    ours = small_step(case, folder, torch.bfloat16, SparseAttention(Radial()), FLOAT8)
+    error = ((ours["out"] - plain["out"]).norm() / plain["out"].norm()).item()
+    flat = [torch.cat([x[n].flatten() for n in plain if n != "out"]) for x in (plain, ours)]
+    cosine = torch.cosine_similarity(*flat, dim=0).item()
+    print(f"{case.family.name}: output error {error:.2%}, gradient cosine {cosine:.4f}")
+    assert error < 0.1 and cosine > 0.97

@@ -19,10 +19,11 @@ from tiny import WAN
 
 from longreel.sparse.patterns import Spatial
 from longreel.trainer import checkpoint, job, lora, metrics
-from longreel.trainer.config import ConfigError, load
+from longreel.trainer.config import ConfigError, Memory, load
 from longreel.trainer.config import load_file as load_config
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer, lr_factor
+from longreel.trainer.memory import remedies
 from longreel.trainer.validate import Validator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,6 +269,60 @@ def test_a_torn_checkpoint_is_passed_over(arguments):
     assert checkpoint.latest(run_dir / "checkpoints").name == "step-000002"
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_a_run_out_of_memory_loses_no_step(arguments, tmp_path, monkeypatch, kind):
+    """It ends with its last whole step saved and names what helps, with which it goes on."""
+    whole = train(arguments, "checkpoint.every=100", f"run.dir={tmp_path / 'whole'}").run_dir
+    loss = Trainer._loss
+
+    def failing(self, batch, step, micro):
+        if step == 4:
+            raise kind("CUDA out of memory. Tried to allocate 85.00 GiB.\nmore")
+        return loss(self, batch, step, micro)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_loss", failing)
+        with pytest.raises(SystemExit) as caught:
+            train(arguments, "checkpoint.every=100")
+    message = str(caught.value)
+    assert message.startswith("error: out of memory: CUDA out of memory. Tried to allocate 85.00")
+    assert "more" not in message.splitlines()[0] and "memory.offload=true" in message
+    assert "memory.mlp_chunk=16384" in message and "memory.checkpoint" not in message
+    assert checkpoint.latest(tmp_path / "run/checkpoints").name == "step-000003"
+    train(arguments, "checkpoint.every=100", "memory.offload=true")
+    one, two = (load_file(run / lora.WEIGHTS) for run in (whole, tmp_path / "run"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_out_of_memory_in_the_optimizer_saves_nothing_torn(arguments, tmp_path, monkeypatch):
+    def torn(self, *_):
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(7)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    train(arguments, "train.steps=2")
+    before = (tmp_path / "run/checkpoints/step-000002/state.safetensors").read_bytes()
+    monkeypatch.setattr(torch.optim.AdamW, "step", torn)
+    with pytest.raises(SystemExit, match="newest checkpoint"):
+        train(arguments, "checkpoint.every=100")
+    newest = checkpoint.latest(tmp_path / "run/checkpoints")
+    assert newest.name == "step-000002"
+    assert (newest / "state.safetensors").read_bytes() == before
+
+
+def test_remedies_need_less_than_what_is_set():
+    def said(**settings):
+        return remedies(Memory(**settings))
+
+    assert said(checkpoint="none").startswith("memory.checkpoint=full (backward recomputes")
+    assert "offload" not in said(checkpoint="none")  # which goes with checkpointing alone
+    assert "memory.mlp_chunk=512 " in said(mlp_chunk=1024)
+    assert "offload" not in said(offload=True, offload_keep=0)
+    assert "memory.offload_keep=0" in said(offload=True)
+    assert "results are not kept" in said(checkpoint="attention")
+    assert said(offload=True, offload_keep=0, mlp_chunk=1).startswith("more memory alone")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(arguments, monkeypatch):
     monkeypatch.setattr(Trainer, "_loss", lambda self, *_: self.parameters_sum() * float("nan"))
     monkeypatch.setattr(
@@ -380,6 +435,19 @@ def test_wandb_offline_and_out_of_order(arguments, tmp_path, monkeypatch):
             patch.setattr(place, name, broken)
             train(arguments, "log.wandb=true", "train.steps=2", f"run.dir={other}")
         assert rows(other) == rows(run_dir)
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Of the training steps."""
+    return [float(row["loss"]) for row in rows(run_dir) if row["loss"]]
+
+
+def test_fused_norms_are_the_recipe_s_choice(arguments, tmp_path):
+    """The same numbers but for the rounding of gradients."""
+    stock = losses(train(arguments).run_dir)
+    trainer = train(arguments, "memory.fused_norms=true", f"run.dir={tmp_path / 'fused'}")
+    assert all(block.attn1.processor.fused_norms for block in trainer.transformer.blocks)
+    assert losses(trainer.run_dir) == pytest.approx(stock, rel=1e-4) and len(stock) == 4
 
 
 def test_lr_factor():

@@ -192,6 +192,6 @@ def test_files_that_are_not_our_adapters(tmp_path):
     with pytest.raises(ConfigError, match="does not say its rank"):
         lora.check_fits(tiny.load_transformer(WAN), tmp_path / "foreign.safetensors")
 
-    newer = lora.save(tmp_path / "newer", adapted(), WAN, ENTRY | {"version": 2})
+    newer = lora.save(tmp_path / "newer", adapted(), WAN, ENTRY | {"version": 3})
     with pytest.raises(ConfigError, match="newer longreel"):
         lora.read_entry(newer)

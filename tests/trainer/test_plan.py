@@ -348,21 +348,11 @@ def test_a_cpu_is_not_checked():
     assert plan.check_memory(job_of("hunyuan_4x"), torch.device("cpu")) is None
 
 
-def test_out_of_memory_is_explained(gpu):
+def test_advice_on_a_gpu(gpu):
+    """For a run that was out of its memory; none on a CPU, which is not planned."""
     job = job_of("wan_14b_2x", memory=AllKnobs())
-    with (
-        pytest.raises(SystemExit, match="(?s)^error: CUDA out of memory.*memory.offload=true"),
-        plan.explaining_memory(job, gpu(120)),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate.\nmore")
-
-
-def test_out_of_memory_of_a_cpu_goes_on():
-    with (
-        pytest.raises(torch.OutOfMemoryError),
-        plan.explaining_memory(job_of("tiny_wan"), torch.device("cpu")),
-    ):
-        raise torch.OutOfMemoryError("no")
+    assert "memory.offload=true" in (plan.advice_on(job, gpu(120)) or "")
+    assert plan.advice_on(job_of("tiny_wan"), torch.device("cpu")) is None
 
 
 def test_sampling(tmp_path):

@@ -6,6 +6,7 @@ from ..config import ConfigError
 from .base import Geometry, ModelFamily, installed_attention
 from .hunyuan import Hunyuan
 from .mochi import Mochi
+from .rope import RopePolicy, installed_rope
 from .wan import Wan
 
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (Wan(), Hunyuan(), Mochi())}
@@ -21,4 +22,12 @@ def family_of(entry: dict[str, Any]) -> ModelFamily:
     return FAMILIES[entry["family"]]
 
 
-__all__ = ["FAMILIES", "Geometry", "ModelFamily", "family_of", "installed_attention"]
+__all__ = [
+    "FAMILIES",
+    "Geometry",
+    "ModelFamily",
+    "RopePolicy",
+    "family_of",
+    "installed_attention",
+    "installed_rope",
+]

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
+from .rope import NATIVE, RopePolicy, TemporalAxis, stock_rope
 
 Text = dict[str, Tensor]
 
@@ -29,6 +30,7 @@ class Geometry:
     """The sizes of a model that decide shapes and cost, read from its JSON files alone.
 
     temporal, spatial: compression of the VAE. patch: latent frames, rows and columns of a token.
+    rope: of the temporal axis; None when a model has learned its frequencies.
     max_positions: rows of the RoPE table along each axis; None when positions have no limit.
     guidance_embeds: whether the model is distilled to be told its guidance as an input.
     """
@@ -40,11 +42,16 @@ class Geometry:
     layers: int
     heads: int
     head_dim: int
+    rope: TemporalAxis | None = None
     max_positions: int | None = None
     guidance_embeds: bool = False
 
     def latent_frames(self, frames: int) -> int:
         return (frames - 1) // self.temporal + 1
+
+    def positions(self, frames: int) -> int:
+        """Temporal positions: latent frames, unless a token spans several."""
+        return self.latent_frames(frames) // self.patch[0]
 
 
 class ModelFamily(ABC):
@@ -72,6 +79,7 @@ class ModelFamily(ABC):
     # The layers of the published checkpoint, as ComfyUI names them, each with the diffusers layers
     # whose outputs it holds one after another. `{}` is the index of a block.
     original_layers: Mapping[str, tuple[str, ...]]
+    float8_layers: str  # a regex of the products over all tokens in the blocks (float8.py)
     text_components: tuple[str, ...] = ("tokenizer", "text_encoder")  # of the pipeline
     fp32_components: tuple[str, ...] = ("vae",)
     tiny_version: int  # to be raised with every change of `build_tiny`
@@ -228,7 +236,7 @@ class ModelFamily(ABC):
         """Valid lengths are a multiple of this plus one: what one more latent frame takes."""
         return geometry.temporal
 
-    def check_frames(self, frames: int, geometry: Geometry) -> None:
+    def check_frames(self, frames: int, geometry: Geometry, rope: RopePolicy = NATIVE) -> None:
         """Raise ConfigError, naming the nearest lengths, for one that the model cannot take."""
         step = self.frame_step(geometry)
         if frames < 1 or (frames - 1) % step:
@@ -237,12 +245,12 @@ class ModelFamily(ABC):
                 f"frames={frames}: {self.name} takes {step}k + 1 frames; the nearest are {below} "
                 f"and {below + step}."
             )
-        positions = geometry.latent_frames(frames) // geometry.patch[0]
-        if geometry.max_positions is not None and positions > geometry.max_positions:
-            most = (geometry.max_positions * geometry.patch[0] - 1) * geometry.temporal
+        positions, rows = geometry.positions(frames), geometry.max_positions
+        if rows is not None and positions > rope.reach(rows):
+            most = (rope.reach(rows) * geometry.patch[0] - 1) * geometry.temporal
             raise ConfigError(
                 f"frames={frames} is {positions} latent frames, but the model's RoPE table ends at "
-                f"{geometry.max_positions}: at most {most // step * step + 1} frames."
+                f"{rows}: at most {most // step * step + 1} frames under rope.policy={rope.policy}."
             )
 
     @abstractmethod
@@ -250,11 +258,11 @@ class ModelFamily(ABC):
         """The length called `factor` times `native`."""
 
     def latent_shape(
-        self, frames: int, height: int, width: int, geometry: Geometry
+        self, frames: int, height: int, width: int, geometry: Geometry, rope: RopePolicy = NATIVE
     ) -> tuple[int, int, int, int]:
         """`[channels, frames, height, width]` of a video's latents; ConfigError for sizes that do
         not divide into patches."""
-        self.check_frames(frames, geometry)
+        self.check_frames(frames, geometry, rope)
         for name, pixels, patch in zip(
             ("height", "width"), (height, width), geometry.patch[1:], strict=True
         ):
@@ -277,21 +285,27 @@ class ModelFamily(ABC):
 
     # Attention
 
-    def install(self, transformer: Any, attention: SparseAttention) -> None:
+    def install(
+        self, transformer: Any, attention: SparseAttention, *, fused_norms: bool = False
+    ) -> None:
         """Let `attention` compute the transformer's self-attention, in training and in pipelines.
 
         Each layer gets a processor of its own, and a hook plans the geometry of every forward from
         its inputs. Installing again replaces what was installed before.
+
+        fused_norms: query and key norms and RoPE by one kernel (`rope.norm_and_rotate`).
         """
         for hook in list(transformer._forward_pre_hooks.values()):
             if isinstance(hook, PlanForward):
                 hook.handle.remove()
-        self.set_processors(transformer, attention)
+        self.set_processors(transformer, attention, fused_norms)
         hook = PlanForward(self, attention)
         hook.handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
     @abstractmethod
-    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+    def set_processors(
+        self, transformer: Any, attention: SparseAttention, fused_norms: bool
+    ) -> None:
         """Give every self-attention layer, in the order they run, its processor."""
 
     @abstractmethod
@@ -302,6 +316,25 @@ class ModelFamily(ABC):
 
         inputs: the arguments of `transformer.forward` by name.
         """
+
+    @abstractmethod
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        """Let each block's MLP take the video so many tokens at a time, as `chunked` does it.
+
+        What the modules hold keeps its names: adapters and state dicts do not see a difference.
+        """
+
+    # Positions
+
+    def set_rope(self, transformer: Any, rope: RopePolicy) -> None:
+        """Let temporal positions follow a policy; native puts the stock module back."""
+        transformer.rope = stock = stock_rope(transformer)
+        if rope.policy != "native":
+            transformer.rope = self.extend_rope(stock, rope, transformer.config)
+
+    @abstractmethod
+    def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        """A module for the place of `stock`, the RoPE of a transformer with this config."""
 
     # Text and pixels
 

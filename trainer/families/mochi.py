@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ...sparse.attention import SparseAttention
 from ..config import ConfigError
 from .base import Geometry, Text, channel_statistics, diffusers_class
+from .chunked import ChunkedFeedForward
 from .joint import JointFamily, pad, trim
-from .rope import rotate
+from .norm_rope import norm_and_rotate, rotate
+from .rope import NATIVE, RopePolicy
 from .tiny import latent_statistics, let_attention_speak
 
 
@@ -36,6 +38,7 @@ class Mochi(JointFamily):
         "attention+text": r"transformer_blocks\.\d+\.attn1\."
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
     }
+    float8_layers = r"transformer_blocks\.\d+\.(attn1|ff|ff_context)\..+"
     # Without mlp_x.w1 and mlp_y.w1: there the halves, gate and value, are in the other order.
     original_layers = {
         original: tuple(f"transformer_blocks.{{}}.{layer}" for layer in layers)
@@ -88,11 +91,21 @@ class Mochi(JointFamily):
             transformer.register_forward_pre_hook(_cast, with_kwargs=True)
         return pipe
 
-    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+    def set_processors(
+        self, transformer: Any, attention: SparseAttention, fused_norms: bool
+    ) -> None:
         for index, block in enumerate(transformer.transformer_blocks):
-            block.attn1.processor = MochiJointAttention(index, attention)  # it has no setter
+            # It has no setter.
+            block.attn1.processor = MochiJointAttention(index, attention, fused_norms)
         if not isinstance(transformer.rope, QuietRope):
             transformer.rope = QuietRope(transformer.rope)
+
+    def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        return QuietRope(stock, rope)
+
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        for block in transformer.transformer_blocks:  # the text's is at most 256 tokens long
+            block.ff = ChunkedFeedForward(block.ff, tokens)
 
     def encode_text(self, pipe: Any, caption: str) -> Text:
         # One caption a call: the pipeline zeroes an empty one only if it is the last of its batch.
@@ -224,9 +237,10 @@ class MochiJointAttention:
     The stock one loops over the samples and cuts their padding off; here the plan knows it.
     """
 
-    def __init__(self, layer_index: int, attention: SparseAttention) -> None:
+    def __init__(self, layer_index: int, attention: SparseAttention, fused_norms: bool) -> None:
         self.layer_index = layer_index
         self.attention = attention
+        self.fused_norms = fused_norms
 
     def __call__(
         self,
@@ -237,16 +251,25 @@ class MochiJointAttention:
         image_rotary_emb: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         q, k, v = _heads(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        # cos and sin are [S, H, D / 2]: every head has learned its own frequencies. In fp32 from
-        # the start, so that the gradients of the two products that each element is in meet in fp32.
-        q, k = (
-            rotate(norm(x).float(), *image_rotary_emb).type_as(v)
-            for norm, x in ((attn.norm_q, q), (attn.norm_k, k))
-        )
         text_layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = _heads(attn, encoder_hidden_states, *text_layers)
-        text = (attn.norm_added_q(text_q), attn.norm_added_k(text_k), text_v)
-        q, k, v = (torch.cat([x, _gathered(y)], 1) for x, y in zip((q, k, v), text, strict=True))
+        # cos and sin are [S, H, D / 2]: every head has learned its own frequencies.
+        if self.fused_norms:
+            added_q, added_k = attn.norm_added_q, attn.norm_added_k
+            q = norm_and_rotate(q, attn.norm_q, *image_rotary_emb, text=text_q, text_norm=added_q)
+            k = norm_and_rotate(k, attn.norm_k, *image_rotary_emb, text=text_k, text_norm=added_k)
+            v = torch.cat([v, text_v], dim=1)
+        else:
+            # In fp32 from the start, so that the gradients of the two products that each element is
+            # in meet in fp32.
+            q, k = (
+                rotate(norm(x).float(), *image_rotary_emb).type_as(v)
+                for norm, x in ((attn.norm_q, q), (attn.norm_k, k))
+            )
+            text = (attn.norm_added_q(text_q), attn.norm_added_k(text_k), text_v)
+            q, k, v = (
+                torch.cat([x, _gathered(y)], dim=1) for x, y in zip((q, k, v), text, strict=True)
+            )
         out = self.attention.attention(self.layer_index, q, k, v).flatten(2)
         video, context = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
         for module in attn.to_out:
@@ -257,11 +280,12 @@ class MochiJointAttention:
 
 class QuietRope(nn.Module):
     """The stock RoPE tables without its switch to an fp32 autocast, which a CPU refuses with a
-    warning: the arithmetic is in fp32 anyway."""
+    warning: the arithmetic is in fp32 anyway. Temporal positions, raw indices of latent frames, are
+    scaled by the policy: that is the same as to interpolate each learned frequency."""
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any, policy: RopePolicy = NATIVE) -> None:
         super().__init__()
-        self.stock = stock
+        self.stock, self.policy = stock, policy
 
     def forward(
         self,
@@ -273,6 +297,7 @@ class QuietRope(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         positions = self.stock._get_positions(num_frames, height, width, device, dtype)
+        positions[:, 0] *= self.policy.scale
         with torch.autocast(pos_frequencies.device.type, enabled=False):
             angles = torch.einsum("nd,dhf->nhf", positions.float(), pos_frequencies.float())
         return angles.cos(), angles.sin()

@@ -6,16 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
-from .rope import rotate
+from .chunked import ChunkedFeedForward
+from .norm_rope import norm_and_rotate, rotate
+from .rope import RopePolicy, TemporalAxis, TemporalRope
 from .tiny import latent_statistics, let_attention_speak
 
 TEXT_TOKENS = 512  # the pipeline's call pads to it; `encode_prompt` alone would pad to 226
+
+ROPE_THETA = 10000.0  # of diffusers' WanRotaryPosEmbed; no config sets another
 
 PROJECTIONS = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
 
@@ -34,6 +38,7 @@ class Wan(ModelFamily):
         "attention": r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
         "attention+text": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     }
+    float8_layers = r"blocks\.\d+\.(attn1|attn2|ffn)\..+"
     original_layers = {
         **{f"blocks.{{}}.self_attn.{o}": (f"blocks.{{}}.attn1.{d}",) for o, d in PROJECTIONS},
         **{f"blocks.{{}}.cross_attn.{o}": (f"blocks.{{}}.attn2.{d}",) for o, d in PROJECTIONS},
@@ -70,6 +75,7 @@ class Wan(ModelFamily):
             layers=transformer["num_layers"],
             heads=transformer["num_attention_heads"],
             head_dim=transformer["attention_head_dim"],
+            rope=_temporal_axis(transformer),
             max_positions=transformer.get("rope_max_seq_len", 1024),
         )
 
@@ -80,9 +86,19 @@ class Wan(ModelFamily):
     def extended_frames(self, native: int, factor: int, geometry: Geometry) -> int:
         return (native - 1) * factor + 1
 
-    def set_processors(self, transformer: Any, attention: SparseAttention) -> None:
+    def set_processors(
+        self, transformer: Any, attention: SparseAttention, fused_norms: bool
+    ) -> None:
         for index, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(WanSelfAttention(index, attention))
+            block.attn1.set_processor(WanSelfAttention(index, attention, fused_norms))
+
+    def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        axis = _temporal_axis(config)
+        return TemporalRope(stock, rope, axis, patch=config["patch_size"][0], token_dim=1)
+
+    def chunk_mlp(self, transformer: Any, tokens: int) -> None:
+        for block in transformer.blocks:
+            block.ffn = ChunkedFeedForward(block.ffn, tokens)
 
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
@@ -201,9 +217,10 @@ class Wan(ModelFamily):
 class WanSelfAttention:
     """Attention processor of one layer: the stock one's arithmetic around `SparseAttention`."""
 
-    def __init__(self, layer_index: int, attention: SparseAttention) -> None:
+    def __init__(self, layer_index: int, attention: SparseAttention, fused_norms: bool) -> None:
         self.layer_index = layer_index
         self.attention = attention
+        self.fused_norms = fused_norms
 
     def __call__(
         self,
@@ -218,15 +235,27 @@ class WanSelfAttention:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
-        # The norms span all heads, so they come before the split.
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        if not self.fused_norms:
+            # The norms span all heads, so they come before the split.
+            q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]  # each value comes twice
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.fused_norms:
+            tables = cos[0, :, 0], sin[0, :, 0]
+            q = norm_and_rotate(q, attn.norm_q, *tables, across_heads=True)
+            k = norm_and_rotate(k, attn.norm_k, *tables, across_heads=True)
+        else:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.attention.attention(self.layer_index, q, k, v).flatten(2)
         for module in attn.to_out:
             out = module(out)
         return out
+
+
+def _temporal_axis(config: Mapping[str, Any]) -> TemporalAxis:
+    """Of the transformer's config. Time has what two spatial axes, a third each, leave over."""
+    head_dim = config["attention_head_dim"]
+    return TemporalAxis(head_dim - 4 * (head_dim // 6), ROPE_THETA, torch.float64)
 
 
 def _pad(embeds: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,109 @@
+"""AdamW in fp32 and in 8 bits: the same checkpoints, and exact to resume."""
+
+import json
+
+import pytest
+import torch
+from runs import Interrupted, rows, stop_at, train
+from safetensors.torch import load_file
+from torch import nn
+
+from longreel.trainer import checkpoint, lora, optimizer
+from longreel.trainer.checkpoint import Progress
+from longreel.trainer.config import ConfigError, load
+from longreel.trainer.optimizer import build_optimizer, check_installed
+
+MOMENTS = {
+    "adamw": ["exp_avg", "exp_avg_sq"],
+    "adamw8bit": ["absmax1", "absmax2", "state1", "state2"],
+}
+
+
+@pytest.fixture(params=MOMENTS)
+def name(request):
+    if request.param == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="the extra longreel[bitsandbytes]")
+    return request.param
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    """One that 8 bits are for, and a small one that stays in fp32."""
+    torch.manual_seed(0)
+    shapes = {"wide.lora_A": (64, 100), "small.lora_B": (8, 4)}
+    return {key: nn.Parameter(torch.randn(shape)) for key, shape in shapes.items()}
+
+
+def update(optimizer, own: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in own.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.step()
+
+
+def test_moments_are_saved_and_restored_exactly(name, tmp_path):
+    whole, stopped, resumed = parameters(), parameters(), parameters()
+    update(build_optimizer(name, whole.values(), 1e-2, 0.1), whole, range(6))
+    first = build_optimizer(name, stopped.values(), 1e-2, 0.1)
+    update(first, stopped, range(3))
+    folder = checkpoint.save(tmp_path, stopped, first, Progress(3, 1, ""), keep_last=1)
+    kinds = {key.partition(".")[0] for key in load_file(folder / "state.safetensors")}
+    small = {"state1", "state2"} if name == "adamw8bit" else set()
+    assert kinds == {"lora", *MOMENTS[name]} | small
+    assert json.loads((folder / "state.json").read_text())["adam_steps"] == dict.fromkeys(whole, 3)
+    second = build_optimizer(name, resumed.values(), 1e-2, 0.1)
+    checkpoint.restore(folder, resumed, second)
+    update(second, resumed, range(3, 6))
+    for key, parameter in whole.items():
+        assert torch.equal(resumed[key], parameter)
+    if name == "adamw8bit":
+        state = second.state[resumed["wide.lora_A"]]
+        assert state["state1"].dtype == torch.uint8 and "qmap1" in state
+        # What the 8 bits are for, and what they cost.
+        plain = parameters()
+        update(build_optimizer("adamw", plain.values(), 1e-2, 0.1), plain, range(6))
+        moved = {key: (plain[key] - parameters()[key]).detach() for key in plain}
+        for key, parameter in whole.items():
+            error = (parameter - plain[key]).norm() / moved[key].norm()
+            assert error < (0.05 if key == "wide.lora_A" else 1e-5)
+
+
+def test_moments_of_another_optimizer_are_refused(name, tmp_path):
+    own = parameters()
+    first = build_optimizer(name, own.values(), 1e-2, 0.0)
+    update(first, own, range(1))
+    folder = checkpoint.save(tmp_path, own, first, Progress(1, 1, ""), keep_last=1)
+    content = load_file(folder / "state.safetensors")
+    renamed = {key.replace(MOMENTS[name][0], "another"): x for key, x in content.items()}
+    checkpoint.save_file(renamed, folder / "state.safetensors")
+    with pytest.raises(ConfigError, match=r"another memory.optimizer: it holds \['a"):
+        checkpoint.restore(folder, own, build_optimizer(name, own.values(), 1e-2, 0.0))
+
+
+def test_a_run_resumes_exactly(name, arguments, tmp_path, monkeypatch):
+    settings = ["lora.rank=128", f"memory.optimizer={name}"]  # 2048 to 8192 parameters a matrix
+    whole = train(arguments, *settings, f"run.dir={tmp_path / 'whole'}").run_dir
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Interrupted):
+            train(arguments, *settings)
+    resumed = train(arguments, *settings)
+    one, two = load_file(whole / lora.WEIGHTS), load_file(resumed.run_dir / lora.WEIGHTS)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert rows(whole) == rows(resumed.run_dir)
+    if name == "adamw8bit":
+        assert type(resumed.optimizer.optimizer).__name__ == "AdamW8bit"
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(optimizer, "find_spec", lambda _: None)
+    check_installed("adamw")
+    with pytest.raises(ConfigError, match=r"pip install 'longreel\[bitsandbytes\]'.*=adamw\."):
+        check_installed("adamw8bit")
+
+
+def test_an_unknown_optimizer_is_refused(arguments):
+    with pytest.raises(ConfigError, match="memory.optimizer"):
+        load([*arguments, "memory.optimizer=lion"])
