@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
+from .hub import hub_file
 from .rope import NATIVE, RopePolicy, TemporalAxis, stock_rope
 
 Text = dict[str, Tensor]
@@ -194,7 +195,7 @@ class ModelFamily(ABC):
             elif path.startswith(("/", ".", "~")):
                 raise FileNotFoundError("there is no such folder.")
             else:
-                file = Path(_hub_file(path, revision, name))
+                file = Path(hub_file(path, revision, name))
             return json.loads(file.read_text())
 
     @contextmanager
@@ -479,21 +480,6 @@ def channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = [0.0], [1.0]
     mean, std = torch.tensor([mean, std]).to(like)
     return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
-
-
-def _hub_file(repository: str, revision: str | None, name: str) -> str:
-    """One file of a Hub repository, from its local cache if it is there."""
-    from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(repository, name, revision=revision)
-    if isinstance(cached, str):
-        return cached
-    # Without a network this fails at once; the download would retry for half a minute first.
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # of whichever HTTP library the client is built on
-        raise OSError(f"{constants.ENDPOINT} cannot be reached ({error}).") from error
-    return hf_hub_download(repository, name, revision=revision)
 
 
 def diffusers_class(name: str) -> Any:
