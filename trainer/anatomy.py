@@ -85,7 +85,7 @@ def anatomy(job: Job) -> Anatomy:
     targets = re.compile(job.family.target_pattern(config.lora.targets))
     rank = config.lora.rank
     adapted = {name for name, _ in model.named_modules() if targets.fullmatch(name)}
-    fused_norms = getattr(config.memory, "fused_norms", False)
+    fused_norms = config.memory.fused_norms
     blocks = tuple(
         _block(block, f"{stack}.{index}.", adapted, rank, fused_norms)
         for stack, blocks in model.named_children()

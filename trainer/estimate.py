@@ -23,9 +23,8 @@ BYTES = {"bfloat16": 2, "float32": 4, "float8": 1}
 
 @dataclass(frozen=True)
 class Knobs:
-    """The settings that decide memory, at their defaults where this version has no such key.
-
-    Fields are as in `config.Memory`; sequence: GPUs that share the tokens of one sample.
+    """The settings of `config.Memory` that decide how much there is, and sequence: the GPUs that
+    share the tokens of one sample, which training cannot do yet.
     """
 
     checkpoint: str = "full"
@@ -43,12 +42,8 @@ class Knobs:
 
 
 def read_knobs(config: Config) -> Knobs:
-    memory = config.memory
-    given = {f.name: getattr(memory, f.name) for f in fields(Knobs) if hasattr(memory, f.name)}
-    if isinstance(given["checkpoint"], bool):
-        given["checkpoint"] = "full" if given["checkpoint"] else "none"
-    parallel = getattr(config, "parallel", None)
-    return Knobs(**given, sequence=getattr(parallel, "sequence", 1))
+    names = [part.name for part in fields(Knobs) if part.name != "sequence"]
+    return Knobs(**{name: getattr(config.memory, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 
@@ -71,8 +71,6 @@ def plan(job: Job, gpu: Gpu, *, gpus: int = 1, memory: float | None = None) -> P
     """memory: GiB of one GPU, if not that of `gpu`. Raises ConfigError for missing model files, and
     if `gpus` cannot be shared as the config asks."""
     model, knobs, config = anatomy(job), read_knobs(job.config), job.config
-    if gpus % knobs.sequence:
-        raise ConfigError(f"gpus={gpus} is no multiple of parallel.sequence={knobs.sequence}.")
     grid, train = job.grid(job.frames), config.train
     densities = job.attention().layer_densities(grid, job.geometry.layers, job.geometry.heads)
     passes = Passes.of_training(knobs)
@@ -101,7 +99,7 @@ def plan(job: Job, gpu: Gpu, *, gpus: int = 1, memory: float | None = None) -> P
         dense_seconds=update([1.0] * len(densities)).total,
         memory_limit=GIB * (gpu.memory if memory is None else memory),
         gpus=gpus,
-        samples=train.batch * train.accumulate * gpus // knobs.sequence,
+        samples=train.batch * train.accumulate * gpus,
         gpu_hours=train.steps * update(densities).total * gpus / 3600,
         clip_bytes=clip_bytes,
         caption_bytes=caption_bytes,
@@ -132,7 +130,7 @@ class SamplingPlan:
 def plan_sampling(job: Job, gpu: Gpu) -> SamplingPlan:
     """At the job's length, with the family's steps and guidance, on one GPU."""
     model, family, config = anatomy(job), job.family, job.config
-    knobs = replace(read_knobs(config), sequence=1, offload=False)
+    knobs = replace(read_knobs(config), offload=False)
     vae, encoders = blank_encoders(family, job.model_path, config.model.revision)
     grid, attention = job.grid(job.frames), job.attention()
     negative = family.uses_negative(job.geometry, family.guidance)
@@ -214,9 +212,6 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
     ("memory.mlp_chunk", 16384),
     ("memory.optimizer", "adamw8bit"),
     ("memory.base_dtype", "float8"),
-    ("parallel.sequence", 2),
-    ("parallel.sequence", 4),
-    ("parallel.sequence", 8),
 )
 
 
@@ -226,15 +221,13 @@ def remedies(
     """Settings that bring a step of `tokens` under `limit` bytes, each on top of those before it,
     with the peak in bytes that it leaves; and the knobs as they then are.
 
-    Only those that this version knows and that help. The last one may still not be enough.
+    Only those that help. The last one may still not be enough.
     """
     knobs, turned = read_knobs(config), {}
     peak = training_memory(model, tokens, knobs).peak
     for setting, value in REMEDIES:
         name = setting.rpartition(".")[2]
-        if peak <= limit or not _takes(config, setting, value):
-            continue
-        if name == "sequence" and model.heads % value:
+        if peak <= limit:
             continue
         tried = replace(knobs, **{name: value})
         lower = training_memory(model, tokens, tried).peak
@@ -247,16 +240,6 @@ def remedies(
         for setting, (value, left) in turned.items()
     }
     return steps, knobs
-
-
-def _takes(config: Config, setting: str, value: Any) -> bool:
-    """Whether this version's config has such a setting, which takes such a value."""
-    section, _, name = setting.partition(".")
-    group = getattr(config, section, None)
-    if not hasattr(group, name):
-        return False
-    hint = get_type_hints(type(group))[name]
-    return value in get_args(hint) if get_origin(hint) is Literal else isinstance(value, hint)
 
 
 def advice(job: Job, model: Anatomy, limit: float) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -33,18 +32,6 @@ from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
 
 H200 = rates.GPUS["h200"]
-
-
-@dataclass(frozen=True)
-class AllKnobs(Memory):
-    """The section with every key that a planner may turn."""
-
-    checkpoint: Literal["none", "full", "attention"] = "full"  # pyright: ignore
-    offload: bool = False
-    offload_keep: int = 1
-    mlp_chunk: int = 0
-    base_dtype: Literal["bfloat16", "float32", "float8"] = "bfloat16"  # pyright: ignore
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 def job_of(recipe, *settings, memory=None, cache=None):
@@ -270,19 +257,16 @@ def test_the_longest_length_ends_with_the_positions():
     assert plan.longest_frames(job, lambda tokens: False) is None
 
 
-def test_knobs_are_read_with_and_without_their_keys():
+def test_knobs_are_read():
     assert read_knobs(load(["recipe=mochi_2x"])) == Knobs()
-    bare = load(["recipe=mochi_2x"])
-    assert read_knobs(replace(bare, memory=AllKnobs(checkpoint="attention", mlp_chunk=8))) == Knobs(
+    given = ["memory.checkpoint=attention", "memory.mlp_chunk=8"]
+    assert read_knobs(load(["recipe=mochi_2x", *given])) == Knobs(
         checkpoint="attention", mlp_chunk=8
     )
-    for given, kind in ((True, "full"), (False, "none")):
-        memory = replace(AllKnobs(), checkpoint=given)
-        assert read_knobs(replace(bare, memory=memory)).checkpoint == kind
 
 
 def test_remedies_come_in_order_until_it_fits():
-    job = job_of("hunyuan_2x", memory=AllKnobs(checkpoint="none"))
+    job = job_of("hunyuan_2x", memory=Memory(checkpoint="none"))
     model, tokens = anatomy(job), len(job.grid(job.frames))
 
     def found(gib):
@@ -303,7 +287,7 @@ def test_remedies_come_in_order_until_it_fits():
 
 def test_advice_ends_with_a_length_that_then_fits():
     """Or says that none does which would train."""
-    job = job_of("hunyuan_4x", memory=AllKnobs())
+    job = job_of("hunyuan_4x", memory=Memory())
     model, tokens = anatomy(job), len(job.grid(job.frames))
     said = plan.advice(job, model, 75 * GIB)
     frames = int(said.rpartition("frames=")[2].partition(",")[0])
@@ -314,12 +298,10 @@ def test_advice_ends_with_a_length_that_then_fits():
     assert plan.advice(job, model, 30 * GIB).endswith("not even the native 125 frames fit")
 
 
-def test_only_settings_of_this_version_are_advised():
-    job = job_of("hunyuan_2x", memory=Memory())
-    known = {f"memory.{name}" for name in Memory.__dataclass_fields__}
+def test_what_is_advised_loads():
+    job = job_of("hunyuan_2x")
     model, tokens = anatomy(job), len(job.grid(job.frames))
     for setting in plan.remedies(job.config, model, tokens, GIB)[0]:
-        assert setting.partition("=")[0] in known
         load(["recipe=hunyuan_2x", setting])
 
 
@@ -335,7 +317,7 @@ def gpu(monkeypatch):
 
 
 def test_a_run_is_checked_before_it_loads(gpu):
-    job = job_of("wan_14b_2x", memory=AllKnobs())
+    job = job_of("wan_14b_2x", memory=Memory())
     assert plan.check_memory(job, gpu(200)) is None
     warning = plan.check_memory(job, gpu(120))
     assert warning and "predicted to take 135" in warning and "has 120.0 GiB" in warning
@@ -350,7 +332,7 @@ def test_a_cpu_is_not_checked():
 
 def test_advice_on_a_gpu(gpu):
     """For a run that was out of its memory."""
-    job = job_of("wan_14b_2x", memory=AllKnobs())
+    job = job_of("wan_14b_2x", memory=Memory())
     assert "memory.offload=true" in (plan.advice_on(job, gpu(120)) or "")
 
 
