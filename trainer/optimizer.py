@@ -33,9 +33,9 @@ def build_optimizer(
     """`adamw`, or `adamw8bit`, which keeps parameters below 4096 elements in fp32 all the same."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    import bitsandbytes  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
 
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
+    return AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def moments_of(
