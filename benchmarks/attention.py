@@ -5,7 +5,7 @@
 
 One process on one GPU. On each grid every kernel is first held to fp32, output and gradients; one
 that is wrong is written down as wrong and not timed. The others take turns, a forward and a
-backward pass each: medians by CUDA events, after three runs that do not count. The result file is
+backward pass each: medians by CUDA events, after two runs that do not count. The result file is
 replaced after each grid; --resume goes on with the one of its name, if it was measured on the same
 machine with the same settings. --growth measures time against length instead.
 """
@@ -36,9 +36,9 @@ REPEATS = 3
 NOTES = (
     "Cells hold forward / backward / both. TFLOP/s count kept blocks, 4 * heads * head_dim * "
     f"{BLOCK}^2 each forward and 2.5 times that backward, whatever a kernel does inside; of dense "
-    "attention all pairs. The ideal is a speedup of 1 / density over dense cuDNN. Flex is the "
-    "better of its rows, pass by pass. MiB: the peak of both passes beyond inputs, output and "
-    "gradients."
+    "attention all pairs. The ideal is a speedup of 1 / density over dense cuDNN. Flex and dense "
+    "cuDNN are the better of their rows, pass by pass. MiB: the peak of both passes beyond inputs, "
+    "output and gradients."
 )
 
 
@@ -87,15 +87,14 @@ def measure(
         expected = problem.expected(dense)
         for name in kernels if chosen is None else [x for x in kernels if x in chosen]:
             kernel = kernels[name]
-            rows[name] = Row(name, problem.flops(dense), kernel.complaint(expected))
-            if not rows[name].complaint:
+            complaint, memory = kernel.check(expected)
+            rows[name] = Row(name, problem.flops(dense), complaint, memory=memory)
+            if not complaint:
                 right[name] = kernel
-    memory = {name: kernel.memory() for name, kernel in right.items()}
-    # With the check and the run for memory, one in turns makes three that do not count.
     steps = {name: kernel.step for name, kernel in right.items()}
     medians = take_turns(steps, warmups=1, repeats=REPEATS, seconds=seconds)
     for name, (forward, backward) in medians.items():
-        rows[name] = rows[name].timed(forward, backward, memory[name])
+        rows[name] = rows[name].timed(forward, backward)
     return list(rows.values())
 
 
@@ -107,7 +106,7 @@ def grow(args: argparse.Namespace) -> None:
     steps = {}
     for grid, problem in zip(GROWTH_GRIDS, problems, strict=True):
         kernel = problem.launched(DEFAULT)
-        complaint = kernel.complaint(problem.expected(dense=False))
+        complaint, _ = kernel.check(problem.expected(dense=False))
         if complaint:
             raise SystemExit(f"error: {DEFAULT} on {grid}: {complaint}")
         steps[grid] = kernel.step

@@ -17,6 +17,7 @@ from longreel.kernels.block_sparse import (
     forward,
     hopper_backward,
     hopper_forward,
+    hopper_fused,
 )
 from longreel.kernels.block_sparse.op import Backend
 from longreel.sparse.grid import TokenGrid
@@ -27,7 +28,8 @@ from longreel.trainer.probe import milliseconds
 BLOCK = 128
 # Our kernels: launchers with the signatures of those in forward.py and backward.py.
 VARIANTS = {
-    "hopper": (hopper_forward.forward, hopper_backward.backward),
+    "hopper": (hopper_forward.forward, hopper_fused.backward),
+    "hopper, deterministic": (hopper_forward.forward, hopper_backward.backward),
     "portable": (forward.forward, backward.backward),
 }
 DEFAULT = "hopper"  # of which --growth tells
@@ -48,23 +50,21 @@ class Kernel(NamedTuple):
         backward, _ = milliseconds(lambda: self.backward(saved))
         return forward, backward
 
-    def memory(self) -> int:
-        """Peak bytes of both passes beyond inputs, output and gradients."""
-        torch.cuda.reset_peak_memory_stats()
+    def check(self, expected: Expected) -> tuple[str, int]:
+        """Why its times would mean nothing, empty if its results are right; and the peak bytes of
+        both passes beyond inputs, output and gradients."""
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        saved = self.forward()
-        results = (saved[0], *self.backward(saved))
-        kept = sum(x.numel() * x.element_size() for x in results)
-        return torch.cuda.max_memory_allocated() - before - kept
-
-    def complaint(self, expected: Expected) -> str:
-        """Why its times would mean nothing; empty if its results are right."""
         try:
             saved = self.forward()
-            wrong = expected.complaint(saved[0], self.backward(saved))
+            grads = self.backward(saved)
+            peak = torch.cuda.max_memory_allocated()
+            wrong = expected.complaint(saved[0], grads)
         except Exception as error:  # of a compiler, say: the other kernels go on without it
-            return f"failed: {type(error).__name__}: {error}".splitlines()[0]
-        return wrong and f"wrong: {wrong}"
+            return f"failed: {type(error).__name__}: {error}".splitlines()[0], 0
+        kept = sum(x.numel() * x.element_size() for x in (saved[0], *grads))
+        return wrong and f"wrong: {wrong}", peak - before - kept
 
 
 class Problem:
@@ -102,8 +102,10 @@ class Problem:
         }
 
     def dense_kernels(self) -> dict[str, Kernel]:
+        cudnn = partial(dense, SDPBackend.CUDNN_ATTENTION)
         return {
-            CUDNN: self.differentiated(partial(dense, SDPBackend.CUDNN_ATTENTION)),
+            CUDNN: self.differentiated(cudnn),
+            f"{CUDNN}, heads first": self.differentiated(cudnn, heads_first=True),
             "dense flash-2": self.differentiated(partial(dense, SDPBackend.FLASH_ATTENTION)),
         }
 

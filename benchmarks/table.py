@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-CUDNN = "dense cuDNN"
-FLEX = "flex"  # and what begins with it
+CUDNN = "dense cuDNN"  # and what begins with it
+FLEX = "flex"  # likewise
 # Forward and backward TFLOP/s on an H200 at head_dim 128, HunyuanVideo's grids of 64 latent frames.
 # A run in which these come out otherwise compares our kernels with something else.
 ANCHORS = {FLEX: (415.0, 380.0), CUDNN: (604.0, 547.0)}
@@ -33,8 +33,8 @@ class Row:
     backward: float = math.nan
     memory: int = 0
 
-    def timed(self, forward: float, backward: float, memory: int) -> "Row":
-        return replace(self, forward=forward, backward=backward, memory=memory)
+    def timed(self, forward: float, backward: float) -> "Row":
+        return replace(self, forward=forward, backward=backward)
 
     @property
     def milliseconds(self) -> Triple:

@@ -11,8 +11,10 @@ lies in slot i % slots.
 """
 
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -20,6 +22,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@builtin
+def _async_add(descriptor, coordinates, source, _semantic=None):
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    place = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, place, source.handle)
+
+
+# Public from Triton 3.8 on: until then the compiler has the operation, and Gluon no name for it.
+async_add = getattr(tma, "async_atomic_add", None) or _async_add
 
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer: the height of a tensor-core instruction
@@ -163,7 +176,7 @@ def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, rows, 1, x.shape[3]], layout)
 
 
-def sums_of(x: Tensor, rows: int) -> TensorDescriptor:
-    """The same of [B * H, padded] fp32: `rows` queries of one head."""
+def sums_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The same of an fp32 matrix: tiles of `rows` by `columns`."""
     layout = gl.NVMMASharedLayout(0, 32, rank=2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)

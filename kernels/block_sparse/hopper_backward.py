@@ -2,8 +2,7 @@
 
 The two passes of backward.py, with the same sums in the same order, on the groups and rings of
 hopper.py. In both the products of one tile run while the exponentials of the next are computed.
-A single pass, with five products in place of seven and dQ added up through memory, was measured
-slower (README.md).
+hopper_fused.py does the same in a single pass, faster, where dQ need not be deterministic.
 """
 
 import torch
@@ -54,6 +53,22 @@ def _copy_with_sums(tiles, sums, batch, start, head, row, slot, sums_slot, ready
 
 
 @gluon.jit
+def bring_queries(
+    queries, grads, lses, deltas, q_ring, do_ring, lse_slots, delta_slots,
+    indices, first, tiles, batch, head, row, BLOCK: gl.constexpr, BM: gl.constexpr,
+):  # fmt: skip
+    """Producer: the queries of a column, their gradients and row sums, tile by tile."""
+    for i in range(tiles):
+        m = tile_start(indices, first, i, BLOCK, BM)
+        slot, ready = claim(q_ring, i)
+        lse = lse_slots.index(i % lse_slots.shape[0])
+        _copy_with_sums(queries, lses, batch, m, head, row, slot, lse, ready)
+        slot, ready = claim(do_ring, i)
+        delta = delta_slots.index(i % delta_slots.shape[0])
+        _copy_with_sums(grads, deltas, batch, m, head, row, slot, delta, ready)
+
+
+@gluon.jit
 def _produce_queries(
     queries, grads, keys, values, lses, deltas, k_slots, v_slots, kv_ready,
     q_ring, do_ring, lse_slots, delta_slots, indices, first, tiles, batch, head, row, start_n,
@@ -66,17 +81,14 @@ def _produce_queries(
             mbarrier.expect(ready, keys.block_type.nbytes + values.block_type.nbytes)
             async_load(keys, [batch, start, head, 0], ready, k_slots.index(group))
             async_load(values, [batch, start, head, 0], ready, v_slots.index(group))
-    for i in range(tiles):
-        m = tile_start(indices, first, i, BLOCK, BM)
-        place = i % lse_slots.shape[0]
-        slot, ready = claim(q_ring, i)
-        _copy_with_sums(queries, lses, batch, m, head, row, slot, lse_slots.index(place), ready)
-        slot, ready = claim(do_ring, i)
-        _copy_with_sums(grads, deltas, batch, m, head, row, slot, delta_slots.index(place), ready)
+    bring_queries(
+        queries, grads, lses, deltas, q_ring, do_ring, lse_slots, delta_slots,
+        indices, first, tiles, batch, head, row, BLOCK, BM,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _start_from(sums_slots, i, zeros):
+def start_from(sums_slots, i, zeros):
     """An accumulator [64, BM] that begins with minus the row sum of each query."""
     SLOTS: gl.constexpr = sums_slots.shape[0]
     columns: gl.constexpr = gl.SliceLayout(0, zeros.type.layout)
@@ -102,9 +114,9 @@ def _consume_queries(
     if tiles > 0:
         mbarrier.wait(kv_ready.index(GROUP), 0)
         q_t = await_tile(q_ring, 0).permute((1, 0))
-        s = warpgroup_mma(k, q_t, _start_from(lse_slots, 0, zeros), is_async=True)
+        s = warpgroup_mma(k, q_t, start_from(lse_slots, 0, zeros), is_async=True)
         do_t = await_tile(do_ring, 0).permute((1, 0))
-        dp = warpgroup_mma(v, do_t, _start_from(delta_slots, 0, zeros), is_async=True)
+        dp = warpgroup_mma(v, do_t, start_from(delta_slots, 0, zeros), is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * scale_log2)
         p_low = gl.convert_layout(p.to(k.dtype), a_layout)
@@ -115,10 +127,10 @@ def _consume_queries(
         release(do_ring, 0)
         for i in range(1, tiles):
             q = await_tile(q_ring, i)
-            start = _start_from(lse_slots, i, zeros)
+            start = start_from(lse_slots, i, zeros)
             s = warpgroup_mma(k, q.permute((1, 0)), start, is_async=True)
             do = await_tile(do_ring, i)
-            start = _start_from(delta_slots, i, zeros)
+            start = start_from(delta_slots, i, zeros)
             dp = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
             dk = warpgroup_mma(ds_low, peek(q_ring, i - 1), dk, is_async=True)
             s = warpgroup_mma_wait(2, deps=[s])
@@ -354,7 +366,7 @@ def backward(
         _grad_kv_kernel[grid](
             *(tiles_of(x, pipeline.tile) for x in (q, grad_out)),
             *(tiles_of(x, rows) for x in (k, v)),
-            *(sums_of(x.view(-1, padded), pipeline.tile) for x in sums),
+            *(sums_of(x.view(-1, padded), 1, pipeline.tile) for x in sums),
             *(tiles_of(x, rows) for x in (dk, dv)),
             col_indptr, col_indices, head_to_layout, valid, tokens, heads, num_blocks, *scales,
             BLOCK=block, BM=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,

@@ -40,10 +40,10 @@ def block_sparse_attention(
     """softmax(scale * q k^T) v, where each block of queries attends to the key blocks it lists.
 
     All of a listed pair of blocks is attended, except keys at or past `valid` and the ragged tail
-    past the sequence. Differentiable once in q, k and v through both outputs. Deterministic, except
-    for the gradients of `fa4`, and without host synchronisation (`reference` reads the lists, so on
-    a GPU it waits, and `fa4` does for lists and shapes that are new to it). The algorithm is
-    FlashAttention-2's (Dao, 2023), over block lists.
+    past the sequence. Differentiable once in q, k and v through both outputs. Deterministic, but
+    for gradients where `deterministic` says so, and without host synchronisation (`reference` reads
+    the lists, so on a GPU it waits, and `fa4` does for lists and shapes that are new to it). The
+    algorithm is FlashAttention-2's (Dao, 2023), over block lists.
 
     Args:
         q, k, v: [B, S, H, D] bf16, fp16 or fp32 (`reference`: fp64 too), D in {16, 32, 64, 128};
@@ -57,8 +57,9 @@ def block_sparse_attention(
         valid: [B] int32 on the same device: keys at positions >= valid[b] do not count. Queries
             there are computed like any others.
         scale: positive factor of the logits; D ** -0.5 by default.
-        deterministic: whether gradients must be bit-equal when repeated, which excludes `fa4`; by
-            default what torch.use_deterministic_algorithms asks for.
+        deterministic: whether gradients must be bit-equal when repeated; by default what
+            torch.use_deterministic_algorithms asks for. Where they need not be, `triton` on Hopper
+            and `fa4` add up that of q in no fixed order, which is faster.
         backend: see `resolve_backend`.
 
     Returns:
@@ -77,6 +78,8 @@ def block_sparse_attention(
         raise ValueError(f"scale is {scale}; it must be positive (negate q for a negative one)")
     resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3], block)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if deterministic is None:
+        deterministic = _deterministic_algorithms(backend)
     if resolved == "fa4":
         resolved = _fa4_or_other(backend, valid, gradients, deterministic)
     if resolved == "flex":
@@ -87,7 +90,13 @@ def block_sparse_attention(
         return flex.attention(
             q, k, v, row_indptr, row_indices, head_to_layout, valid, block, factor
         )
-    return _attention(q, k, v, *lists, valid, block, factor, resolved)
+    return _attention(q, k, v, *lists, valid, block, factor, resolved, deterministic)
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards the mode, but does not trace this
+def _deterministic_algorithms(backend: str) -> bool:
+    """Whether torch.use_deterministic_algorithms is on; its warn_only leaves an explicit fa4 be."""
+    return torch.get_deterministic_debug_mode() > (backend == "fa4")
 
 
 def resolve_backend(
@@ -142,9 +151,7 @@ def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int, block: i
     return "triton"
 
 
-def _fa4_or_other(
-    backend: str, valid: Tensor | None, gradients: bool, deterministic: bool | None
-) -> str:
+def _fa4_or_other(backend: str, valid: Tensor | None, gradients: bool, deterministic: bool) -> str:
     """The backend of a call that resolved to fa4: ValueError if it was asked for and cannot."""
     from . import fa4
 
@@ -279,6 +286,7 @@ def _attention(
     block: int,
     scale: float,
     backend: str,
+    deterministic: bool,  # of the gradients
 ) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, row_indptr, row_indices, head_to_layout, valid, block, scale)
     backend = _checked(backend, q, row_indptr)
@@ -319,6 +327,7 @@ def _attention_backward(
     block: int,
     scale: float,
     backend: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The gradient of a sum arrives expanded, with strides of 0: no tile can be copied from that.
     if grad_out.stride(3) != 1 or 0 in grad_out.stride():
@@ -331,7 +340,10 @@ def _attention_backward(
     if backend == "fa4":
         from .fa4 import backward
     elif hopper_takes(block, q, k, v, grad_out):
-        from .hopper_backward import backward
+        if deterministic:
+            from .hopper_backward import backward
+        else:
+            from .hopper_fused import backward
     else:
         from .backward import backward
 
@@ -344,21 +356,20 @@ def _(grad_out, grad_lse, q, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.block, ctx.scale, ctx.backend = inputs
+    *tensors, ctx.block, ctx.scale, ctx.backend, ctx.deterministic = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     q, k, v, *lists, valid, out, lse = ctx.saved_tensors
-    unused = (None,) * 9
+    unused = (None,) * 10
     if grad_out is None:
         if grad_lse is None:
             return None, None, None, *unused
         grad_out = torch.zeros_like(out)
-    grads = _attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *lists, valid, ctx.block, ctx.scale, ctx.backend
-    )
+    settings = ctx.block, ctx.scale, ctx.backend, ctx.deterministic
+    grads = _attention_backward(grad_out, grad_lse, q, k, v, out, lse, *lists, valid, *settings)
     return *grads, *unused
 
 

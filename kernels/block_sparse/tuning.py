@@ -1,6 +1,6 @@
 """Launch configurations per GPU, head size and element size, as data.
 
-`HOPPER` holds measured choices for the kernels of hopper_forward.py and hopper_backward.py. `TABLE`
+`HOPPER` holds measured choices for the kernels of the files hopper_*.py. `TABLE`
 holds tiles for the portable kernels of forward.py and backward.py, which every other GPU runs:
 they fit its shared memory without register spills. The offline compile tests hold both to that.
 """
@@ -28,9 +28,11 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Pipelines:
-    """The three launches of a training step on Hopper."""
+    """The launches of a training step on Hopper: `fused`, or for deterministic gradients the two
+    after it. The slots of `fused` are those of queries; their gradients have one less."""
 
     forward: Pipeline
+    fused: Pipeline
     grad_kv: Pipeline
     grad_q: Pipeline
 
@@ -39,11 +41,13 @@ class Pipelines:
 HOPPER = {
     64: Pipelines(
         forward=Pipeline(128, 2, 232, 40),
+        fused=Pipeline(128, 3, 240, 24),
         grad_kv=Pipeline(64, 3, 240, 24),
         grad_q=Pipeline(64, 3, 232, 40),
     ),
     128: Pipelines(
         forward=Pipeline(128, 2, 232, 40),
+        fused=Pipeline(64, 3, 240, 24),
         grad_kv=Pipeline(64, 3, 240, 24),
         grad_q=Pipeline(64, 3, 232, 40),
     ),

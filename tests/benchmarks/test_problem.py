@@ -36,24 +36,24 @@ def test_launchers():
     problem = Problem(TokenGrid(4, 15, 17), heads=1, head_dim=16, device=DEVICE)
     problem.qkv = tuple(x.half() for x in problem.qkv)
     problem.grad = problem.grad.half()
-    assert problem.launched("portable").complaint(problem.expected(dense=False)) == ""
+    assert problem.launched("portable").check(problem.expected(dense=False))[0] == ""
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_autograd(problem, heads_first):
     kernel = problem.differentiated(problem.listed("reference"), heads_first)
-    assert kernel.complaint(problem.expected(dense=False)) == ""
-    assert kernel.complaint(problem.expected(dense=True)).startswith("wrong: relative error")
+    assert kernel.check(problem.expected(dense=False))[0] == ""
+    assert kernel.check(problem.expected(dense=True))[0].startswith("wrong: relative error")
 
 
 def test_dense(problem):
     kernel = problem.differentiated(partial(dense, SDPBackend.MATH))
-    assert kernel.complaint(problem.expected(dense=True)) == ""
+    assert kernel.check(problem.expected(dense=True))[0] == ""
 
 
 def test_a_kernel_that_does_not_run(problem):
     def fails():
         raise RuntimeError("no such instruction\nand more")
 
-    complaint = Kernel(fails, lambda saved: saved).complaint(problem.expected(dense=True))
+    complaint = Kernel(fails, lambda saved: saved).check(problem.expected(dense=True))[0]
     assert complaint == "failed: RuntimeError: no such instruction"

@@ -5,11 +5,11 @@ from table import Row, fastest, table, verdict
 
 # 1e12 operations forward: 1000 / ms TFLOP/s forward, 2500 / ms backward.
 ROWS = [
-    Row("ours", 1e12).timed(2, 5, 3 * 2**20),
-    Row("flex", 1e12).timed(4, 8, 0),
-    Row("flex, heads first", 1e12).timed(3, 10, 0),
+    Row("ours", 1e12, memory=3 * 2**20).timed(2, 5),
+    Row("flex", 1e12).timed(4, 8),
+    Row("flex, heads first", 1e12).timed(3, 10),
     Row("fa4", 1e12, "wrong: dq | dk"),
-    Row("dense cuDNN", 1e13).timed(16, 40, 0),
+    Row("dense cuDNN", 1e13).timed(16, 40),
 ]
 
 
@@ -53,8 +53,8 @@ def test_without_dense_attention_nothing_is_compared_with_it():
 def known(forward: float, backward: float) -> list[Row]:
     """cuDNN as known; flex at these rates."""
     return [
-        Row("flex", 1e12).timed(1000 / forward, 2500 / backward, 0),
-        Row("dense cuDNN", 1e12).timed(1000 / 604, 2500 / 547, 0),
+        Row("flex", 1e12).timed(1000 / forward, 2500 / backward),
+        Row("dense cuDNN", 1e12).timed(1000 / 604, 2500 / 547),
     ]
 
 

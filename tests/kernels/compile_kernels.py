@@ -17,7 +17,13 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from longreel.kernels.block_sparse import backward, forward, hopper_backward, hopper_forward
+from longreel.kernels.block_sparse import (
+    backward,
+    forward,
+    hopper_backward,
+    hopper_forward,
+    hopper_fused,
+)
 from longreel.kernels.block_sparse.hopper import ROWS, sums_of, tiles_of
 from longreel.kernels.block_sparse.tuning import HOPPER, Pipeline, Tile, tiles_for
 
@@ -29,6 +35,7 @@ PORTABLE = {
 }
 FOR_HOPPER = {
     "forward": hopper_forward._forward_kernel,
+    "fused": hopper_fused._gradients_kernel,
     "grad_kv": hopper_backward._grad_kv_kernel,
     "grad_q": hopper_backward._grad_q_kernel,
 }
@@ -89,20 +96,20 @@ def compile_portable(kernel, tile: Tile, arch: int, head_dim: int, dtype: str) -
 def compile_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str) -> dict:
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     tokens = torch.empty(1, 256, 1, head_dim, dtype=torch_dtype)
+    sums = torch.empty(16, 256)
 
     def described(descriptor, of: str) -> str:
         return f"tensordesc<{of}{descriptor.block_shape},{descriptor.layout!r}>"
 
     own = described(tiles_of(tokens, ROWS.value), dtype)
     circulating = described(tiles_of(tokens, pipeline.tile), dtype)
-    by_column = name == "grad_kv"
+    by_column = name in ("fused", "grad_kv")
     types = {
         **dict.fromkeys(("queries", "grads"), circulating if by_column else own),
         **dict.fromkeys(("keys", "values"), own if by_column else circulating),
         **dict.fromkeys(("outputs", "grad_queries", "grad_keys", "grad_values"), own),
-        **dict.fromkeys(
-            ("lses", "deltas"), described(sums_of(torch.empty(1, 256), pipeline.tile), "fp32")
-        ),
+        **dict.fromkeys(("lses", "deltas"), described(sums_of(sums, 1, pipeline.tile), "fp32")),
+        "sum_queries": described(sums_of(sums, hopper_fused.CHUNK_ROWS.value, 256), "fp32"),
         **dict.fromkeys("KV", f"*{dtype}"),
         **TYPES,
     }

@@ -196,7 +196,7 @@ def test_lse_alone_and_out_alone(with_lse, interpreted):
 def test_opcheck(backend, interpreted):
     (q, k, v), (grad_out, grad_lse), lists, valid = Case(tokens=40, valid=(20, 40)).make()
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    settings = (valid, 16, 0.25, backend)
+    settings = (valid, 16, 0.25, backend, True)
     torch.library.opcheck(OP, (*leaves, *lists.tensors, *settings))
     out, lse = OP(q, k, v, *lists.tensors, *settings)
     torch.library.opcheck(

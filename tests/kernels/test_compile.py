@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 SHARED_KIB = {"80": 163, "89": 99, "90": 227, "hopper": 227, "100": 227, "120": 99}
-# Hopper's dK and dV at head_dim 128 fill every register. Elsewhere one or two are forgiven.
-SPILLS = {("hopper", 128, "grad_kv"): 32}
+# Hopper's dK and dV at head_dim 128 fill every register, and with dQ at either: of `fused` all is
+# written before and after the loop. Elsewhere one or two are forgiven.
+SPILLS = {
+    ("hopper", 128, "grad_kv"): 32,
+    ("hopper", 128, "fused"): 400,
+    ("hopper", 64, "fused"): 400,
+}
 FORGIVEN = 8
 # Heads of 16 channels are the tiny models' alone: their dK/dV may be slow on Hopper.
 SERIALIZED = {("90", 16, "grad_kv")}

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -218,8 +219,10 @@ def test_auto_never_fails_with_it(wrong, package, monkeypatch, caplog):
         package.spoil["dk"] = WRONG["dk"]
     qkv, grads, lists, valid = CASE.make()
 
-    def automatic(q, k, v):
-        return block_sparse_attention(q, k, v, *lists.tensors, block=128, valid=valid)
+    def automatic(q, k, v, deterministic: bool | None = False):
+        return block_sparse_attention(
+            q, k, v, *lists.tensors, block=128, valid=valid, deterministic=deterministic
+        )
 
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -231,7 +234,9 @@ def test_auto_never_fails_with_it(wrong, package, monkeypatch, caplog):
 
     valid = torch.tensor([300, 200], dtype=torch.int32)  # what fa4 takes no part in
     automatic(*qkv)
-    assert ran.count("forward") == (3 if wrong else 1)
+    valid = None  # nor in what is to be deterministic if it can be (the fixture of all tests here)
+    with_gradients(partial(automatic, deterministic=None), *qkv, *grads)
+    assert ran.count("forward") == (4 if wrong else 2)
 
 
 def test_auto_is_fa4_where_that_is_faster(monkeypatch):
@@ -289,7 +294,7 @@ def test_calls_it_has_no_kernel_for(package):
 
 def test_opcheck(package):
     (q, k, v), (grad_out, grad_lse), lists, _ = Case(BF16, 200, 64, 128, layouts=(0, 1)).make()
-    settings = (None, 128, 0.25, "fa4")
+    settings = (None, 128, 0.25, "fa4", False)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(
         torch.ops.longreel.block_sparse_attention.default, (*leaves, *lists.tensors, *settings)

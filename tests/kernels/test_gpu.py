@@ -42,8 +42,19 @@ CASES = {
 }
 
 
+HOPPERS = [
+    name for name, x in CASES.items() if x.block == 128 and x.head_dim >= 64 and x.dtype != FP32
+]
+
+
 def triton(*args, **kw):
-    return block_sparse_attention(*args, **kw, backend="triton")
+    """Deterministic: two passes backward."""
+    return block_sparse_attention(*args, **kw, backend="triton", deterministic=True)
+
+
+def fused(*args, **kw):
+    """One pass backward, on Hopper."""
+    return block_sparse_attention(*args, **kw, backend="triton", deterministic=False)
 
 
 def unaligned(x: Tensor) -> Tensor:
@@ -57,14 +68,23 @@ def test_small(case):
     check_attention(triton, case, device="cuda")
 
 
+@pytest.mark.parametrize("name", HOPPERS)
+def test_small_fused(name):
+    check_attention(fused, CASES[name], device="cuda")
+
+
 @pytest.mark.parametrize("name", ["product", "narrow heads"])
 def test_unaligned(name):
     check_attention(triton, CASES[name], device="cuda", move=unaligned)
 
 
 @pytest.mark.parametrize("name", ["product", "narrow heads"])
-@pytest.mark.parametrize("move", [None, unaligned], ids=["hopper", "portable"])
-def test_masked_keys_may_hold_anything(name, move):
+@pytest.mark.parametrize(
+    "attend, move",
+    [(triton, None), (fused, None), (triton, unaligned)],
+    ids=["hopper", "fused", "portable"],
+)
+def test_masked_keys_may_hold_anything(name, attend, move):
     (q, k, v), (grad_out, _), lists, valid = CASES[name].make("cuda")
     ends = valid.tolist()
     dirty_k, dirty_v = k.clone(), v.clone()
@@ -73,10 +93,15 @@ def test_masked_keys_may_hold_anything(name, move):
 
     def run(q, k, v):
         leaves = [(move(x) if move else x).detach().requires_grad_() for x in (q, k, v)]
-        out, lse = triton(*leaves, *lists.tensors, block=128, valid=valid)
-        return out, lse, *torch.autograd.grad(out, leaves, grad_out)
+        out, lse = attend(*leaves, *lists.tensors, block=128, valid=valid)
+        dq, dk, dv = torch.autograd.grad(out, leaves, grad_out)
+        return out, lse, dk, dv, dq
 
-    for got, expected in zip(run(q, dirty_k, dirty_v), run(q, k, v), strict=True):
+    *equal, (got, expected) = zip(run(q, dirty_k, dirty_v), run(q, k, v), strict=True)
+    assert all(torch.equal(*pair) for pair in equal)
+    if attend is fused:  # added up in any order
+        torch.testing.assert_close(got, expected)
+    else:
         assert torch.equal(got, expected)
 
 
@@ -156,7 +181,8 @@ def test_fa4_equals_triton_at_real_sizes(head_dim, fa4):
 
 def test_auto_is_triton_where_fa4_is_not(monkeypatch):
     device = torch.device("cuda")
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
+    for name in ("flash_attn", "flash_attn.cute"):  # not installed
+        monkeypatch.setitem(sys.modules, name, None)
     assert resolve_backend("auto", device, BF16, 128) == "triton"
     with pytest.raises(ValueError, match="backend='reference'"):
         resolve_backend("triton", device, torch.float64, 128)
@@ -199,8 +225,9 @@ def check_synchronisation(attend, case: Case):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_no_host_synchronisation():
-    check_synchronisation(triton, CASES["product"])
+@pytest.mark.parametrize("attend", [triton, fused])
+def test_no_host_synchronisation(attend):
+    check_synchronisation(attend, CASES["product"])
 
 
 def test_fa4_no_host_synchronisation(fa4):
@@ -257,7 +284,8 @@ REAL = {  # frames, tokens a frame, text, head_dim, valid text tokens per sample
 
 @pytest.mark.parametrize("shape", REAL.values(), ids=REAL)
 def test_real_sizes(shape):
-    """All of one head against fp64; all heads bit-equal when repeated, with no NaN left in them."""
+    """All of one head against fp64; all heads bit-equal when repeated, with no NaN left in them,
+    and in one pass but for dq."""
     frames, per_frame, text, head_dim, valid_text = shape
     tokens, heads, batch = frames * per_frame + text, 2, len(valid_text or [0])
     lists = video_lists(tokens, per_frame, text, heads)
@@ -268,14 +296,19 @@ def test_real_sizes(shape):
     grad_out = torch.randn_like(qkv[0])
     grad_lse = torch.randn(batch, heads, tokens, device="cuda")
 
-    def ours(q, k, v):
-        return triton(q, k, v, *lists.tensors, block=128, valid=valid)
+    def run(attend) -> dict[str, Tensor]:
+        def ours(q, k, v):
+            return attend(q, k, v, *lists.tensors, block=128, valid=valid)
 
-    got = with_gradients(ours, *qkv, grad_out, grad_lse)
-    again = with_gradients(ours, *qkv, grad_out, grad_lse)
+        return with_gradients(ours, *qkv, grad_out, grad_lse)
+
+    got, again, in_one_pass = (run(attend) for attend in (triton, triton, fused))
     for name, value in got.items():
         assert torch.equal(value, again[name]), name
+        assert torch.equal(value, in_one_pass[name]) or name == "dq", name
         assert not value.isnan().any(), name
+    got["fused dq"] = in_one_pass["dq"]
+    assert not got["fused dq"].isnan().any()
 
     def only(x: Tensor, sample: int, head: int) -> Tensor:
         one = slice(sample, sample + 1), slice(head, head + 1)
@@ -287,6 +320,7 @@ def test_real_sizes(shape):
     grads_one = only(grad_out, sample, head), only(grad_lse, sample, head)
     same = one_head_in_chunks(qkv_one, grads_one, lists, head, end)
     oracle = one_head_in_chunks(tuple(x.double() for x in qkv_one), grads_one, lists, head, end)
+    same["fused dq"], oracle["fused dq"] = same["dq"], oracle["dq"]
     for name, expected in oracle.items():
         value = only(got[name], sample, head)
         assert_within_budget(name, value, same[name], expected)
@@ -295,8 +329,10 @@ def test_real_sizes(shape):
             assert (value - expected)[finite].abs().max() < 1e-4
 
 
-def test_past_two_to_the_31():
-    """The last head of more than 2**31 elements equals the same head alone, bit for bit."""
+@pytest.mark.parametrize("attend", [triton, fused])
+def test_past_two_to_the_31(attend):
+    """The last head of more than 2**31 elements equals the same head alone, bit for bit, but for a
+    sum in no fixed order."""
     tokens, heads, head_dim = 130_000, 132, 128
     keep = torch.eye(-(-tokens // 128), dtype=torch.bool, device="cuda")
     keep |= keep.roll(1, 0) | keep.roll(-7, 1)
@@ -309,14 +345,17 @@ def test_past_two_to_the_31():
     grads = torch.randn_like(qkv[0]), torch.randn(1, heads, tokens, device="cuda")
 
     def run(lists, qkv, grads):
-        return with_gradients(lambda *x: triton(*x, *lists.tensors, block=128), *qkv, *grads)
+        return with_gradients(lambda *x: attend(*x, *lists.tensors, block=128), *qkv, *grads)
 
     whole = run(lists, qkv, grads)
     last = tuple(x[:, :, -1:].contiguous() for x in qkv)
     one = run(alone, last, (grads[0][:, :, -1:], grads[1][:, -1:]))
     for name, value in one.items():
         part = whole[name][:, -1:] if name == "lse" else whole[name][:, :, -1:]
-        assert torch.equal(part, value), name
+        if attend is fused and name == "dq":
+            torch.testing.assert_close(part, value)
+        else:
+            assert torch.equal(part, value), name
 
 
 def test_random_layouts_equal_flex():
