@@ -33,6 +33,7 @@ VARIANTS = {
     "portable": (forward.forward, backward.backward),
 }
 DEFAULT = "hopper"  # of which --growth tells
+FLASH_2_TOKENS = 150_000  # and none of it on longer sequences: its rate does not change there
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
@@ -103,11 +104,14 @@ class Problem:
 
     def dense_kernels(self) -> dict[str, Kernel]:
         cudnn = partial(dense, SDPBackend.CUDNN_ATTENTION)
-        return {
+        kernels = {
             CUDNN: self.differentiated(cudnn),
             f"{CUDNN}, heads first": self.differentiated(cudnn, heads_first=True),
-            "dense flash-2": self.differentiated(partial(dense, SDPBackend.FLASH_ATTENTION)),
         }
+        if self.grad.shape[1] <= FLASH_2_TOKENS:
+            flash_2 = partial(dense, SDPBackend.FLASH_ATTENTION)
+            kernels["dense flash-2"] = self.differentiated(flash_2)
+        return kernels
 
     def launched(self, variant: str) -> Kernel:
         """One of ours, without autograd."""
