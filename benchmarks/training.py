@@ -134,7 +134,10 @@ class Measured:
 
 
 class Watch:
-    """Follows a trainer through the parts of its steps, and waits for the device between them."""
+    """Follows a trainer through the parts of its steps, and waits for the device between them.
+
+    On a GPU it says when each part begins: a process that is killed leaves how far it came.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.device, self.parameters = trainer.device, trainer.parameters
@@ -156,15 +159,17 @@ class Watch:
             self.step.seconds[self.part] += now - self._since
         if self.device.type == "cuda":
             self.step.allocated.setdefault(part, torch.cuda.memory_allocated())
+            say(f"  {part}: {torch.cuda.memory_allocated() / GIB:.1f} GiB, {self.step.total:.1f} s")
         self.part, self._since = part, now
 
     def _check(self) -> None:
         """Not a part of the step. That the gradients are finite, the trainer has seen to."""
         self.enter("check")
-        missing = [name for name, p in self.parameters.items() if p.grad is None]
+        grads = {name: p.grad for name, p in self.parameters.items()}
+        missing = [name for name, grad in grads.items() if grad is None]
         if missing:
             raise SystemExit(f"error: no gradient for {', '.join(missing)}.")
-        norms = torch.stack([p.grad.norm() for p in self.parameters.values()])  # pyright: ignore
+        norms = torch.stack([grad.norm() for grad in grads.values() if grad is not None])
         self.step.moved = int(norms.count_nonzero())
         self.enter("optimizer")
 
@@ -271,11 +276,13 @@ def section(job: Job, made: Plan, gpu: rates.Gpu | None, found: Measured, about:
         rows += [(part, size, measured[part]) for part, size in predicted_gib(made).items()]
     lines = ["| | predicted | measured | error |", "|---|---|---|---|"]
     for name, expected, was in rows:
-        lines.append(f"| {name} | {short(expected)} | {short(was)} | {off(expected, was)} |")
+        unknown = found.complaint and name == "GiB at the peak"  # a run that ended had none yet
+        error = "-" if unknown else off(expected, was)
+        lines.append(f"| {name} | {short(expected)} | {short(was)} | {error} |")
     return "\n\n".join(
         [
             *about,
-            *([found.complaint.capitalize() + "."] if found.complaint else []),
+            *([f"Ended early: {found.complaint}."] if found.complaint else []),
             *(["\n".join(lines)] if rows else []),
             *([f"Seconds predicted: {parts_of(made)}."] if gpu is not None else []),
             "\n".join(f"- step {i}: {describe(step)}" for i, step in enumerate(found.steps, 1))

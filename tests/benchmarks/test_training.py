@@ -113,7 +113,7 @@ def test_the_end_of_memory_is_a_row(benchmark, monkeypatch, error, where):
     said = f"out of {where} memory in batch of step 2"
     assert rows["tiny_wan"]["s"] == said and rows["tiny_wan"]["TFLOP/s"] == "-"
     assert float(rows["tiny_wan"]["first s"]) > 0
-    assert f"\n{said.capitalize()}." in sections["tiny_wan"]
+    assert f"\nEnded early: {said}." in sections["tiny_wan"]
 
 
 def test_other_failures_are_not_rows(benchmark, monkeypatch, tmp_path):
