@@ -13,7 +13,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def measured_on() -> str:
-    """The GPU and the versions of all that compiles for it."""
+    """The GPU and the versions of all that compiles for it; or that there is none."""
+    if not torch.cuda.is_available():
+        return f"CPU, torch {torch.__version__}"
     import triton
     from triton import knobs
 
@@ -29,8 +31,9 @@ def measured_on() -> str:
 
 
 def dated(folder: Path, benchmark: str, *details: str) -> Path:
-    """Of today's result on this GPU."""
-    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").replace(" ", "-").lower()
+    """Of today's result on this GPU, or `cpu`."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    gpu = gpu.removeprefix("NVIDIA ").replace(" ", "-").lower()
     return folder / ("-".join([str(date.today()), benchmark, gpu, *details]) + ".md")
 
 

@@ -1,0 +1,79 @@
+"""What a training step needs, without files: random weights, latents and text."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from longreel.trainer.families.base import ModelFamily
+from longreel.trainer.families.published import blank_transformer
+from longreel.trainer.job import Job
+
+STD = 0.02  # keeps a few dozen random blocks of thousands of channels finite in bf16
+
+
+def untrained(family: ModelFamily, device: torch.device) -> ModelFamily:
+    """The family, but its transformers come with random weights in place of loaded ones."""
+
+    class Untrained(type(family)):
+        def blank_transformer(self, path: str, revision: str | None) -> Any:
+            return blank_transformer(family, path, revision)
+
+        def load_transformer(self, path: str, revision: str | None, dtype: torch.dtype) -> Any:
+            return random_transformer(family, path, revision, dtype, device)
+
+    return Untrained()
+
+
+def random_transformer(
+    family: ModelFamily, path: str, revision: str | None, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """As `ModelFamily.load_transformer` gives it, on `device`, always with the same weights.
+
+    Each parameter is made in its place and dtype: no more is ever held than the model itself.
+    """
+    from diffusers.models.modeling_utils import no_init_weights
+
+    blank = blank_transformer(family, path, revision)
+    # As diffusers loads: buffers, which no file holds, are computed, and parameters left out.
+    with no_init_weights(), init_empty_weights():
+        model = type(blank).from_config(blank.config)
+    fp32 = set(model._keep_in_fp32_modules or ())
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        *owner, leaf = name.split(".")
+        own = torch.float32 if fp32.intersection(name.split(".")) else dtype
+        values = torch.empty(parameter.shape, dtype=own, device=device)
+        if leaf == "weight" and parameter.ndim == 1:  # of a norm
+            values.fill_(1)
+        else:
+            values.normal_(std=STD, generator=generator)
+        setattr(model.get_submodule(".".join(owner)), leaf, nn.Parameter(values))
+    return model.to(device).eval()
+
+
+def random_batch(job: Job, dtype: torch.dtype) -> dict[str, Any]:
+    """What the trainer's data loader gives, on the CPU: noise for latents, captions of the greatest
+    length."""
+    config = job.config
+    transformer = blank_transformer(job.family, job.model_path, config.model.revision)
+    sizes, inputs = transformer.config, inspect.signature(transformer.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    width = sizes.get("text_dim") or sizes["text_embed_dim"]
+    text = {"prompt_embeds": noise(job.family.text_tokens or job.family.context_tokens, width)}
+    if "pooled_projections" in inputs:
+        text["pooled_prompt_embeds"] = noise(sizes["pooled_projection_dim"])
+    batch = config.train.batch
+    return {
+        "latents": noise(batch, *job.latent_shape(job.frames)),
+        "texts": [text] * batch,
+        "ids": ["noise"] * batch,
+    }
