@@ -26,7 +26,7 @@ from ..sparse.draw import draw_pattern
 from ..sparse.grid import TokenGrid
 from . import checkpoint, float8, flow, lora, report
 from .caching import extra_captions, prepare_data
-from .config import Config, ConfigError, pattern_to_dict, save, to_dict, to_yaml
+from .config import Config, ConfigError
 from .job import Job
 from .memory import block_checkpoint, remedies
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
@@ -34,6 +34,7 @@ from .optimizer import build_optimizer, check_installed
 from .plan import advice_on, check_memory
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
+from .recipe import pattern_to_dict, save, to_dict, to_yaml
 from .validate import Validator
 
 log = logging.getLogger(__name__)

@@ -19,11 +19,12 @@ from tiny import WAN
 
 from longreel.sparse.patterns import Spatial
 from longreel.trainer import checkpoint, job, lora, metrics
-from longreel.trainer.config import ConfigError, Memory, load
-from longreel.trainer.config import load_file as load_config
+from longreel.trainer.config import ConfigError, Memory
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer, lr_factor
 from longreel.trainer.memory import remedies
+from longreel.trainer.recipe import load
+from longreel.trainer.recipe import load_file as load_config
 from longreel.trainer.validate import Validator
 
 ROOT = Path(__file__).resolve().parents[2]

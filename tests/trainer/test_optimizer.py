@@ -10,8 +10,9 @@ from torch import nn
 
 from longreel.trainer import checkpoint, lora, optimizer
 from longreel.trainer.checkpoint import Progress
-from longreel.trainer.config import ConfigError, load
+from longreel.trainer.config import ConfigError
 from longreel.trainer.optimizer import build_optimizer, check_installed
+from longreel.trainer.recipe import load
 
 MOMENTS = {
     "adamw": ["exp_avg", "exp_avg_sq"],

@@ -14,7 +14,7 @@ from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer import lora, plan, rates
 from longreel.trainer.anatomy import anatomy
-from longreel.trainer.config import ConfigError, Memory, load, recipe_names
+from longreel.trainer.config import ConfigError, Memory
 from longreel.trainer.estimate import (
     GIB,
     SAMPLING,
@@ -30,6 +30,7 @@ from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.published import PUBLISHED, blank_encoders, blank_transformer
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
+from longreel.trainer.recipe import load, recipe_names
 
 H200 = rates.GPUS["h200"]
 
