@@ -245,12 +245,13 @@ class Config:
 def check(config: Config) -> None:
     """Raise ConfigError for values out of the ranges that hold for every model, all at once; what
     depends on the model is checked by its family."""
-    problems = list(_problems(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    found = list(problems(config))
+    if found:
+        raise ConfigError("\n".join(found))
 
 
-def _problems(config: Config) -> Iterator[str]:
+def problems(config: Config) -> Iterator[str]:
+    """What `check` refuses, a sentence each."""
     train, validate = config.train, config.validate
     values = flatten(dataclasses.asdict(config)).items()
     yield from (

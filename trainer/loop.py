@@ -28,10 +28,10 @@ from . import checkpoint, float8, flow, lora, report
 from .caching import extra_captions, prepare_data
 from .config import Config, ConfigError
 from .job import Job
-from .memory import block_checkpoint, remedies
+from .memory import block_checkpoint
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
 from .optimizer import build_optimizer, check_installed
-from .plan import advice_on, check_memory
+from .plan import check_memory, out_of_memory
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
 from .recipe import pattern_to_dict, save, to_dict, to_yaml
@@ -384,13 +384,12 @@ class Trainer:
             saved = 0 if newest is None else checkpoint.load_progress(newest).step
             if self._whole is not None and self._whole > saved:
                 self._save(self._whole)
-            reason = str(error).strip().partition("\n")[0]
-            planned = advice_on(self.job, self.device)
-            raise SystemExit(
-                f"error: out of memory: {reason}\nThe same command goes on from the newest "
-                f"checkpoint, and may do so with {remedies(self.config.memory)}."
-                + (f" What would fit, by `longreel plan`: {planned}." if planned else "")
-            ) from error
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: BaseException) -> SystemExit:
+        reason = str(error).strip().partition("\n")[0]
+        newest = checkpoint.latest(self.run_dir / "checkpoints")
+        return SystemExit(f"error: {out_of_memory(self.job, self.device, reason, newest)}")
 
     def _validate(self, step: int) -> None:
         if self.accelerator.is_main_process and self.validator.due(step):
