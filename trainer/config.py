@@ -163,6 +163,8 @@ class Memory:
         blocks and their forward products, and rounds coarsely.
     fused_norms: norms and RoPE of queries and keys in one Triton kernel; gradients round once.
     optimizer: adamw, or adamw8bit (bitsandbytes, installed apart): moments of 8 bits.
+    probe: before the run, try one step and throw it away, so that a run that does not fit ends
+        before it began (None: on a GPU).
     """
 
     checkpoint: Literal["none", "full", "attention"] = "full"
@@ -172,6 +174,7 @@ class Memory:
     base_dtype: Literal["bfloat16", "float32", "float8"] = "bfloat16"
     fused_norms: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    probe: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ FREE_KEYS = (
     "log",
     "cache",
     "checkpoint",
-    *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk")),
+    *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk", "probe")),
     "data.path",
     "data.strict",
     "train.workers",

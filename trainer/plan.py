@@ -278,8 +278,8 @@ def check_memory(job: Job, device: torch.device) -> str | None:
     limit = device_memory(device)
     if limit is None:
         return None
-    model, tokens = anatomy(job), job.config.train.batch * len(job.grid(job.frames))
-    needed = training_memory(model, tokens, read_knobs(job.config))
+    model = anatomy(job)
+    needed = predicted_memory(job, model)
     if needed.peak <= limit:
         return None
     has = f"and the GPU has {limit / GIB:.1f} GiB"
@@ -294,8 +294,8 @@ def check_memory(job: Job, device: torch.device) -> str | None:
     )
 
 
-def out_of_memory(job: Job, device: torch.device, reason: str, newest: Path | None) -> str:
-    """The message to a run that ran out of memory: what happened, what is saved, how to go on.
+def how_to_go_on(job: Job, device: torch.device, newest: Path | None) -> str:
+    """What a run that ran out of memory is told: what is saved, and what to change.
 
     newest: the run's newest checkpoint; None: there is none, so that every setting may change.
     """
@@ -303,17 +303,18 @@ def out_of_memory(job: Job, device: torch.device, reason: str, newest: Path | No
     if newest is not None:
         step = checkpoint.load_progress(newest).step
         saved = f"Step {step} is saved in {newest}: the same command goes on from there"
-    return f"out of memory: {reason}\n{saved}.\n{_relief(job, device, newest is not None)}."
+    return f"{saved}.\n{_relief(job, device, newest is not None)}."
 
 
 def _relief(job: Job, device: torch.device, resuming: bool) -> str:
     """What to change in a job that ran out of memory, whatever had been predicted."""
-    model, tokens = anatomy(job), job.config.train.batch * len(job.grid(job.frames))
-    limit, change = device_memory(device), "What to change, what costs least first"
+    model, limit = anatomy(job), device_memory(device)
+    change = "What to change, what costs least first"
     if limit is None:  # not planned: no peaks, and the settings that any run may take up
+        tokens = job.config.train.batch * len(job.grid(job.frames))
         free = "; then ".join(filter(_is_free, remedies(job.config, model, tokens, 0)[0]))
         return f"{change}: {free or NO_SETTING}"
-    predicted = training_memory(model, tokens, read_knobs(job.config)).peak
+    predicted = predicted_memory(job, model).peak
     verdict = "" if predicted > limit else ": the prediction is too low"
     # Where it is, what is meant to fit must be below it by as much as below the GPU's memory.
     helps = advice(job, model, 0.9 * min(limit, predicted), resuming=resuming)
@@ -321,6 +322,12 @@ def _relief(job: Job, device: torch.device, resuming: bool) -> str:
         f"A step was predicted to take {predicted / GIB:.1f} GiB, and the GPU has "
         f"{limit / GIB:.1f} GiB{verdict}.\n{change}, with the peak then predicted: {helps}"
     )
+
+
+def predicted_memory(job: Job, model: Anatomy) -> Memory:
+    """Of a step as the job sets it."""
+    tokens = job.config.train.batch * len(job.grid(job.frames))
+    return training_memory(model, tokens, read_knobs(job.config))
 
 
 def device_memory(device: torch.device) -> float | None:

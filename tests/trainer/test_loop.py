@@ -74,12 +74,15 @@ def test_what_a_run_leaves_behind(arguments, tmp_path):
 
 
 def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path):
-    """Data parallel over gloo, with workers that read the cache; one process may not go on."""
+    """Data parallel over gloo, with workers that read the cache; one process may not go on.
+
+    The run that stops tries a step each time, the other none.
+    """
     settings = [*arguments, "train.accumulate=2", "lora.dropout=0.1", "train.workers=1"]
 
-    def launch(run_dir: Path, steps: int) -> None:
+    def launch(run_dir: Path, steps: int, *more: str) -> None:
         given = [a for a in settings if not a.startswith(("run.dir", "train.steps"))]
-        given += [f"run.dir={run_dir}", f"train.steps={steps}"]
+        given += [f"run.dir={run_dir}", f"train.steps={steps}", *more]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node=2", "train.py", *given]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -89,8 +92,8 @@ def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
 
     launch(tmp_path / "whole", 4)
-    launch(tmp_path / "halves", 2)
-    launch(tmp_path / "halves", 4)
+    launch(tmp_path / "halves", 2, "memory.probe=true")
+    launch(tmp_path / "halves", 4, "memory.probe=true")
     one, two = (tmp_path / name / "checkpoints/step-000004" for name in ("whole", "halves"))
     assert (one / "state.safetensors").read_bytes() == (two / "state.safetensors").read_bytes()
     losses = [

@@ -353,8 +353,7 @@ def saved(tmp_path):
 def test_out_of_memory_on_a_gpu(gpu, saved):
     """What the run may take up comes first; the rest would be another run's, once one is saved."""
     job = job_of("wan_14b_2x", memory=Memory())
-    first, kept, predicted, change = plan.out_of_memory(job, gpu(60), "no.", saved).splitlines()
-    assert first == "out of memory: no."
+    kept, predicted, change = plan.how_to_go_on(job, gpu(60), saved).splitlines()
     assert kept == f"Step 7 is saved in {saved}: the same command goes on from there."
     assert predicted.startswith("A step was predicted to take 135.")
     assert predicted.endswith("and the GPU has 60.0 GiB.")
@@ -362,7 +361,7 @@ def test_out_of_memory_on_a_gpu(gpu, saved):
     assert [change.find(part) for part in order] == sorted(change.find(part) for part in order)
     assert all(part in change for part in order) and change.count("in another run.dir") == 1
 
-    _, begins, *_, change = plan.out_of_memory(job, gpu(60), "no.", None).splitlines()
+    begins, *_, change = plan.how_to_go_on(job, gpu(60), None).splitlines()
     assert begins == "No step is saved yet: the same command begins the run again."
     assert "memory.optimizer" in change and "another run.dir" not in change
 
@@ -370,13 +369,13 @@ def test_out_of_memory_on_a_gpu(gpu, saved):
 def test_out_of_memory_where_it_was_to_fit(gpu, saved):
     """The advice leaves less than what was predicted, and no greater length."""
     job = job_of("wan_14b_2x", memory=Memory())
-    *_, predicted, change = plan.out_of_memory(job, gpu(200), "no.", saved).splitlines()
+    *_, predicted, change = plan.how_to_go_on(job, gpu(200), saved).splitlines()
     assert predicted.endswith("the GPU has 200.0 GiB: the prediction is too low.")
     assert "memory.offload=true (" in change and "frames=" not in change
     least = job_of("wan_14b_2x", memory=Memory(
         offload=True, offload_keep=0, mlp_chunk=16384, optimizer="adamw8bit", base_dtype="float8"
     ))  # fmt: skip
-    *_, change = plan.out_of_memory(least, gpu(200), "no.", saved).splitlines()
+    *_, change = plan.how_to_go_on(least, gpu(200), saved).splitlines()
     frames = int(change.rpartition("in another run.dir, frames=")[2].partition(",")[0])
     assert 81 <= frames < least.frames
 
@@ -384,11 +383,11 @@ def test_out_of_memory_where_it_was_to_fit(gpu, saved):
 def test_out_of_memory_where_nothing_is_planned(saved):
     """No peaks; and when no setting is left, what remains."""
     cpu = torch.device("cpu")
-    *_, change = plan.out_of_memory(job_of("wan_14b_2x"), cpu, "no.", saved).splitlines()
+    *_, change = plan.how_to_go_on(job_of("wan_14b_2x"), cpu, saved).splitlines()
     assert "memory.offload=true; then memory.offload_keep=0" in change and "GiB" not in change
     assert "memory.optimizer" not in change
     least = job_of("wan_14b_2x", memory=Memory(offload=True, offload_keep=0, mlp_chunk=1))
-    *_, change = plan.out_of_memory(least, cpu, "no.", saved).splitlines()
+    *_, change = plan.how_to_go_on(least, cpu, saved).splitlines()
     assert change.endswith(f"first: {plan.NO_SETTING}.")
 
 
