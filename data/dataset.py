@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -41,6 +42,16 @@ class LatentDataset(Dataset[Item]):
             what = f"it holds {found}, {promised} from frame {entry.start} on is expected"
             raise _damaged(entry.latents, what)
         return {"latents": tensors["latents"], "text": read_text(entry.text), "id": entry.id}
+
+
+def collate(clips: list[Item]) -> dict[str, Any]:
+    """A batch: `latents [B, C, f, h, w]`, lists of `texts` and `ids`. A function, since workers may
+    have to pickle it."""
+    return {
+        "latents": torch.stack([clip["latents"] for clip in clips]),
+        "texts": [clip["text"] for clip in clips],
+        "ids": [clip["id"] for clip in clips],
+    }
 
 
 def read_text(path: Path) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from ..trainer.config import Cache, ConfigError, load, parse, pattern_from_dict
+from ..trainer.config import Cache, ConfigError
 from ..trainer.export import export_comfyui
 from ..trainer.families import RopePolicy, family_of
 from ..trainer.job import Job
 from ..trainer.lora import check_fits, read_entry
+from ..trainer.recipe import load, parse, pattern_from_dict
 from ..trainer.sampling import base_model
 from .draw_command import DRAW_USAGE, draw
 from .plan_command import PLAN_USAGE, plan

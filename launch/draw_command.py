@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ..trainer.config import ConfigError, load
+from ..trainer.config import ConfigError
 from ..trainer.job import Job
+from ..trainer.recipe import load
 
 DRAW_USAGE = """\
 longreel draw recipe=NAME [key=value ...]               draw a recipe's attention to out=mask.png,

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ..trainer.config import Config, ConfigError, load, parse
+from ..trainer.config import Config, ConfigError
 from ..trainer.job import Job
+from ..trainer.recipe import load, parse
 from ..trainer.settings import check_known, leaf_types
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from longreel.trainer.config import load
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
+from longreel.trainer.recipe import load
 
 TIMES = ("seconds_per_step", "tokens_per_second", "peak_memory_gib")
 

@@ -13,11 +13,12 @@ from ..sparse.density import with_density
 from ..sparse.grid import TokenGrid
 from ..sparse.patterns import SparsePattern, pattern_name
 from . import checkpoint
-from .config import Config, ConfigError, config_hash, load_file, pattern_to_dict, to_dict
+from .config import Config, ConfigError
 from .families import FAMILIES
 from .families.base import Geometry, ModelFamily
 from .families.published import published_geometry
 from .families.rope import NATIVE, RopePolicy
+from .recipe import config_hash, load_file, pattern_to_dict, to_dict
 from .settings import flatten
 
 # A resumed run may differ from the one that it continues in these alone: they do not change what
@@ -28,7 +29,7 @@ FREE_KEYS = (
     "log",
     "cache",
     "checkpoint",
-    *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk")),
+    *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk", "probe")),
     "data.path",
     "data.strict",
     "train.workers",

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from ..data.dataset import LatentDataset, read_text, split
+from ..data.dataset import LatentDataset, collate, read_text, split
 from ..data.encode import Prepared
 from ..data.files import replacing
 from ..data.sampler import SeededBatches
@@ -26,14 +26,17 @@ from ..sparse.draw import draw_pattern
 from ..sparse.grid import TokenGrid
 from . import checkpoint, float8, flow, lora, report
 from .caching import extra_captions, prepare_data
-from .config import Config, ConfigError, pattern_to_dict, save, to_dict, to_yaml
+from .config import Config, ConfigError
+from .families.base import Text
 from .job import Job
-from .memory import block_checkpoint, remedies
+from .memory import block_checkpoint
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
 from .optimizer import build_optimizer, check_installed
-from .plan import advice_on, check_memory
+from .plan import check_memory, how_to_go_on
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
+from .recipe import pattern_to_dict, save, to_dict, to_yaml
+from .step_probe import is_probed, try_step
 from .validate import Validator
 
 log = logging.getLogger(__name__)
@@ -91,11 +94,13 @@ class Trainer:
             self.empty_caption = read_text(prepared.texts[""])
         self._load_model()
         start = self._restore(train)
+        steps = self.config.train.steps
+        if start < steps and is_probed(self.config.memory, self.device):
+            self._probe_step(train)
         speedup = self._measure_attention()
         ratio = speedup.ratio if isinstance(speedup, Speedup) else speedup
         if self.accelerator.is_main_process:
             self._open_log(start, prepared, heldout)
-        steps = self.config.train.steps
         if start >= steps:
             log.info(f"{self.run_dir} is complete at step {start}; train.steps={steps}.")
         with self._keeping_what_is_learnt(start):
@@ -213,6 +218,32 @@ class Trainer:
 
     def _progress(self, step: int) -> checkpoint.Progress:
         return checkpoint.Progress(step, self.accelerator.num_processes, self._clips)
+
+    def _probe_step(self, dataset: LatentDataset) -> None:
+        """Try a step of the longest shape; the run is as it was, or ends here if it does not fit.
+
+        The model is the one that the run calls, but processes do not exchange gradients.
+        """
+
+        def backward(clean: Tensor, noise: Tensor, sigma: Tensor, texts: list[Text]) -> None:
+            with self.accelerator.no_sync(self.model):
+                self.accelerator.backward(self._loss_at(clean, noise, sigma, texts))
+
+        try:
+            taken = try_step(
+                self.job,
+                backward,
+                attention=self.attention,
+                parameters=self.parameters.values(),
+                optimizer=self.optimizer.optimizer,
+                offload=self.offload,
+                text=read_text(dataset.entries[0].text),
+                device=self.device,
+                dtype=self.dtype,
+            )
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._out_of_memory(error, " in the step tried before the run") from error
+        log.info(f"A step was tried, and fits: {taken}.")
 
     def _measure_attention(self) -> Speedup | str:
         """How much faster than dense a sparse layer's attention is; why not, if not measured."""
@@ -360,11 +391,13 @@ class Trainer:
         if train.caption_dropout:
             kept = torch.rand(len(texts), generator=generator) >= train.caption_dropout
             texts = [t if keep else self.empty_caption for t, keep in zip(texts, kept, strict=True)]
-        family = self.job.family
+        return self._loss_at(clean, noise, sigma, texts)
+
+    def _loss_at(self, clean: Tensor, noise: Tensor, sigma: Tensor, texts: list[Text]) -> Tensor:
+        """Of latents at given noise levels, on the device; texts: a caption each, on the CPU."""
+        family, guidance = self.job.family, self.config.train.guidance
         text = {key: value.to(self.device) for key, value in family.collate_text(texts).items()}
-        return flow.flow_matching_loss(
-            family, self.model, clean, text, sigma, noise, train.guidance
-        )
+        return flow.flow_matching_loss(family, self.model, clean, text, sigma, noise, guidance)
 
     # Beside training
 
@@ -383,13 +416,13 @@ class Trainer:
             saved = 0 if newest is None else checkpoint.load_progress(newest).step
             if self._whole is not None and self._whole > saved:
                 self._save(self._whole)
-            reason = str(error).strip().partition("\n")[0]
-            planned = advice_on(self.job, self.device)
-            raise SystemExit(
-                f"error: out of memory: {reason}\nThe same command goes on from the newest "
-                f"checkpoint, and may do so with {remedies(self.config.memory)}."
-                + (f" What would fit, by `longreel plan`: {planned}." if planned else "")
-            ) from error
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: BaseException, where: str = "") -> SystemExit:
+        reason = str(error).strip().partition("\n")[0]
+        newest = checkpoint.latest(self.run_dir / "checkpoints")
+        change = how_to_go_on(self.job, self.device, newest)
+        return SystemExit(f"error: out of memory{where}: {reason}\n{change}")
 
     def _validate(self, step: int) -> None:
         if self.accelerator.is_main_process and self.validator.due(step):
@@ -431,15 +464,6 @@ class Trainer:
         # Leave together. The process group is not destroyed here: DDP's reducer still refers to it,
         # and would join gloo's threads under the GIL that they wait for when it goes.
         self.accelerator.wait_for_everyone()
-
-
-def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of a `LatentDataset`'s items; a function, since workers may have to pickle it."""
-    return {
-        "latents": torch.stack([clip["latents"] for clip in clips]),
-        "texts": [clip["text"] for clip in clips],
-        "ids": [clip["id"] for clip in clips],
-    }
 
 
 def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:

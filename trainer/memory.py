@@ -51,23 +51,3 @@ def block_checkpoint(
         return None
     offload = Offload(device, keep=memory.offload_keep) if memory.offload else None
     return BlockCheckpoint(attention, memory.checkpoint == "attention", offload)
-
-
-def remedies(memory: Memory) -> str:
-    """The settings that need less memory than these, what costs least time first. Each may be taken
-    up by itself in the middle of a run, for gradients stay as they are."""
-    options = {
-        "memory.checkpoint=full (backward recomputes blocks)": memory.checkpoint == "none",
-        f"memory.mlp_chunk={memory.mlp_chunk // 2 or 16384} (tokens that an MLP takes at a time)": (
-            memory.mlp_chunk != 1
-        ),
-        "memory.offload=true (what blocks keep for backward waits in host memory)": (
-            not memory.offload and memory.checkpoint != "none"
-        ),
-        "memory.offload_keep=0": memory.offload and memory.offload_keep > 0,
-        "memory.checkpoint=full (attention's results are not kept)": (
-            memory.checkpoint == "attention"
-        ),
-    }
-    chosen = [text for text, helps in options.items() if helps]
-    return "; or ".join(chosen) or "more memory alone: every memory.* setting is at its least"

@@ -8,7 +8,8 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -72,6 +73,22 @@ def restore_moments(
     for name, tensor in tensors.items():
         state[name].copy_(tensor)
     state["step"] = torch.tensor(step) if isinstance(state["step"], Tensor) else int(step)
+
+
+@contextmanager
+def moments_held(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
+) -> Iterator[None]:
+    """Within it all parameters have moments, empty ones where there were none yet; afterwards
+    those are gone again."""
+    new = [parameter for parameter in parameters if not optimizer.state.get(parameter)]
+    try:
+        for parameter in new:
+            _empty_state(optimizer, parameter)
+        yield
+    finally:
+        for parameter in new:
+            optimizer.state.pop(parameter, None)
 
 
 def _empty_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..sparse.grid import TokenGrid
+from . import checkpoint
 from .anatomy import Anatomy, anatomy
-from .config import Config, ConfigError
+from .config import Config, ConfigError, problems
 from .estimate import (
     GIB,
     SAMPLING,
@@ -28,7 +30,7 @@ from .estimate import (
     work,
 )
 from .families.published import blank_encoders
-from .job import Job
+from .job import FREE_KEYS, Job
 from .rates import MEMORY_ERROR, RESERVE, Gpu
 
 
@@ -208,11 +210,14 @@ def longest_training(job: Job, model: Anatomy, limit: float, knobs: Knobs) -> in
 REMEDIES: tuple[tuple[str, Any], ...] = (
     ("memory.checkpoint", "attention"),  # in place of none, and what offload needs
     ("memory.offload", True),
+    ("memory.offload_keep", 0),
     ("memory.checkpoint", "full"),
+    ("memory.offload", True),  # where attention's result cannot be kept, so not before
     ("memory.mlp_chunk", 16384),
     ("memory.optimizer", "adamw8bit"),
     ("memory.base_dtype", "float8"),
 )
+NO_SETTING = "no memory.* setting helps further; fewer frames or a smaller train.batch would"
 
 
 def remedies(
@@ -221,40 +226,48 @@ def remedies(
     """Settings that bring a step of `tokens` under `limit` bytes, each on top of those before it,
     with the peak in bytes that it leaves; and the knobs as they then are.
 
-    Only those that help. The last one may still not be enough.
+    Only those that help, and that go with the settings before them, one of which may be another
+    value of the same. The last one may still not be enough; a limit of 0 gives all.
     """
-    knobs, turned = read_knobs(config), {}
-    peak = training_memory(model, tokens, knobs).peak
+    turned: dict[str, float] = {}
+    peak = training_memory(model, tokens, read_knobs(config)).peak
     for setting, value in REMEDIES:
-        name = setting.rpartition(".")[2]
         if peak <= limit:
-            continue
-        tried = replace(knobs, **{name: value})
-        lower = training_memory(model, tokens, tried).peak
-        if lower < peak:
-            knobs, peak = tried, lower
-            turned.pop(setting, None)  # one value of a setting, in the place of the last
-            turned[setting] = value, peak
-    steps = {
-        f"{setting}={str(value).lower() if value is True else value}": left
-        for setting, (value, left) in turned.items()
-    }
-    return steps, knobs
+            break
+        changed = {setting.rpartition(".")[2]: value}
+        tried = replace(config, memory=replace(config.memory, **changed))
+        lower = training_memory(model, tokens, read_knobs(tried)).peak
+        if lower < peak and not any(problems(tried)):
+            config, peak = tried, lower
+            turned[f"{setting}={str(value).lower() if value is True else value}"] = peak
+    return turned, read_knobs(config)
 
 
-def advice(job: Job, model: Anatomy, limit: float) -> str:
+def advice(job: Job, model: Anatomy, limit: float, *, resuming: bool = False) -> str:
     """What to change so that the job trains in `limit` bytes: settings and the peaks they leave,
-    and where they are not enough, the length."""
+    and where they are not enough, the length.
+
+    resuming: a run goes on with the change, so what begins another run is told apart.
+    """
     tokens = job.config.train.batch * len(job.grid(job.frames))
     found, knobs = remedies(job.config, model, tokens, limit)
-    steps = [f"{setting} ({peak / GIB:.1f} GiB)" for setting, peak in found.items()]
+    steps = {setting: f"{setting} ({peak / GIB:.1f} GiB)" for setting, peak in found.items()}
+    more = None
     if not found or [*found.values()][-1] > limit:
         frames, native = longest_training(job, model, limit, knobs), job.native_frames
         if frames is None or frames < native:
-            steps.append(f"a GPU with more memory, for not even the native {native} frames fit")
+            more = f"a GPU with more memory, for not even the native {native} frames fit"
         else:
-            steps.append(f"frames={frames}, the most that then fit")
-    return "; then ".join(steps)
+            steps["frames"] = f"frames={frames}, the most that then fit"
+    fixed = [setting for setting in steps if not _is_free(setting)]
+    if resuming and fixed:
+        steps[fixed[0]] = f"in another run.dir, {steps[fixed[0]]}"
+    return "; then ".join([*steps.values(), *([more] if more else [])])
+
+
+def _is_free(setting: str) -> bool:
+    """Whether a run may take up `setting=value` where it stands."""
+    return setting.partition("=")[0] in FREE_KEYS
 
 
 def check_memory(job: Job, device: torch.device) -> str | None:
@@ -265,8 +278,8 @@ def check_memory(job: Job, device: torch.device) -> str | None:
     limit = device_memory(device)
     if limit is None:
         return None
-    model, tokens = anatomy(job), job.config.train.batch * len(job.grid(job.frames))
-    needed = training_memory(model, tokens, read_knobs(job.config))
+    model = anatomy(job)
+    needed = predicted_memory(job, model)
     if needed.peak <= limit:
         return None
     has = f"and the GPU has {limit / GIB:.1f} GiB"
@@ -281,11 +294,40 @@ def check_memory(job: Job, device: torch.device) -> str | None:
     )
 
 
-def advice_on(job: Job, device: torch.device) -> str | None:
-    """`advice` to a job that ran out of a GPU's memory; None on a CPU."""
-    limit = device_memory(device)
-    # The prediction may be what was wrong: look for a tenth more room than there is.
-    return None if limit is None else advice(job, anatomy(job), 0.9 * limit)
+def how_to_go_on(job: Job, device: torch.device, newest: Path | None) -> str:
+    """What a run that ran out of memory is told: what is saved, and what to change.
+
+    newest: the run's newest checkpoint; None: there is none, so that every setting may change.
+    """
+    saved = "No step is saved yet: the same command begins the run again"
+    if newest is not None:
+        step = checkpoint.load_progress(newest).step
+        saved = f"Step {step} is saved in {newest}: the same command goes on from there"
+    return f"{saved}.\n{_relief(job, device, newest is not None)}."
+
+
+def _relief(job: Job, device: torch.device, resuming: bool) -> str:
+    """What to change in a job that ran out of memory, whatever had been predicted."""
+    model, limit = anatomy(job), device_memory(device)
+    change = "What to change, what costs least first"
+    if limit is None:  # not planned: no peaks, and the settings that any run may take up
+        tokens = job.config.train.batch * len(job.grid(job.frames))
+        free = "; then ".join(filter(_is_free, remedies(job.config, model, tokens, 0)[0]))
+        return f"{change}: {free or NO_SETTING}"
+    predicted = predicted_memory(job, model).peak
+    verdict = "" if predicted > limit else ": the prediction is too low"
+    # Where it is, what is meant to fit must be below it by as much as below the GPU's memory.
+    helps = advice(job, model, 0.9 * min(limit, predicted), resuming=resuming)
+    return (
+        f"A step was predicted to take {predicted / GIB:.1f} GiB, and the GPU has "
+        f"{limit / GIB:.1f} GiB{verdict}.\n{change}, with the peak then predicted: {helps}"
+    )
+
+
+def predicted_memory(job: Job, model: Anatomy) -> Memory:
+    """Of a step as the job sets it."""
+    tokens = job.config.train.batch * len(job.grid(job.frames))
+    return training_memory(model, tokens, read_knobs(job.config))
 
 
 def device_memory(device: torch.device) -> float | None:

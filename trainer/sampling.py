@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.block_sparse.op import Backend
 from ..sparse.attention import SparseAttention, Step
 from . import lora
-from .config import Cache, ConfigError, pattern_from_dict
+from .config import Cache, ConfigError
 from .families import (
     FAMILIES,
     ModelFamily,
@@ -25,6 +25,7 @@ from .families import (
     installed_rope,
 )
 from .families.base import Text
+from .recipe import pattern_from_dict
 from .validate import evaluating
 
 

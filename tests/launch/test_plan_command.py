@@ -6,7 +6,8 @@ import pytest
 
 from longreel.launch.commands import main
 from longreel.launch.plan_command import plan
-from longreel.trainer.config import ConfigError, recipe_names
+from longreel.trainer.config import ConfigError
+from longreel.trainer.recipe import recipe_names
 
 
 @pytest.fixture

@@ -12,12 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longreel.sparse.patterns import PATTERNS, Dense, Power, Radial, SlidingTile
-from longreel.trainer.config import (
-    Config,
-    ConfigError,
-    Rope,
-    Sparse,
-    Validate,
+from longreel.trainer.config import Config, ConfigError, Rope, Sparse, Validate
+from longreel.trainer.recipe import (
     config_hash,
     load,
     load_file,
@@ -492,7 +488,7 @@ def test_the_hash_names_a_config():
 
 
 def test_the_hash_is_the_same_in_another_process():
-    script = f"from longreel.trainer.config import *; print(config_hash(load([{TINY!r}])))"
+    script = f"from longreel.trainer.recipe import *; print(config_hash(load([{TINY!r}])))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == config_hash(load([TINY]))
 

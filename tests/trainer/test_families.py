@@ -20,10 +20,11 @@ from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer import lora
 from longreel.trainer.caching import prepare_data
-from longreel.trainer.config import ConfigError, load
+from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES, installed_attention, norm_rope
 from longreel.trainer.flow import add_noise
 from longreel.trainer.job import Job
+from longreel.trainer.recipe import load
 from longreel.trainer.sampling import generate
 
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -12,10 +12,11 @@ from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import main
 from longreel.trainer import lora, offload
 from longreel.trainer.caching import extra_captions
-from longreel.trainer.config import ConfigError, load
+from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
 from longreel.trainer.metrics import column, read_rows
+from longreel.trainer.recipe import load
 
 
 @pytest.fixture(params=FAMILIES)

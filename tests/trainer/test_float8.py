@@ -12,9 +12,10 @@ from torch import nn
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer import float8, lora
-from longreel.trainer.config import ConfigError, load_file
+from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.float8 import E4M3, Float8Linear, quantise
+from longreel.trainer.recipe import load_file
 
 BF16 = torch.bfloat16
 

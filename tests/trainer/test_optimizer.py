@@ -10,8 +10,9 @@ from torch import nn
 
 from longreel.trainer import checkpoint, lora, optimizer
 from longreel.trainer.checkpoint import Progress
-from longreel.trainer.config import ConfigError, load
-from longreel.trainer.optimizer import build_optimizer, check_installed
+from longreel.trainer.config import ConfigError
+from longreel.trainer.optimizer import build_optimizer, check_installed, moments_held, moments_of
+from longreel.trainer.recipe import load
 
 MOMENTS = {
     "adamw": ["exp_avg", "exp_avg_sq"],
@@ -41,6 +42,23 @@ def update(optimizer, own: dict[str, nn.Parameter], steps: range) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (1 + step)
         optimizer.step()
+
+
+def test_moments_are_held_for_a_while(name):
+    """Where there are none yet; an update after it is the one that would have been made."""
+    held, plain = parameters(), parameters()
+    first, second = (build_optimizer(name, own.values(), 1e-2, 0.1) for own in (held, plain))
+    with moments_held(first, held.values()):
+        for parameter in held.values():
+            updates, moments = moments_of(first, parameter) or (None, {})
+            assert updates == 0 and len(moments) >= 2
+    assert not first.state
+    update(first, held, range(2))
+    update(second, plain, range(2))
+    with moments_held(first, held.values()):
+        pass
+    assert all(moments_of(first, parameter) is not None for parameter in held.values())
+    assert all(torch.equal(held[key], plain[key]) for key in plain)
 
 
 def test_moments_are_saved_and_restored_exactly(name, tmp_path):

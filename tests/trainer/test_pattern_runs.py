@@ -12,9 +12,9 @@ from longreel.data import decode
 from longreel.launch.commands import main
 from longreel.sparse.patterns import PATTERNS, pattern_name
 from longreel.trainer import lora, sampling
-from longreel.trainer.config import pattern_from_dict
 from longreel.trainer.families import installed_attention
 from longreel.trainer.metrics import column
+from longreel.trainer.recipe import pattern_from_dict
 
 # What makes a pattern sparse on 17 frames of 6 x 6 tokens in blocks of 16, for two heads.
 SPARSE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,9 @@ from torch import nn
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
-from longreel.trainer import lora, plan, rates
+from longreel.trainer import checkpoint, lora, plan, rates
 from longreel.trainer.anatomy import anatomy
-from longreel.trainer.config import ConfigError, Memory, load, recipe_names
+from longreel.trainer.config import ConfigError, Memory
 from longreel.trainer.estimate import (
     GIB,
     SAMPLING,
@@ -30,6 +31,7 @@ from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.published import PUBLISHED, blank_encoders, blank_transformer
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
+from longreel.trainer.recipe import load, recipe_names
 
 H200 = rates.GPUS["h200"]
 
@@ -276,7 +278,9 @@ def test_remedies_come_in_order_until_it_fits():
     assert list(found(140)) == ["memory.checkpoint=attention", "memory.offload=true"]
     everything = found(10)
     assert list(everything) == [
+        "memory.checkpoint=attention",
         "memory.offload=true",
+        "memory.offload_keep=0",
         "memory.checkpoint=full",
         "memory.mlp_chunk=16384",
         "memory.optimizer=adamw8bit",
@@ -298,11 +302,17 @@ def test_advice_ends_with_a_length_that_then_fits():
     assert plan.advice(job, model, 30 * GIB).endswith("not even the native 125 frames fit")
 
 
-def test_what_is_advised_loads():
-    job = job_of("hunyuan_2x")
-    model, tokens = anatomy(job), len(job.grid(job.frames))
-    for setting in plan.remedies(job.config, model, tokens, GIB)[0]:
-        load(["recipe=hunyuan_2x", setting])
+@pytest.mark.parametrize("given", [
+    [], ["memory.checkpoint=none"], ["memory.checkpoint=none", "sparse.backend=flex"],
+])  # fmt: skip
+def test_what_is_advised_loads(given):
+    """As far as one goes: each is added to those before it."""
+    job = job_of("hunyuan_2x", *given)
+    settings = dict(setting.split("=") for setting in given)
+    for setting in plan.remedies(job.config, anatomy(job), len(job.grid(job.frames)), 0)[0]:
+        settings |= [setting.split("=")]
+        load(["recipe=hunyuan_2x", *map("=".join, settings.items())])
+    assert settings["memory.offload"] == "true"
 
 
 @pytest.fixture
@@ -330,14 +340,55 @@ def test_a_cpu_is_not_checked():
     assert plan.check_memory(job_of("hunyuan_4x"), torch.device("cpu")) is None
 
 
-def test_advice_on_a_gpu(gpu):
-    """For a run that was out of its memory."""
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of step 7, as far as messages go."""
+    folder = tmp_path / "step-000007"
+    folder.mkdir()
+    progress = {"step": 7, "world_size": 1, "clips": ""}
+    (folder / checkpoint.STATE).write_text(json.dumps({"progress": progress}))
+    return folder
+
+
+def test_out_of_memory_on_a_gpu(gpu, saved):
+    """What the run may take up comes first; the rest would be another run's, once one is saved."""
     job = job_of("wan_14b_2x", memory=Memory())
-    assert "memory.offload=true" in (plan.advice_on(job, gpu(120)) or "")
+    kept, predicted, change = plan.how_to_go_on(job, gpu(60), saved).splitlines()
+    assert kept == f"Step 7 is saved in {saved}: the same command goes on from there."
+    assert predicted.startswith("A step was predicted to take 135.")
+    assert predicted.endswith("and the GPU has 60.0 GiB.")
+    order = ["memory.offload=true (", "memory.mlp_chunk=16384 (", "in another run.dir, memory.opt"]
+    assert [change.find(part) for part in order] == sorted(change.find(part) for part in order)
+    assert all(part in change for part in order) and change.count("in another run.dir") == 1
+
+    begins, *_, change = plan.how_to_go_on(job, gpu(60), None).splitlines()
+    assert begins == "No step is saved yet: the same command begins the run again."
+    assert "memory.optimizer" in change and "another run.dir" not in change
 
 
-def test_no_advice_on_a_cpu():
-    assert plan.advice_on(job_of("tiny_wan"), torch.device("cpu")) is None
+def test_out_of_memory_where_it_was_to_fit(gpu, saved):
+    """The advice leaves less than what was predicted, and no greater length."""
+    job = job_of("wan_14b_2x", memory=Memory())
+    *_, predicted, change = plan.how_to_go_on(job, gpu(200), saved).splitlines()
+    assert predicted.endswith("the GPU has 200.0 GiB: the prediction is too low.")
+    assert "memory.offload=true (" in change and "frames=" not in change
+    least = job_of("wan_14b_2x", memory=Memory(
+        offload=True, offload_keep=0, mlp_chunk=16384, optimizer="adamw8bit", base_dtype="float8"
+    ))  # fmt: skip
+    *_, change = plan.how_to_go_on(least, gpu(200), saved).splitlines()
+    frames = int(change.rpartition("in another run.dir, frames=")[2].partition(",")[0])
+    assert 81 <= frames < least.frames
+
+
+def test_out_of_memory_where_nothing_is_planned(saved):
+    """No peaks; and when no setting is left, what remains."""
+    cpu = torch.device("cpu")
+    *_, change = plan.how_to_go_on(job_of("wan_14b_2x"), cpu, saved).splitlines()
+    assert "memory.offload=true; then memory.offload_keep=0" in change and "GiB" not in change
+    assert "memory.optimizer" not in change
+    least = job_of("wan_14b_2x", memory=Memory(offload=True, offload_keep=0, mlp_chunk=1))
+    *_, change = plan.how_to_go_on(least, cpu, saved).splitlines()
+    assert change.endswith(f"first: {plan.NO_SETTING}.")
 
 
 def test_sampling(tmp_path):
@@ -381,7 +432,9 @@ def test_a_run_warns_and_explains(arguments, gpu, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(Trainer, "_step", fail)
-    with pytest.raises(SystemExit, match="(?s)CUDA out of memory.*would fit, by `longreel plan`"):
+    with pytest.raises(
+        SystemExit, match="(?s)CUDA out of memory.*predicted to take 2.5 GiB.*to change"
+    ):
         train(arguments)
     told = " ".join(capsys.readouterr().out.split())
     assert "A step is predicted to take 2.5 GiB, and the GPU has 1.0 GiB: it may run out." in told

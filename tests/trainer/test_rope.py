@@ -17,11 +17,12 @@ from longreel.launch.commands import main
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer import lora
-from longreel.trainer.config import ConfigError, Rope, load
+from longreel.trainer.config import ConfigError, Rope
 from longreel.trainer.families import FAMILIES, RopePolicy, installed_attention, installed_rope
 from longreel.trainer.families.base import Geometry
 from longreel.trainer.families.rope import NATIVE, TemporalAxis, TemporalRope
 from longreel.trainer.job import Job
+from longreel.trainer.recipe import load
 from longreel.trainer.sampling import apply_rope, load_pipeline
 
 # As published: what time has of a head's 128 channels.
