@@ -33,12 +33,13 @@ from report import RESULTS, dated, measured_on, resumed, with_sections, write
 from untrained import random_batch, untrained
 
 from longreel.trainer import rates
-from longreel.trainer.config import Config, ConfigError, load, parse
+from longreel.trainer.config import Config, ConfigError
 from longreel.trainer.estimate import GIB, Passes, read_knobs, work
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
 from longreel.trainer.metrics import peak_memory_gib
 from longreel.trainer.plan import Plan, plan
+from longreel.trainer.recipe import load, parse
 from longreel.trainer.report import density_by_layer
 from longreel.trainer.settings import leaf_types
 

@@ -1,6 +1,6 @@
 """How fast GPUs are, as data: what was measured, on what, and what is scaled from datasheets.
 
-An H200 was measured (2026-11-22: bf16, heads of 128, one process). Other GPUs take its rates times
+An H200 was measured (2026-11-23: bf16, heads of 128, one process). Other GPUs take its rates times
 the ratio of their datasheets' dense bf16 peak or memory bandwidth to the H200's.
 """
 
@@ -51,30 +51,30 @@ class AttentionRate:
     backward: float
 
 
-# benchmarks/results/2026-11-22-attention-h200-head-dim-128.md: Radial(), 24 heads, 720 x 1280.
+# benchmarks/results/2026-11-23-attention-h200-head-dim-128.md: Radial(), 24 heads, 720 x 1280.
 # Dense is the cuDNN kernel of SDPA, the fastest that torch ships; torch may choose a slower one.
 ATTENTION: dict[str, tuple[AttentionRate, ...]] = {
     "triton": (
-        AttentionRate(115_200, 671, 478),
-        AttentionRate(230_400, 590, 483),
-        AttentionRate(460_800, 572, 475),
+        AttentionRate(115_200, 638, 532),
+        AttentionRate(230_400, 587, 518),
+        AttentionRate(460_800, 561, 508),
     ),
     "fa4": (
-        AttentionRate(115_200, 605, 559),
-        AttentionRate(230_400, 601, 546),
-        AttentionRate(460_800, 587, 535),
+        AttentionRate(115_200, 602, 552),
+        AttentionRate(230_400, 588, 537),
+        AttentionRate(460_800, 577, 524),
     ),
     "flex": (
-        AttentionRate(115_200, 401, 398),
-        AttentionRate(230_400, 404, 383),
-        AttentionRate(460_800, 402, 381),
+        AttentionRate(115_200, 395, 391),
+        AttentionRate(230_400, 401, 380),
+        AttentionRate(460_800, 397, 376),
     ),
-    "dense": (AttentionRate(115_200, 601, 553), AttentionRate(230_400, 564, 550)),
+    "dense": (AttentionRate(115_200, 603, 544), AttentionRate(230_400, 578, 546)),
 }
 
 # TFLOP/s of a bf16 product of 8192^3, the same file. Products in a step are other shapes, with
 # biases: this share of it is assumed.
-MATMUL = 791.0
+MATMUL = 762.0
 MATMUL_SHARE = 0.8
 # Share of the datasheet's fp32 peak that the adapter's products reach: assumed, as are the shares
 # of the memory's bandwidth and of the link to the host.

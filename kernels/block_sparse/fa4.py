@@ -48,18 +48,25 @@ def check_inputs(device: torch.device, dtype: torch.dtype, head_dim: int, block:
     _package()
 
 
-def check_call(valid: Tensor | None, gradients: bool, deterministic: bool) -> None:
+def check_call(valid: Tensor | None, gradients: bool, deterministic: bool | None) -> None:
     """Raise ValueError for what flash-attn-4 has no kernel for, whatever the inputs."""
     if valid is not None:
         raise ValueError(
             "the fa4 backend takes no valid: its backward knows no lengths of samples; cut the "
             f"padding off and pass valid=None, or {REMEDY}"
         )
+    if deterministic is None:
+        deterministic = _strictly_deterministic()
     if gradients and deterministic:
         raise ValueError(
             "the fa4 backend's gradients are not deterministic, which deterministic=True or "
             f"torch.use_deterministic_algorithms(True) asks for; {REMEDY}"
         )
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not trace the question
+def _strictly_deterministic() -> bool:
+    return torch.get_deterministic_debug_mode() == 2  # an error, not a warning
 
 
 def failure(q: Tensor, row_indptr: Tensor) -> str | None:

@@ -78,10 +78,11 @@ def block_sparse_attention(
         raise ValueError(f"scale is {scale}; it must be positive (negate q for a negative one)")
     resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3], block)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if deterministic is None:
-        deterministic = _deterministic_algorithms(backend)
+    asked = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     if resolved == "fa4":
-        resolved = _fa4_or_other(backend, valid, gradients, deterministic)
+        # An explicit one may run in the mode that only warns.
+        wanted = deterministic if backend == "fa4" else asked
+        resolved = _fa4_or_other(backend, valid, gradients, wanted)
     if resolved == "flex":
         if gradients and q.device.type == "cpu":
             raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
@@ -90,13 +91,7 @@ def block_sparse_attention(
         return flex.attention(
             q, k, v, row_indptr, row_indices, head_to_layout, valid, block, factor
         )
-    return _attention(q, k, v, *lists, valid, block, factor, resolved, deterministic)
-
-
-@torch.compiler.assume_constant_result  # torch.compile guards the mode, but does not trace this
-def _deterministic_algorithms(backend: str) -> bool:
-    """Whether torch.use_deterministic_algorithms is on; its warn_only leaves an explicit fa4 be."""
-    return torch.get_deterministic_debug_mode() > (backend == "fa4")
+    return _attention(q, k, v, *lists, valid, block, factor, resolved, asked)
 
 
 def resolve_backend(

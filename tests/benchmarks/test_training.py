@@ -12,10 +12,11 @@ from untrained import random_transformer, untrained
 
 from longreel.trainer import plan, rates
 from longreel.trainer.anatomy import anatomy
-from longreel.trainer.config import ConfigError, load
+from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
+from longreel.trainer.recipe import load
 
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")
 NATIVE = {"wan": 9, "hunyuan": 9, "mochi": 7}

@@ -307,6 +307,7 @@ def test_advice_ends_with_a_length_that_then_fits():
 ])  # fmt: skip
 def test_what_is_advised_loads(given):
     """As far as one goes: each is added to those before it."""
+    given = ["memory.offload=false", *given]
     job = job_of("hunyuan_2x", *given)
     settings = dict(setting.split("=") for setting in given)
     for setting in plan.remedies(job.config, anatomy(job), len(job.grid(job.frames)), 0)[0]:
