@@ -82,19 +82,19 @@ FP32_SHARE = 0.7
 BANDWIDTH_SHARE = 0.7
 LINK_SHARE = 0.8
 # How often what a pass over a block keeps for backward is moved through memory in that pass, by
-# norms, RoPE, gates, casts and copies. The one free constant: it makes wan_1_3b_2x the measured
-# 5.0 s a step (its header), which ran on earlier kernels of about these rates.
+# norms, RoPE, gates, casts and copies. The one free constant: it made wan_1_3b_2x 5.0 s a step on
+# earlier kernels (its header), and hunyuan_2x what it then was (CALIBRATION).
 ELEMENTWISE_MOVES = 7.5
 # GiB of CUDA context, kernels, libraries' workspaces and the allocator's gaps: assumed.
 RESERVE = 2.5
 
-# The largest error, relative, against four measured peaks: tests/trainer/test_plan.py has them.
+# The largest error, relative, against five measured peaks: tests/trainer/test_plan.py has them.
 MEMORY_ERROR = 0.08
 
 CALIBRATION = (
-    f"not calibrated: memory counts what the stock blocks keep and is within {MEMORY_ERROR:.0%} of "
-    "four measured peaks of an H200 (Wan 1.3B whole, two blocks of the others); time has one "
-    "constant from one measured run, and reserve and efficiencies are assumed"
+    "calibrated on hunyuan_2x: a step of an H200 took 109.3 s and 74.2 GiB, for 109.5 s and 75.7 "
+    "GiB predicted (benchmarks/results/2026-11-23-training-h200.md). Beyond that, memory is within "
+    f"{MEMORY_ERROR:.0%} of four smaller measured peaks; reserve and efficiencies are assumed"
 )
 
 

@@ -55,8 +55,9 @@ HOPPER = {
 HOPPER_BLOCK = 128  # a program's rows are one block: two groups of 64
 
 # Where flash-attn-4 was measured faster than these kernels, forward and backward together: (compute
-# capability, head_dim). The backend "auto" is "fa4" there. By 8 to 10 % at head_dim 128 and 16 % at
-# 64 (H200, flash-attn-4 4.0.0b36), all of it in the backward pass.
+# capability, head_dim). The backend "auto" is "fa4" there. By 1 to 3 % (H200, flash-attn-4
+# 4.0.0b36: benchmarks/results/2026-11-23-attention-h200-*.md); not on Mochi's 56 frames, where it
+# is 2 % slower.
 FA4_IS_FASTER: frozenset[tuple[tuple[int, int], int]] = frozenset({((9, 0), 64), ((9, 0), 128)})
 
 

@@ -148,6 +148,14 @@ def test_peaks_are_those_measured(recipe, blocks, peak):
     assert predicted == pytest.approx(peak, rel=rates.MEMORY_ERROR)
 
 
+def test_a_whole_step_is_what_was_measured():
+    """benchmarks/results/2026-11-23-training-h200.md: GiB allocated and pinned, and seconds."""
+    made = plan.plan(job_of("hunyuan_2x"), H200)
+    assert made.memory.peak / GIB - rates.RESERVE == pytest.approx(74.2, rel=0.03)
+    assert made.memory.host["offload"] / GIB == pytest.approx(79, rel=0.03)
+    assert made.seconds.total == pytest.approx(109.3, rel=0.03)
+
+
 def test_seconds_are_those_measured():
     """The run that the constant of element-wise work comes from: its header says 5.0 s."""
     assert plan.plan(job_of("wan_1_3b_2x"), H200).seconds.total == pytest.approx(5.0, abs=0.1)
