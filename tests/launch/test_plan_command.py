@@ -33,7 +33,7 @@ ALWAYS = {
 def test_every_recipe_is_planned(command, recipe):
     lines = command(recipe)
     assert lines.keys() >= ALWAYS
-    assert lines["note"].startswith("not calibrated")
+    assert lines["note"].startswith("calibrated on hunyuan_2x")
     assert "nan" not in str(lines) and "inf" not in str(lines)
     assert ("change" in lines) == lines["memory"].endswith("does not fit")
 
