@@ -19,6 +19,7 @@ from .job import Job
 # the text too where a block of joint attention has no layers for text alone.
 TEXT = re.compile(r".*(add_[qkv]_proj|to_add_out|ff_context\..*|attn2\.to_[kv])")
 CONDITION = re.compile(r"norm.*")  # modulation: one vector a sample
+SHARED = re.compile(r"to_[qkv]$")  # layers of one attention, with one input
 BESIDE_VIDEO = re.compile(r".*(_context|added).*")  # norms of the text stream
 
 # Bytes a channel that a norm keeps for backward, by its class, in a bf16 model.
@@ -38,7 +39,8 @@ class Block:
     """One block with one self-attention of `width` channels.
 
     video, text: parameters of the linear layers that every token of that kind passes; joint: that
-        both pass. adapted: input channels of each video layer with LoRA; lora: parameters of those.
+        both pass. adapted: input channels of each video layer with LoRA; inputs: of their distinct
+        inputs, but for what attention returns, which is kept anyway; lora: parameters of them.
     mlp: channels of the MLP's hidden layer. gated: whether it is SwiGLU. fused: whether the MLP
         shares its output layer with attention. cross: whether text comes by cross-attention.
     norms, qk_norms: bytes a token of a bf16 model that they keep for backward.
@@ -50,6 +52,7 @@ class Block:
     text: int
     joint: int
     adapted: tuple[int, ...]
+    inputs: int
     lora: int
     mlp: int
     gated: bool
@@ -113,6 +116,7 @@ def _block(block: Any, prefix: str, adapted: set[str], rank: int, fused_norms: b
     text = {n for n in linear if TEXT.fullmatch(n)}
     video = linear.keys() - text - {n for n in linear if CONDITION.fullmatch(n)}
     hit = [n for n in linear if n in video and prefix + n in adapted]
+    inputs = {SHARED.sub("", n): linear[n].in_features for n in hit if not n.endswith("to_out.0")}
     # A block of joint attention without layers for text: both streams are one by then.
     joint = not text
     outwards = next(n for n in ("ff.net.2", "ffn.net.2", "proj_out") if n in linear)
@@ -137,6 +141,7 @@ def _block(block: Any, prefix: str, adapted: set[str], rank: int, fused_norms: b
         text=sum(linear[n].weight.numel() for n in text),
         joint=weights if joint else 0,
         adapted=tuple(linear[n].in_features for n in hit),
+        inputs=sum(inputs.values()),
         lora=rank * sum(_ends(linear[n]) for n in hit),
         mlp=mlp,
         gated=linear[inwards].out_features == 2 * mlp,

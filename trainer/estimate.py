@@ -23,8 +23,9 @@ BYTES = {"bfloat16": 2, "float32": 4, "float8": 1}
 
 @dataclass(frozen=True)
 class Knobs:
-    """The settings of `config.Memory` that decide how much there is, and sequence: the GPUs that
-    share the tokens of one sample, which training cannot do yet.
+    """The settings of `config.Memory` that decide how much there is; lora_dtype: of the adapter's
+    products; and sequence: the GPUs that share the tokens of one sample, which training cannot do
+    yet.
     """
 
     checkpoint: str = "full"
@@ -33,6 +34,7 @@ class Knobs:
     mlp_chunk: int = 0
     base_dtype: str = "bfloat16"
     optimizer: str = "adamw"
+    lora_dtype: str = "float32"
     sequence: int = 1
 
     @property
@@ -42,8 +44,9 @@ class Knobs:
 
 
 def read_knobs(config: Config) -> Knobs:
-    names = [part.name for part in fields(Knobs) if part.name != "sequence"]
-    return Knobs(**{name: getattr(config.memory, name) for name in names})
+    elsewhere = {"lora_dtype": config.lora.compute_dtype, "sequence": 1}
+    names = [part.name for part in fields(Knobs) if part.name not in elsewhere]
+    return Knobs(**{name: getattr(config.memory, name) for name in names}, **elsewhere)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,7 @@ def kept_by_forward(model: Anatomy, block: Block, knobs: Knobs) -> dict[str, flo
     kept: dict[str, float] = {
         "norms": act / 2 * (block.norms + block.qk_norms),
         "qkv": 3 * act * width,
-        # PEFT hands each adapted layer its input in the adapter's fp32.
-        "LoRA inputs": 4 * (sum(block.adapted) + model.rank * len(block.adapted)),
+        "LoRA inputs": _lora_inputs(model, block, knobs),
         "attention out, lse": act * width + 4 * model.heads,
         # SwiGLU keeps gate, value and the gate's silu; GELU its input.
         "MLP": act * block.mlp * (3 if block.gated else 1),
@@ -129,6 +131,15 @@ def kept_by_forward(model: Anatomy, block: Block, knobs: Knobs) -> dict[str, flo
     if block.cross:
         kept["cross-attention"] = 2 * act * width
     return kept
+
+
+def _lora_inputs(model: Anatomy, block: Block, knobs: Knobs) -> float:
+    """Bytes a token: PEFT hands each adapted layer its input in the adapter's fp32, in a copy of
+    its own."""
+    inner = model.rank * len(block.adapted)
+    if knobs.lora_dtype == "float32":
+        return 4 * (sum(block.adapted) + inner)
+    return knobs.act * (block.inputs + inner)
 
 
 def _kept(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dict[str, float]:
@@ -286,10 +297,12 @@ def seconds(
         rate = dense if density == 1 else sparse
         times = passes.attention_forward / rate.forward + 2.5 * passes.backward / rate.backward
         attention += density * pairs * times / 1e12
+    in_fp32 = knobs.lora_dtype == "float32"
+    lora_rate = gpu.fp32 * rates.FP32_SHARE if in_fp32 else rates.matmul_rate(gpu)
     parts = Seconds(
         attention,
         flops.matmul / (1e12 * rates.matmul_rate(gpu)),
-        flops.lora / (1e12 * gpu.fp32 * rates.FP32_SHARE),
+        flops.lora / (1e12 * lora_rate),
         flops.elementwise / (1e12 * gpu.bandwidth * rates.BANDWIDTH_SHARE),
     )
     shared = parts.times(1 / knobs.sequence)

@@ -172,6 +172,7 @@ class Trainer:
             alpha=config.lora_alpha,
             targets=config.lora.targets,
             dropout=config.lora.dropout,
+            compute_dtype=config.lora.compute_dtype,
             seed=config.train.seed,
         )
         job.family.set_rope(transformer, job.rope)

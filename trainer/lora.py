@@ -33,13 +33,15 @@ def attach(
     alpha: float | None = None,
     targets: str | None = None,
     dropout: float = 0.0,
+    compute_dtype: str = "float32",
     seed: int = 0,
 ) -> list[tuple[str, nn.Parameter]]:
     """Freeze the transformer and add an fp32 adapter that changes nothing yet.
 
-    alpha: None for equal to rank. targets: as `ModelFamily.target_pattern` reads it. Returns the
-    named trainable parameters, the adapter's alone. Raises ConfigError when the regex is not one or
-    matches no linear layer.
+    alpha: None for equal to rank. targets: as `ModelFamily.target_pattern` reads it. compute_dtype:
+    of its products, "float32", or "bfloat16" on a base of that. Returns the named trainable
+    parameters, the adapter's alone. Raises ConfigError when the regex is not one or matches no
+    linear layer.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -58,6 +60,10 @@ def attach(
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(transformer, torch.float32)  # PEFT follows the base, which may be bf16
+    if compute_dtype == "bfloat16":
+        from .adapter import use_bf16_products
+
+        use_bf16_products(transformer)
     return [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
 
 

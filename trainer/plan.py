@@ -214,10 +214,11 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
     ("memory.checkpoint", "full"),
     ("memory.offload", True),  # where attention's result cannot be kept, so not before
     ("memory.mlp_chunk", 16384),
+    ("lora.compute_dtype", "bfloat16"),
     ("memory.optimizer", "adamw8bit"),
     ("memory.base_dtype", "float8"),
 )
-NO_SETTING = "no memory.* setting helps further; fewer frames or a smaller train.batch would"
+NO_SETTING = "no setting helps further; fewer frames or a smaller train.batch would"
 
 
 def remedies(
@@ -234,8 +235,9 @@ def remedies(
     for setting, value in REMEDIES:
         if peak <= limit:
             break
-        changed = {setting.rpartition(".")[2]: value}
-        tried = replace(config, memory=replace(config.memory, **changed))
+        section, _, name = setting.partition(".")
+        changed: Any = {section: replace(getattr(config, section), **{name: value})}
+        tried = replace(config, **changed)
         lower = training_memory(model, tokens, read_knobs(tried)).peak
         if lower < peak and not any(problems(tried)):
             config, peak = tried, lower

@@ -146,7 +146,9 @@ def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int, block: i
     return "triton"
 
 
-def _fa4_or_other(backend: str, valid: Tensor | None, gradients: bool, deterministic: bool) -> str:
+def _fa4_or_other(
+    backend: str, valid: Tensor | None, gradients: bool, deterministic: bool | None
+) -> str:
     """The backend of a call that resolved to fa4: ValueError if it was asked for and cannot."""
     from . import fa4
 

@@ -91,16 +91,18 @@ def test_every_recipe_is_of_a_published_model():
     assert paths == {*PUBLISHED, "tiny"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bytes_a_block_keeps_are_those_autograd_saves(name, tmp_path):
+def test_bytes_a_block_keeps_are_those_autograd_saves(name, dtype, tmp_path):
     """Every tensor that the forward of a bf16 block saves, once, against the sum of the parts."""
     family = FAMILIES[name]
     job = job_of(f"tiny_{name}", "memory.base_dtype=bfloat16", cache=tmp_path)
     model = anatomy(job)
     transformer = tiny.load_transformer(family, torch.bfloat16)
-    lora.attach(transformer, family, rank=model.rank)
+    lora.attach(transformer, family, rank=model.rank, compute_dtype=dtype)
     family.install(transformer, SparseAttention(Dense()))
     transformer.train()
+    knobs = Knobs(lora_dtype=dtype)
     parameters = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
     saved: list[dict[int, int]] = []
 
@@ -121,7 +123,7 @@ def test_bytes_a_block_keeps_are_those_autograd_saves(name, tmp_path):
     tokens = size[0] * size[1] * size[2] // 4
     assert len(saved) == len(model.blocks)
     for block, tensors in list(zip(model.blocks, saved, strict=True))[1:]:
-        expected = tokens * (sum(kept_by_forward(model, block, Knobs()).values()) + model.rope)
+        expected = tokens * (sum(kept_by_forward(model, block, knobs).values()) + model.rope)
         if name == "wan":  # on a CPU its norms of q and k keep fp32 copies
             expected += tokens * block.qk_norms
         assert sum(tensors.values()) == pytest.approx(expected, rel=0.05)
@@ -269,9 +271,9 @@ def test_the_longest_length_ends_with_the_positions():
 
 def test_knobs_are_read():
     assert read_knobs(load(["recipe=mochi_2x"])) == Knobs()
-    given = ["memory.checkpoint=attention", "memory.mlp_chunk=8"]
+    given = ["memory.checkpoint=attention", "memory.mlp_chunk=8", "lora.compute_dtype=bfloat16"]
     assert read_knobs(load(["recipe=mochi_2x", *given])) == Knobs(
-        checkpoint="attention", mlp_chunk=8
+        checkpoint="attention", mlp_chunk=8, lora_dtype="bfloat16"
     )
 
 
@@ -291,6 +293,7 @@ def test_remedies_come_in_order_until_it_fits():
         "memory.offload_keep=0",
         "memory.checkpoint=full",
         "memory.mlp_chunk=16384",
+        "lora.compute_dtype=bfloat16",
         "memory.optimizer=adamw8bit",
         "memory.base_dtype=float8",
     ]
@@ -392,7 +395,7 @@ def test_out_of_memory_where_it_was_to_fit(gpu, saved):
 def test_out_of_memory_where_nothing_is_planned(saved):
     """No peaks; and when no setting is left, what remains."""
     cpu = torch.device("cpu")
-    *_, change = plan.how_to_go_on(job_of("wan_14b_2x"), cpu, saved).splitlines()
+    *_, change = plan.how_to_go_on(job_of("wan_14b_2x", memory=Memory()), cpu, saved).splitlines()
     assert "memory.offload=true; then memory.offload_keep=0" in change and "GiB" not in change
     assert "memory.optimizer" not in change
     least = job_of("wan_14b_2x", memory=Memory(offload=True, offload_keep=0, mlp_chunk=1))
