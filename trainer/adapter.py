@@ -23,11 +23,13 @@ class Bf16Linear(Linear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        # A result that nothing else refers to, which another autograd function's may be.
+        in_place = type(self.base_layer) is nn.Linear
         for name in self.active_adapters:
             if name in self.lora_A:
                 a, b = self.lora_A[name].weight, self.lora_B[name].weight
                 x = self.lora_dropout[name](x)
-                result = _Addition.apply(result, x, a, b, self.scaling[name])
+                result = _Addition.apply(result, x, a, b, self.scaling[name], in_place)
         return result
 
 
@@ -39,20 +41,19 @@ def use_bf16_products(transformer: nn.Module) -> None:
 
 
 class _Addition(torch.autograd.Function):
-    """`result + scaling * x a^T b^T`, in place where it may be. result `[..., out]` and x
-    `[..., in]` are of one dtype; a `[rank, in]` and b `[out, rank]` are fp32, as their gradients
-    are."""
+    """`result + scaling * x a^T b^T`. result `[..., out]` and x `[..., in]` are of one dtype; a
+    `[rank, in]` and b `[out, rank]` are fp32, as their gradients are."""
 
     @staticmethod
     def forward(
-        ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
+        ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, in_place: bool
     ) -> Tensor:
         inner = F.linear(x, a.to(x.dtype))
         ctx.save_for_backward(x, inner, a, b)
         ctx.scaling = scaling
         rows = result.view(-1, result.shape[-1])
         added = inner.flatten(0, -2), b.to(x.dtype).T
-        if result._is_view():  # what another autograd function returns, such as a float8 layer's
+        if not in_place:
             return torch.addmm(rows, *added, alpha=scaling).view(result.shape)
         ctx.mark_dirty(result)
         rows.addmm_(*added, alpha=scaling)
@@ -68,7 +69,7 @@ class _Addition(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = (grad_inner @ a.to(grad.dtype)).view(x.shape)
-        return grad, grad_x, grad_a, grad_b, None
+        return grad, grad_x, grad_a, grad_b, None, None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
