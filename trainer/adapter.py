@@ -28,8 +28,8 @@ class Bf16Linear(Linear):
         for name in self.active_adapters:
             if name in self.lora_A:
                 a, b = self.lora_A[name].weight, self.lora_B[name].weight
-                x = self.lora_dropout[name](x)
-                result = _Addition.apply(result, x, a, b, self.scaling[name], in_place)
+                kept = self.lora_dropout[name](x)
+                result = _Addition.apply(result, kept, a, b, self.scaling[name], in_place)
         return result
 
 

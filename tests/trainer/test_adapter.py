@@ -44,12 +44,16 @@ def results(model: nn.Module, dtype: torch.dtype, x, grad) -> dict[str, torch.Te
     return {"out": out.detach(), "x": x.grad, **grads}
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_error_is_that_of_bf16(bias):
-    x, grad = torch.randn(2, 70, 48).to(BF16), torch.randn(2, 70, 80).to(BF16)
-    exact = results(adapted(bias=bias).double(), torch.float64, x, grad)
-    plain = results(adapted(bias=bias).to(BF16), BF16, x, grad)
-    model = adapted(bias=bias)
+def test_error_is_that_of_bf16(bias, device):
+    x, grad = torch.randn(2, 70, 48).to(device, BF16), torch.randn(2, 70, 80).to(device, BF16)
+    exact = results(adapted(bias=bias).to(device).double(), torch.float64, x, grad)
+    plain = results(adapted(bias=bias).to(device, BF16), BF16, x, grad)
+    model = adapted(bias=bias).to(device)
     use_bf16_products(model)
     assert type(model[0]) is Bf16Linear
     ours = results(model, BF16, x, grad)
@@ -60,11 +64,13 @@ def test_error_is_that_of_bf16(bias):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def test_gradients_are_summed_in_fp32():
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_summed_in_fp32(device):
     """Of 65,536 tokens; a sum in bf16 would stop growing at 256 ones."""
-    model = adapted()
+    model = adapted().to(device)
     use_bf16_products(model)
-    results(model, BF16, torch.ones(1, 2**16, 48), torch.ones(1, 2**16, 80))
+    ones = torch.ones(1, 2**16, 80, device=device)
+    results(model, BF16, ones[..., :48], ones)
     inner = model[0].lora_A["default"].weight.to(BF16).float().sum(1).to(BF16).float()
     expected = (2 * 2**16 * inner).expand(80, 8)
     torch.testing.assert_close(model[0].lora_B["default"].weight.grad, expected)
