@@ -22,7 +22,8 @@ OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kerne
 # its memory settings may round in other places.
 ROOM = 4
 BLOCKS = 2  # of each kind
-SIDE = 16  # tokens, of a frame; five frames on a clip of four steps of the VAE
+SIDE = 16  # tokens, of a frame
+STEPS = 2  # of the VAE in time: three latent frames, where each is one
 SCALE = 0.02  # of the adapter's weights, one half of which is zero at first
 
 
@@ -92,7 +93,7 @@ def _small(job: Job) -> Job:
     """Few blocks of the job's model and a short video of small frames."""
     job = with_blocks(job, dict.fromkeys(count_blocks(job), BLOCKS))
     geometry, side = job.geometry, SIDE * job.geometry.spatial * job.geometry.patch[1]
-    frames = 4 * job.family.frame_step(geometry) + 1
+    frames = STEPS * job.family.frame_step(geometry) + 1
     extend = replace(job.config.extend, native=frames, factor=None)
     config = replace(job.config, frames=frames, height=side, width=side, extend=extend)
     return replace(job, config=config)

@@ -1,8 +1,11 @@
 """Kernels of a trace by part: names as CUPTI has them on a Hopper GPU."""
 
+import json
+
 import pytest
 import torch
-from parts import COPIES, IDLE, Kernel, kernels_of, summary
+from parts import COPIES, IDLE, Kernel, kernels_of, profiled, summary
+from torch.profiler import ProfilerActivity, profile
 
 BF16, FP32 = "c10::BFloat16", "float"
 
@@ -87,10 +90,6 @@ def test_parts_fill_a_step():
 
 def test_a_trace_of_this_torch_has_what_is_read(tmp_path):
     """Ops by `External id`, with types and sizes; a CPU has no kernels."""
-    import json
-
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as watching:
         torch.ones(3, 4, dtype=torch.bfloat16) @ torch.ones(4, 2, dtype=torch.bfloat16)
     watching.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -100,3 +99,9 @@ def test_a_trace_of_this_torch_has_what_is_read(tmp_path):
     launched["args"] = {"External id": mm["args"]["External id"]}
     (found,) = kernels_of([*events, launched])
     assert (found.op, found.inputs) == ("aten::mm", "bf16[3, 4] bf16[4, 2]")
+
+
+def test_a_profile_of_a_step_without_kernels():
+    """On a CPU, whose profiler has none to tell of."""
+    seconds, found = profiled(lambda: float(torch.ones(4).sum()))
+    assert seconds == 4 and found.parts[IDLE] == 4 and not found.kernels
