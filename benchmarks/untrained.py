@@ -16,25 +16,36 @@ from longreel.trainer.job import Job
 STD = 0.02  # keeps a few dozen random blocks of thousands of channels finite in bf16
 
 
-def untrained(family: ModelFamily, device: torch.device) -> ModelFamily:
-    """The family, but its transformers come with random weights in place of loaded ones."""
+def untrained(
+    family: ModelFamily, device: torch.device, shared: dict[str, nn.Parameter] | None = None
+) -> ModelFamily:
+    """The family, but its transformers come with random weights in place of loaded ones.
+
+    shared: parameters by name that all of them use, and add what they need; for frozen bases.
+    """
 
     class Untrained(type(family)):
         def blank_transformer(self, path: str, revision: str | None) -> Any:
             return blank_transformer(family, path, revision)
 
         def load_transformer(self, path: str, revision: str | None, dtype: torch.dtype) -> Any:
-            return random_transformer(family, path, revision, dtype, device)
+            return random_transformer(family, path, revision, dtype, device, shared)
 
     return Untrained()
 
 
 def random_transformer(
-    family: ModelFamily, path: str, revision: str | None, dtype: torch.dtype, device: torch.device
+    family: ModelFamily,
+    path: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shared: dict[str, nn.Parameter] | None = None,
 ) -> Any:
     """As `ModelFamily.load_transformer` gives it, on `device`, always with the same weights.
 
     Each parameter is made in its place and dtype: no more is ever held than the model itself.
+    shared: as `untrained` takes it; what is in it already is taken from there.
     """
     from diffusers.models.modeling_utils import no_init_weights
 
@@ -47,12 +58,17 @@ def random_transformer(
     for name, parameter in list(model.named_parameters()):
         *owner, leaf = name.split(".")
         own = torch.float32 if fp32.intersection(name.split(".")) else dtype
-        values = torch.empty(parameter.shape, dtype=own, device=device)
-        if leaf == "weight" and parameter.ndim == 1:  # of a norm
-            values.fill_(1)
-        else:
-            values.normal_(std=STD, generator=generator)
-        setattr(model.get_submodule(".".join(owner)), leaf, nn.Parameter(values))
+        made = None if shared is None else shared.get(name)
+        if made is None or (made.shape, made.dtype) != (parameter.shape, own):
+            values = torch.empty(parameter.shape, dtype=own, device=device)
+            if leaf == "weight" and parameter.ndim == 1:  # of a norm
+                values.fill_(1)
+            else:
+                values.normal_(std=STD, generator=generator)
+            made = nn.Parameter(values)
+        if shared is not None:
+            shared[name] = made
+        setattr(model.get_submodule(".".join(owner)), leaf, made)
     return model.to(device).eval()
 
 

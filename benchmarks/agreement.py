@@ -1,0 +1,119 @@
+"""Whether the sparse step computes what the dense one does, where its pattern keeps all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from blocks import count_blocks, with_blocks
+from rows import FASTEST, Caption, Stepper
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longreel.sparse.grid import TokenGrid
+from longreel.sparse.patterns import SparsePattern
+from longreel.trainer import flow
+from longreel.trainer.job import Job
+
+OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kernel, for the budget
+# How many times further apart than two dense kernels: the products of ours are split otherwise, and
+# its memory settings may round in other places.
+ROOM = 4
+BLOCKS = 2  # of each kind
+SIDE = 16  # tokens, of a frame
+STEPS = 2  # of the VAE in time: three latent frames, where each is one
+SCALE = 0.02  # of the adapter's weights, one half of which is zero at first
+
+
+@dataclass(frozen=True)
+class AllBlocks(SparsePattern):
+    """Keeps everything, and unlike `Dense` goes through the block-sparse kernel."""
+
+    def keep(
+        self, grid: TokenGrid, q: Tensor, kv: Tensor, block: int = 128, layout: int = 0
+    ) -> Tensor:
+        return torch.ones(torch.broadcast_shapes(q.shape, kv.shape), dtype=torch.bool)
+
+    def blocks(self, grid: TokenGrid, block: int) -> Tensor:
+        return torch.ones(2 * [-(-grid.video // block)], dtype=torch.bool)
+
+
+class Result(NamedTuple):
+    """Of one forward and backward: the model's output, and the adapter's gradients by name."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+
+
+def check(dense: Job, radial: Job, device: torch.device) -> str:
+    """Compare a step of two jobs of one model on a small grid, the second's pattern keeping all.
+
+    Relative Frobenius norms; the budget is what another dense kernel makes of them. Returns the
+    comparison in words.
+
+    Raises:
+        SystemExit: if they are further apart than that.
+    """
+    shared: dict[str, nn.Parameter] = {}
+    sparse = replace(radial.config.sparse, pattern=AllBlocks(), density=None, dense_layers=0)
+    radial = _small(replace(radial, config=replace(radial.config, sparse=sparse)))
+    dense = _small(dense)
+    expected = _run(dense, shared, device, FASTEST)
+    noise = apart(expected, _run(dense, shared, device, OTHER))
+    errors = apart(expected, _run(radial, shared, device, FASTEST))
+    eps = torch.finfo(expected.output.dtype).eps
+    parts = [
+        f"{what} {error:.1e} ({other:.1e})"
+        for what, error, other in zip(("output", "gradients"), errors, noise, strict=True)
+    ]
+    told = (
+        f"{len(radial.grid(radial.frames)):,} tokens, all blocks kept, against the dense row, "
+        f"relative: {', '.join(parts)}; in brackets another dense kernel against it"
+    )
+    if any(error > ROOM * max(other, eps) for error, other in zip(errors, noise, strict=True)):
+        raise SystemExit(f"error: the sparse step is wrong, nothing is timed. {told}")
+    return f"Before timing: {told}."
+
+
+def apart(expected: Result, found: Result) -> tuple[float, float]:
+    """Relative distance of outputs, and of that gradient which is furthest from its own."""
+
+    def relative(a: Tensor, b: Tensor) -> float:
+        return float((a.float() - b.float()).norm() / a.float().norm())
+
+    gradients: Mapping[str, Tensor] = found.gradients
+    assert gradients.keys() == expected.gradients.keys()
+    furthest = max(relative(grad, gradients[name]) for name, grad in expected.gradients.items())
+    return relative(expected.output, found.output), furthest
+
+
+def _small(job: Job) -> Job:
+    """Few blocks of the job's model and a short video of small frames."""
+    job = with_blocks(job, dict.fromkeys(count_blocks(job), BLOCKS))
+    geometry, side = job.geometry, SIDE * job.geometry.spatial * job.geometry.patch[1]
+    frames = STEPS * job.family.frame_step(geometry) + 1
+    extend = replace(job.config.extend, native=frames, factor=None)
+    config = replace(job.config, frames=frames, height=side, width=side, extend=extend)
+    return replace(job, config=config)
+
+
+def _run(
+    job: Job, shared: dict[str, nn.Parameter], device: torch.device, backends: Sequence[SDPBackend]
+) -> Result:
+    stepper = Stepper(job, shared, device, Caption())
+    trainer, outputs = stepper.trainer, []
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainer.parameters.values():
+        noise = SCALE * torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(noise)
+    trainer.transformer.register_forward_hook(lambda *call: outputs.append(call[-1][0].detach()))
+    batch = next(stepper.batches)
+    clean = batch["latents"].to(device)
+    noise, sigma = flow.sample(clean, job.config.train.sigma, generator)
+    with sdpa_kernel([*backends], set_priority=True):
+        trainer.accelerator.backward(trainer._loss_at(clean, noise, sigma, batch["texts"]))
+    gradients = {name: p.grad for name, p in trainer.parameters.items() if p.grad is not None}
+    assert len(gradients) == len(trainer.parameters)
+    return Result(outputs[0], gradients)

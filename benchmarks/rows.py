@@ -1,0 +1,192 @@
+"""The rows of the step benchmark: what each changes of a recipe, as a model that takes steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from blocks import Counts
+from parts import Profile, profiled
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from untrained import random_batch, untrained
+
+from longreel.sparse.grid import TokenGrid
+from longreel.trainer.config import Config, Memory
+from longreel.trainer.families.base import ModelFamily, Text
+from longreel.trainer.job import Job
+from longreel.trainer.loop import Trainer
+from longreel.trainer.probe import DENSE_BACKENDS
+from longreel.trainer.recipe import load
+from longreel.trainer.settings import split_arguments
+
+DENSE = ("sparse.pattern.name=dense",)
+# As diffusers trains: blocks are checkpointed whole, and nothing else is done.
+PLAIN = tuple(
+    f"memory.{key}={str(getattr(Memory(), key)).lower()}"
+    for key in ("checkpoint", "offload", "mlp_chunk", "fused_norms", "optimizer")
+)
+CHUNK = 16384  # tokens, of docs/memory.md
+SHORT_FRAMES = 4  # latent ones, of a warm-up that compiles and little else
+# SDPA takes the first that can: the fastest dense attention of torch, not the one it would pick;
+# the token refiner's mask is for the last ones.
+FASTEST = (*DENSE_BACKENDS, SDPBackend.MATH)
+
+
+@dataclass(frozen=True)
+class Row:
+    """settings: beside the recipe's. stock: by diffusers' own processors and checkpointing."""
+
+    name: str
+    about: str
+    settings: tuple[str, ...] = ()
+    stock: bool = False
+
+    def config(self, overrides: Sequence[str]) -> Config:
+        """Of the recipe and settings in `overrides`, with the row's own."""
+        given, own = split_arguments(overrides), split_arguments(self.settings)
+        if "sparse.pattern.name" in own:  # another pattern's settings do not fit it
+            of_pattern = ("sparse.pattern.", "sparse.density")
+            given = {k: v for k, v in given.items() if not k.startswith(of_pattern)}
+        config = load([f"{key}={value}" for key, value in (given | own).items()])
+        # Accumulation repeats what is measured.
+        return replace(config, train=replace(config.train, accumulate=1))
+
+
+def rows_for(memory: Memory) -> dict[str, Row]:
+    """By name. memory: the recipe's own; each option of it is also turned, alone."""
+    turned: dict[str, Any] = {
+        "checkpoint": "full" if memory.checkpoint == "attention" else "attention",
+        "offload": not memory.offload,
+        "mlp_chunk": 0 if memory.mlp_chunk else CHUNK,
+        "fused_norms": not memory.fused_norms,
+        "base_dtype": "bfloat16" if memory.base_dtype == "float8" else "float8",
+        "optimizer": "adamw" if memory.optimizer == "adamw8bit" else "adamw8bit",
+    }
+    rows = [
+        Row("stock", "diffusers + PEFT, padded text under a mask", (*DENSE, *PLAIN), stock=True),
+        Row("dense", "dense, blocks checkpointed whole, text trimmed", (*DENSE, *PLAIN)),
+        Row("fair", "dense, with the recipe's memory settings", DENSE),
+        Row("radial", "the recipe"),
+        Row("sparse", "the recipe without dense layers", ("sparse.dense_layers=0",)),
+    ]
+    for key, value in turned.items():
+        setting = f"memory.{key}={str(value).lower()}"
+        rows.append(Row(key, f"the recipe with {setting}", (setting,)))
+    return {row.name: row for row in rows}
+
+
+@dataclass
+class Point:
+    """One model of a row. seconds: of each counted step. held: bytes of its weights and moments;
+    peak: with all that a step takes. profile: of the first counted step, None on a CPU."""
+
+    counts: Counts
+    seconds: list[float] = field(default_factory=list)
+    held: int = 0
+    peak: int = 0
+    profile: Profile | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """tokens: of the caption, None for as many as the model takes; padded: to that number."""
+
+    tokens: int | None = None
+    padded: bool = False
+
+
+class Stepper:
+    """A model, with the trainer's own adapter, optimizer and step, that can be told to step."""
+
+    def __init__(
+        self, job: Job, shared: dict[str, nn.Parameter], device: torch.device, caption: Caption
+    ) -> None:
+        family = _stock(job.family) if caption.padded else job.family
+        self.job = replace(job, family=untrained(family, device, shared))
+        self.stock, self.device, self.steps = caption.padded, device, 0
+        self.trainer = Trainer(self.job)
+        self.trainer._load_model()
+        if self.stock:
+            self.trainer.transformer.enable_gradient_checkpointing()  # with diffusers' own
+        batch = random_batch(self.job, self.trainer.dtype)
+        for text in batch["texts"]:
+            text["prompt_embeds"] = text["prompt_embeds"][: caption.tokens]
+        self.batches = repeat(batch)
+        self.short = repeat(batch | {"latents": batch["latents"][:, :, :SHORT_FRAMES]})
+
+    @property
+    def grid(self) -> TokenGrid:
+        """Of the last step."""
+        current = self.trainer.attention.current
+        assert current is not None
+        return current.grid
+
+    def pin(self, size: float) -> None:
+        """Let memory.offload take its host memory, bytes, before a step does."""
+        if self.trainer.offload is not None:
+            arena = self.trainer.offload.arena
+            arena.give(arena.take(int(size)))
+
+    def warm(self, short: bool) -> None:
+        self._timed(self.short if short else self.batches)
+
+    def step(self, point: Point) -> None:
+        """A counted step; the first one is profiled as well."""
+        before = self._start_counting()
+        if point.profile is None and self.device.type == "cuda":
+            seconds, point.profile = profiled(lambda: self._timed(self.batches))
+        else:
+            seconds = self._timed(self.batches)
+        point.seconds.append(seconds)
+        point.held = self.held()
+        if self.device.type == "cuda":
+            # Others that wait for their turn have memory too.
+            taken = torch.cuda.max_memory_allocated() - before
+            point.peak = max(point.peak, point.held + taken)
+
+    def held(self) -> int:
+        state = self.trainer.optimizer.optimizer.state.values()
+        moments = [x for of_one in state for x in of_one.values() if isinstance(x, Tensor)]
+        return sum(x.nbytes for x in (*self.trainer.transformer.parameters(), *moments))
+
+    def _start_counting(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    def _timed(self, batches: Iterator[dict[str, Any]]) -> float:
+        started, self.steps = time.perf_counter(), self.steps + 1
+        with nullcontext() if self.stock else sdpa_kernel([*FASTEST], set_priority=True):
+            self.trainer._step(self.steps, batches)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def _stock(family: ModelFamily) -> ModelFamily:
+    """The family as diffusers has it: processors are left alone, captions padded under a mask."""
+
+    class Stock(type(family)):
+        def set_processors(self, transformer: Any, attention: Any, fused_norms: bool) -> None:
+            pass
+
+        def collate_text(self, texts: Sequence[Text]) -> Text:
+            embeds = texts[0]["prompt_embeds"]
+            most = self.text_tokens or self.context_tokens
+            longest = texts[0] | {"prompt_embeds": embeds.new_zeros(most, embeds.shape[1])}
+            padded = super().collate_text([*texts, longest])
+            return {name: x[:-1] for name, x in padded.items()}
+
+    return Stock()
