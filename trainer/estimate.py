@@ -23,8 +23,8 @@ BYTES = {"bfloat16": 2, "float32": 4, "float8": 1}
 
 @dataclass(frozen=True)
 class Knobs:
-    """The settings of `config.Memory` that decide how much there is, and sequence: the GPUs that
-    share the tokens of one sample, which training cannot do yet.
+    """The settings of `config.Memory` that decide how much there is, and `parallel.sequence`: the
+    GPUs that share the tokens of one sample.
     """
 
     checkpoint: str = "full"
@@ -43,7 +43,8 @@ class Knobs:
 
 def read_knobs(config: Config) -> Knobs:
     names = [part.name for part in fields(Knobs) if part.name != "sequence"]
-    return Knobs(**{name: getattr(config.memory, name) for name in names})
+    memory = {name: getattr(config.memory, name) for name in names}
+    return Knobs(**memory, sequence=config.parallel.sequence)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Memory:
 def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> Memory:
     """A step's peak: in the backward of the block that needs most, with all inputs still kept.
 
-    tokens: of a whole batch, text included.
+    tokens: of a whole batch, text included. Where GPUs share samples each counts an equal part,
+        though it has all of the text.
     """
     tokens = -(-tokens // knobs.sequence)
     inputs = [_kept_by_checkpoint(model, block, knobs) * tokens for block in model.blocks]
@@ -161,6 +163,8 @@ def _block_parts(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dic
     in_mlp = act * (2 * width + hidden)
     # Of the residual, attention's result, q, k, v, and q and k once more in fp32 for RoPE.
     in_attention = act * 5 * width + 8 * width
+    if knobs.sequence > 1:  # what is sent and what is received
+        in_attention += act * 2 * width
     if kept["MLP"] + in_mlp >= in_attention:
         kept["gradients"] = in_mlp
     else:
@@ -194,13 +198,15 @@ class Flops:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a step, or of one forward, by part; offload: the transfers that nothing hides."""
+    """Of a step, or of one forward, by part. offload: the transfers that nothing hides; exchange:
+    those between GPUs that share samples, all of them."""
 
     attention: float
     matmul: float
     lora: float
     elementwise: float
     offload: float = 0.0
+    exchange: float = 0.0
 
     @property
     def total(self) -> float:
@@ -292,7 +298,9 @@ def seconds(
         flops.lora / (1e12 * gpu.fp32 * rates.FP32_SHARE),
         flops.elementwise / (1e12 * gpu.bandwidth * rates.BANDWIDTH_SHARE),
     )
-    shared = parts.times(1 / knobs.sequence)
+    sent = exchanged_bytes(model, batch * len(grid), knobs, passes)
+    exchange = sent / (1e9 * gpu.peer * rates.LINK_SHARE)
+    shared = replace(parts.times(1 / knobs.sequence), exchange=exchange)
     if not (knobs.offload and passes.backward):
         return shared
     moved = training_memory(model, batch * len(grid), knobs).host.get("offload", 0.0)
@@ -300,6 +308,17 @@ def seconds(
     # Out under the forward, back under the rest, of which the forward is the shorter.
     forward = shared.total / (passes.forward + 2 * passes.backward)
     return replace(shared, offload=max(0.0, transfer - forward))
+
+
+def exchanged_bytes(model: Anatomy, tokens: int, knobs: Knobs, passes: Passes) -> float:
+    """What each of the GPUs that share a batch of `tokens` sends to the others in `passes`.
+
+    In every block queries, keys, values and attention's result of its tokens go around once in a
+    forward and their gradients once in a backward, but for the heads that stay where they are.
+    """
+    width = sum(block.width for block in model.blocks)
+    leaving = tokens / knobs.sequence * (1 - 1 / knobs.sequence)
+    return 4 * knobs.act * width * leaving * (passes.forward + passes.backward)
 
 
 def cache_bytes(job: Job, model: Anatomy) -> tuple[int, int]:
