@@ -21,11 +21,12 @@ longreel plan recipe=NAME [key=value ...]               predict a recipe's memor
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Keys of `longreel plan` beside a recipe's. gpu: a name of `rates.GPUS`. memory: GiB of one,
-    if another than that GPU's. price: of one for an hour, in any currency. clips: in the cache."""
+    """Keys of `longreel plan` beside a recipe's. gpu: a name of `rates.GPUS`. gpus: how many; those
+    that share one clip if not given. memory: GiB of one, if another than that GPU's. price: of one
+    for an hour, in any currency. clips: in the cache."""
 
     gpu: str = "h200"
-    gpus: int = 1
+    gpus: int | None = None
     memory: float | None = None
     price: float | None = None
     clips: int = 100
@@ -83,6 +84,14 @@ def _work(job: Job, made: Plan) -> Rows:
     yield "length", f"{job.native_frames} -> {job.frames} frames of {size}"
     size = f"{grid.frames} x {grid.height} x {grid.width} video and {grid.text} text tokens"
     yield "tokens", f"{len(grid):,}: {size}"
+    sharing = config.parallel.sequence
+    if sharing > 1:
+        tokens, heads = -(-grid.video // sharing) + grid.text, job.geometry.heads // sharing
+        yield (
+            "sharing",
+            f"{sharing} GPUs a sample: {tokens:,} tokens each, {heads} heads in attention; each "
+            f"sends {_short(made.exchanged / 1e9)} GB an update",
+        )
     yield "attention", density_by_layer(made.densities)
     parts = {
         "attention": flops.attention,

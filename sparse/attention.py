@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,26 @@ class Plan:
     dense: bool  # a dense diffusion step
 
 
+class Exchange(Protocol):
+    """Between processes that share a sequence; `trainer.parallel` has the one that there is.
+
+    Outside of attention a process has some of the video's tokens and all of the text, with all
+    heads of them; inside, all tokens with some heads.
+    """
+
+    def own_heads(self, heads: int) -> slice:
+        """Which of the model's heads are this process's inside."""
+        ...
+
+    def to_heads(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """`[B, own tokens, heads, D]` to `[B, len(grid), own heads, D]`, differentiable."""
+        ...
+
+    def to_tokens(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """The way back."""
+        ...
+
+
 @dataclass(eq=False)
 class SparseAttention:
     """The self-attention of one model.
@@ -45,6 +65,8 @@ class SparseAttention:
     dense_steps: the same for diffusion steps when sampling; indices below 0 count from the last.
     schedule: set while sampling; the `step` of `plan` for a forward with the model's timestep.
         Guidance may call the model twice a step.
+    exchange: with the processes that share the sequence; None when there are none. `attention`
+        then takes and gives this process's tokens.
     """
 
     pattern: SparsePattern
@@ -53,6 +75,7 @@ class SparseAttention:
     dense_layers: int | Collection[int] = 0
     dense_steps: int | Collection[int] = 0
     schedule: Callable[[Tensor], Step] | None = None
+    exchange: Exchange | None = None
     _plan: Plan | None = field(default=None, init=False, repr=False)
 
     def plan(
@@ -145,12 +168,21 @@ class SparseAttention:
         plan = self._plan
         if plan is None:
             raise RuntimeError("SparseAttention.plan must be called before the model's forward.")
+        heads, exchange = q.shape[2], self.exchange
+        if exchange is not None:
+            q, k, v = (exchange.to_heads(x, plan.grid) for x in (q, k, v))
         if len(plan.grid) != q.shape[1]:
             raise ValueError(f"{q.shape[1]} tokens were given, but the plan is for {plan.grid}.")
         if self.is_dense(layer_index, plan):
-            return _dense_attention(q, k, v, plan.valid)
+            out = _dense_attention(q, k, v, plan.valid)
+        else:
+            out = self._sparse_attention(plan, heads, q, k, v)
+        return out if exchange is None else exchange.to_tokens(out, plan.grid)
+
+    def _sparse_attention(self, plan: Plan, heads: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """heads: of the model, of which q, k and v hold this process's."""
         # `disable` is typed for its call without a function.
-        lists = _lists(self, plan, q.shape[2], q.device)  # pyright: ignore[reportCallIssue]
+        lists = _lists(self, plan, heads, q.device)  # pyright: ignore[reportCallIssue]
         if lists.orders is not None:
             there, back = lists.orders
             q, k, v = (_reorder(x, there, back) for x in (q, k, v))
@@ -186,6 +218,8 @@ class _Lists(NamedTuple):
 def _lists(attention: SparseAttention, plan: Plan, heads: int, device: torch.device) -> _Lists:
     layout = attention.layout(plan.grid)
     followed = tuple(attention.pattern.head_layouts(heads))
+    if attention.exchange is not None:
+        followed = followed[attention.exchange.own_heads(heads)]
     orders = _orders(layout, followed, device)
     if orders is not None:
         order, inverse = orders

@@ -39,7 +39,11 @@ def test_the_readme_names_every_pattern():
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{x}.md" for x in ("memory", "patterns", "rope"))],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{x}.md" for x in ("memory", "parallel", "patterns", "rope")),
+    ],
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

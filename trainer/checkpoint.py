@@ -30,7 +30,8 @@ class Progress:
 
     step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it,
         of the seed, and of the two below.
-    world_size: processes. clips: `fingerprint` of the training clips.
+    world_size: processes, of which those that share clips count as one. clips: `fingerprint` of
+        the training clips.
     """
 
     step: int
@@ -99,7 +100,8 @@ def check_continues(path: Path, saved: Progress, now: Progress) -> None:
     if saved.world_size != now.world_size:
         raise ConfigError(
             f"{path} is of a run on {saved.world_size} processes, and there are {now.world_size}: "
-            "other batches would follow. Launch as many, or choose another run.dir."
+            "other batches would follow. Launch as many (those that share clips, "
+            "parallel.sequence, count as one), or choose another run.dir."
         )
     if saved.clips != now.clips:
         raise ConfigError(

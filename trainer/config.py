@@ -183,6 +183,14 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """sequence: processes, neighbours in rank, that share the tokens of their clips and count as
+    one elsewhere. Divides the model's heads and the number of processes (docs/parallel.md)."""
+
+    sequence: int = 1
+
+
+@dataclass(frozen=True)
 class Validate:
     """Held-out loss and sample videos: before step one, every `every` steps and after the last.
 
@@ -237,6 +245,7 @@ class Config:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     memory: Memory = field(default_factory=Memory)
+    parallel: Parallel = field(default_factory=Parallel)
     validate: Validate = field(default_factory=Validate)
     log: Log = field(default_factory=Log)
     run: Run = field(default_factory=Run)
@@ -278,6 +287,7 @@ def problems(config: Config) -> Iterator[str]:
         "train.lr": train.lr,
         "train.sigma.shift": train.sigma.shift,
         "train.sigma.std": train.sigma.std,
+        "parallel.sequence": config.parallel.sequence,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "validate.every": validate.every,

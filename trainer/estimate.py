@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ..sparse.grid import TokenGrid
 from . import rates
@@ -24,8 +25,7 @@ BYTES = {"bfloat16": 2, "float32": 4, "float8": 1}
 @dataclass(frozen=True)
 class Knobs:
     """The settings of `config.Memory` that decide how much there is; lora_dtype: of the adapter's
-    products; and sequence: the GPUs that share the tokens of one sample, which training cannot do
-    yet.
+    products; and `parallel.sequence`: the GPUs that share the tokens of one sample.
     """
 
     checkpoint: str = "full"
@@ -44,7 +44,10 @@ class Knobs:
 
 
 def read_knobs(config: Config) -> Knobs:
-    elsewhere = {"lora_dtype": config.lora.compute_dtype, "sequence": 1}
+    elsewhere: dict[str, Any] = {
+        "lora_dtype": config.lora.compute_dtype,
+        "sequence": config.parallel.sequence,
+    }
     names = [part.name for part in fields(Knobs) if part.name not in elsewhere]
     return Knobs(**{name: getattr(config.memory, name) for name in names}, **elsewhere)
 
@@ -69,7 +72,8 @@ class Memory:
 def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> Memory:
     """A step's peak: in the backward of the block that needs most, with all inputs still kept.
 
-    tokens: of a whole batch, text included.
+    tokens: of a whole batch, text included. Where GPUs share samples each counts an equal part,
+        though it has all of the text.
     """
     tokens = -(-tokens // knobs.sequence)
     inputs = [_kept_by_checkpoint(model, block, knobs) * tokens for block in model.blocks]
@@ -172,6 +176,8 @@ def _block_parts(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dic
     in_mlp = act * (2 * width + hidden)
     # Of the residual, attention's result, q, k, v, and q and k once more in fp32 for RoPE.
     in_attention = act * 5 * width + 8 * width
+    if knobs.sequence > 1:  # what is sent and what is received
+        in_attention += act * 2 * width
     if kept["MLP"] + in_mlp >= in_attention:
         kept["gradients"] = in_mlp
     else:
@@ -205,13 +211,15 @@ class Flops:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a step, or of one forward, by part; offload: the transfers that nothing hides."""
+    """Of a step, or of one forward, by part. offload: the transfers that nothing hides; exchange:
+    those between GPUs that share samples, all of them."""
 
     attention: float
     matmul: float
     lora: float
     elementwise: float
     offload: float = 0.0
+    exchange: float = 0.0
 
     @property
     def total(self) -> float:
@@ -305,7 +313,9 @@ def seconds(
         flops.lora / (1e12 * lora_rate),
         flops.elementwise / (1e12 * gpu.bandwidth * rates.BANDWIDTH_SHARE),
     )
-    shared = parts.times(1 / knobs.sequence)
+    sent = exchanged_bytes(model, batch * len(grid), knobs, passes)
+    exchange = sent / (1e9 * gpu.peer * rates.LINK_SHARE)
+    shared = replace(parts.times(1 / knobs.sequence), exchange=exchange)
     if not (knobs.offload and passes.backward):
         return shared
     moved = training_memory(model, batch * len(grid), knobs).host.get("offload", 0.0)
@@ -313,6 +323,17 @@ def seconds(
     # Out under the forward, back under the rest, of which the forward is the shorter.
     forward = shared.total / (passes.forward + 2 * passes.backward)
     return replace(shared, offload=max(0.0, transfer - forward))
+
+
+def exchanged_bytes(model: Anatomy, tokens: int, knobs: Knobs, passes: Passes) -> float:
+    """What each of the GPUs that share a batch of `tokens` sends to the others in `passes`.
+
+    In every block queries, keys, values and attention's result of its tokens go around once in a
+    forward and their gradients once in a backward, but for the heads that stay where they are.
+    """
+    width = sum(block.width for block in model.blocks)
+    leaving = tokens / knobs.sequence * (1 - 1 / knobs.sequence)
+    return 4 * knobs.act * width * leaving * (passes.forward + passes.backward)
 
 
 def cache_bytes(job: Job, model: Anatomy) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from .families import FAMILIES
 from .families.base import Geometry, ModelFamily
 from .families.published import published_geometry
 from .families.rope import NATIVE, RopePolicy
+from .parallel import check_sequence
 from .recipe import config_hash, load_file, pattern_to_dict, to_dict
 from .settings import flatten
 
@@ -32,6 +33,7 @@ FREE_KEYS = (
     *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk", "probe")),
     "data.path",
     "data.strict",
+    "parallel",
     "train.workers",
     *(f"validate.{key}" for key in ("every", "prompts", "frames", "steps", "guidance")),
 )
@@ -200,6 +202,7 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
         raise ConfigError(
             f"The model's heads have {geometry.head_dim} channels; the kernels take {HEAD_DIMS}."
         )
+    check_sequence(config.parallel.sequence, geometry.heads)
     sparse = replace(
         config.sparse, dense_layers=_dense_layers(config.sparse.dense_layers, geometry.layers)
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..data.dataset import LatentDataset, collate, read_text, split
 from ..data.encode import Prepared
@@ -32,6 +33,7 @@ from .job import Job
 from .memory import block_checkpoint
 from .metrics import AttentionCost, Metrics, Row, peak_memory_gib
 from .optimizer import build_optimizer, check_installed
+from .parallel import SequenceGroup
 from .plan import check_memory, how_to_go_on
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
@@ -49,7 +51,7 @@ class Trainer:
     """One run: caches the data, trains the LoRA, validates, samples, saves, resumes.
 
     Everything random is a function of (seed, step, process), so a run that stops and goes on equals
-    one that never stopped.
+    one that never stopped. Processes that share a clip draw the same for it.
     """
 
     def __init__(self, job: Job) -> None:
@@ -57,13 +59,16 @@ class Trainer:
         self.config = job.config
         self.run_dir = job.config.run_dir
         job.check_trainable()
-        waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for rank 0 to fill the cache
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[waiting])
+        waiting = timedelta(days=1)  # for rank 0 to fill the cache, or to decode a sample
+        handlers: Any = [InitProcessGroupKwargs(timeout=waiting)]
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
         if self.accelerator.distributed_type not in ENGINES:
             raise ConfigError(
                 f"accelerate is configured for {self.accelerator.distributed_type.value}, which is "
                 "not supported yet; launch/ddp.yaml is a configuration that is."
             )
+        size, heads = self.config.parallel.sequence, job.geometry.heads
+        self.sequence = SequenceGroup.create(size, heads, waiting)
         self.device = self.accelerator.device
         self.console = open_console(self.accelerator.is_main_process)
         base_dtype = self.config.memory.base_dtype
@@ -100,7 +105,9 @@ class Trainer:
         speedup = self._measure_attention()
         ratio = speedup.ratio if isinstance(speedup, Speedup) else speedup
         if self.accelerator.is_main_process:
-            self._open_log(start, prepared, heldout)
+            self._open_log(start)
+        if self.sequence.data_rank == 0:
+            self.validator = self._make_validator(prepared, heldout)
         if start >= steps:
             log.info(f"{self.run_dir} is complete at step {start}; train.steps={steps}.")
         with self._keeping_what_is_learnt(start):
@@ -182,6 +189,7 @@ class Trainer:
         blocks = block_checkpoint(config.memory, self.attention, self.device)
         if blocks is not None:
             transformer.enable_gradient_checkpointing(blocks)
+        self.sequence.attach(job.family, transformer, self.attention)
         self.offload = None if blocks is None else blocks.offload
         transformer.train()
         self.parameters = dict(parameters)
@@ -218,7 +226,7 @@ class Trainer:
         return progress.step
 
     def _progress(self, step: int) -> checkpoint.Progress:
-        return checkpoint.Progress(step, self.accelerator.num_processes, self._clips)
+        return checkpoint.Progress(step, self.sequence.data_size, self._clips)
 
     def _probe_step(self, dataset: LatentDataset) -> None:
         """Try a step of the longest shape; the run is as it was, or ends here if it does not fit.
@@ -250,7 +258,7 @@ class Trainer:
         """How much faster than dense a sparse layer's attention is; why not, if not measured."""
         geometry = self.job.geometry
         speedup = measure_speedup(
-            self.attention,
+            self.job.attention(),  # of one process, whoever shares a clip
             self.grid,
             layers=geometry.layers,
             heads=geometry.heads,
@@ -261,8 +269,8 @@ class Trainer:
         log.info(f"Attention of a sparse layer against dense, forward and backward: {speedup}.")
         return speedup
 
-    def _open_log(self, start: int, prepared: Prepared, heldout: LatentDataset) -> None:
-        """What the main process alone keeps: metrics, and the validator that writes to them."""
+    def _open_log(self, start: int) -> None:
+        """The metrics, which the main process alone keeps."""
         self.metrics = Metrics(self.run_dir, resumed_step=start)
         if self.config.log.wandb:
             solved = {
@@ -272,12 +280,16 @@ class Trainer:
             config = to_dict(self.config) | {"attention": solved}
             self.metrics.start_wandb(self.config.log.project, config)
         self.metrics.image("mask", self.run_dir / "mask.png", start)
-        self.validator = Validator(
+
+    def _make_validator(self, prepared: Prepared, heldout: LatentDataset) -> Validator:
+        """Of the main process and those that share its clips."""
+        return Validator(
             self.job,
             self.transformer,
             heldout,
             {text: read_text(prepared.texts[text]) for text in extra_captions(self.config)},
-            self.metrics,
+            self.metrics if self.accelerator.is_main_process else None,
+            self.sequence,
             device=self.device,
             dtype=self.dtype,
         )
@@ -312,16 +324,12 @@ class Trainer:
             train.batch,
             train.seed,
             start=start * train.accumulate,
-            rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
+            rank=self.sequence.data_rank,
+            num_ranks=self.sequence.data_size,
         )
+        workers = train.workers
         return iter(
-            torch.utils.data.DataLoader(
-                dataset,
-                batch_sampler=sampler,
-                num_workers=train.workers,
-                collate_fn=collate,
-            )
+            DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
         )
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> Row:
@@ -362,7 +370,7 @@ class Trainer:
         self._whole = step
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        samples = train.batch * self.accelerator.num_processes
+        samples = train.batch * self.sequence.data_size
         tokens = samples * sum(len(grid) for grid in grids)
         cost = AttentionCost.sum([self._cost(grid) for grid in grids])
         cost = cost.training(samples, recomputed=self.config.memory.checkpoint == "full")
@@ -382,9 +390,10 @@ class Trainer:
 
     def _loss(self, batch: dict[str, Any], step: int, micro: int) -> Tensor:
         train = self.config.train
-        key = f"{train.seed}/{step}/{micro}/{self.accelerator.process_index}"
+        key = f"{train.seed}/{step}/{micro}/{self.sequence.data_rank}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-        torch.manual_seed(seed)  # LoRA dropout draws from the global generator
+        # LoRA dropout draws from the global generator, for tokens of this process alone.
+        torch.manual_seed(seed + self.sequence.rank)
         generator = torch.Generator().manual_seed(seed)
         clean = batch["latents"].to(self.device)
         noise, sigma = flow.sample(clean, train.sigma, generator)
@@ -426,7 +435,7 @@ class Trainer:
         return SystemExit(f"error: out of memory{where}: {reason}\n{change}")
 
     def _validate(self, step: int) -> None:
-        if self.accelerator.is_main_process and self.validator.due(step):
+        if self.sequence.data_rank == 0 and self.validator.due(step):
             self.validator.run(step)
 
     def _save(self, step: int) -> None:

@@ -23,6 +23,7 @@ from .estimate import (
     Seconds,
     cache_bytes,
     decoding_bytes,
+    exchanged_bytes,
     forward_memory,
     read_knobs,
     seconds,
@@ -31,6 +32,7 @@ from .estimate import (
 )
 from .families.published import blank_encoders
 from .job import FREE_KEYS, Job
+from .parallel import check_sequence
 from .rates import MEMORY_ERROR, RESERVE, Gpu
 
 
@@ -38,9 +40,10 @@ from .rates import MEMORY_ERROR, RESERVE, Gpu
 class Plan:
     """Of one training run on GPUs of one kind.
 
-    flops: of one update of one process; seconds: likewise, and dense_seconds were all attention
-    dense. memory_limit: bytes of one GPU. samples: that an update learns from, over all GPUs.
-    gpu_hours: of the whole run. clip_bytes, caption_bytes: of one on disk.
+    flops: of one update of one process, or of those that share samples; seconds: likewise, and
+    dense_seconds were all attention dense. memory_limit: bytes of one GPU. samples: that an update
+    learns from, over all GPUs. exchanged: bytes that one GPU sends in an update to those that share
+    its samples. gpu_hours: of the whole run. clip_bytes, caption_bytes: of one on disk.
     """
 
     model: Anatomy
@@ -52,6 +55,7 @@ class Plan:
     memory_limit: float
     gpus: int
     samples: int
+    exchanged: float
     gpu_hours: float
     dense_seconds: float
     clip_bytes: int
@@ -69,10 +73,15 @@ class Plan:
         return f"may fit, by less than {MEMORY_ERROR:.0%}" if self.fits else "does not fit"
 
 
-def plan(job: Job, gpu: Gpu, *, gpus: int = 1, memory: float | None = None) -> Plan:
-    """memory: GiB of one GPU, if not that of `gpu`. Raises ConfigError for missing model files, and
-    if `gpus` cannot be shared as the config asks."""
-    model, knobs, config = anatomy(job), read_knobs(job.config), job.config
+def plan(job: Job, gpu: Gpu, *, gpus: int | None = None, memory: float | None = None) -> Plan:
+    """gpus: None for those that share one sample. memory: GiB of one GPU, if not that of `gpu`.
+
+    Raises ConfigError for missing model files, and if `gpus` cannot be shared as the config asks.
+    """
+    config = job.config
+    gpus = config.parallel.sequence if gpus is None else gpus
+    check_sequence(config.parallel.sequence, job.geometry.heads, gpus)
+    model, knobs = anatomy(job), read_knobs(config)
     grid, train = job.grid(job.frames), config.train
     densities = job.attention().layer_densities(grid, job.geometry.layers, job.geometry.heads)
     passes = Passes.of_training(knobs)
@@ -97,11 +106,12 @@ def plan(job: Job, gpu: Gpu, *, gpus: int = 1, memory: float | None = None) -> P
         densities=densities,
         flops=work(model, grid, densities, knobs, passes, train.batch * train.accumulate),
         memory=training_memory(model, train.batch * len(grid), knobs),
+        exchanged=train.accumulate * exchanged_bytes(model, train.batch * len(grid), knobs, passes),
         seconds=update(densities),
         dense_seconds=update([1.0] * len(densities)).total,
         memory_limit=GIB * (gpu.memory if memory is None else memory),
         gpus=gpus,
-        samples=train.batch * train.accumulate * gpus,
+        samples=train.batch * train.accumulate * gpus // knobs.sequence,
         gpu_hours=train.steps * update(densities).total * gpus / 3600,
         clip_bytes=clip_bytes,
         caption_bytes=caption_bytes,
@@ -132,7 +142,7 @@ class SamplingPlan:
 def plan_sampling(job: Job, gpu: Gpu) -> SamplingPlan:
     """At the job's length, with the family's steps and guidance, on one GPU."""
     model, family, config = anatomy(job), job.family, job.config
-    knobs = replace(read_knobs(config), offload=False)
+    knobs = replace(read_knobs(config), offload=False, sequence=1)
     vae, encoders = blank_encoders(family, job.model_path, config.model.revision)
     grid, attention = job.grid(job.frames), job.attention()
     negative = family.uses_negative(job.geometry, family.guidance)
@@ -218,7 +228,10 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
     ("memory.optimizer", "adamw8bit"),
     ("memory.base_dtype", "float8"),
 )
-NO_SETTING = "no setting helps further; fewer frames or a smaller train.batch would"
+NO_SETTING = (
+    "no setting helps further; fewer frames, a smaller train.batch, or on several GPUs "
+    "parallel.sequence would"
+)
 
 
 def remedies(

@@ -19,7 +19,8 @@ class Gpu:
     """Datasheet figures, dense, without sparsity; `memory` in GiB is what a process can allocate.
 
     bf16, fp32: TFLOP/s of tensor cores and of plain fp32. bandwidth: of its memory, TB/s.
-    link: to the host, GB/s each way, of PCIe at 16 lanes.
+    link: to the host, GB/s each way, of PCIe at 16 lanes. peer: to the other GPUs of one machine
+        together, GB/s each way, of NVLink.
     """
 
     name: str
@@ -28,15 +29,16 @@ class Gpu:
     fp32: float
     bandwidth: float
     link: float
+    peer: float
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h200", 139.8, 989, 67, 4.8, 64),  # NVIDIA H200 SXM
-        Gpu("h100", 79.2, 989, 67, 3.35, 64),  # NVIDIA H100 SXM 80 GB
-        Gpu("a100", 79.2, 312, 19.5, 2.04, 32),  # NVIDIA A100 SXM 80 GB
-        Gpu("a100_40", 39.4, 312, 19.5, 1.56, 32),  # NVIDIA A100 SXM 40 GB
+        Gpu("h200", 139.8, 989, 67, 4.8, 64, 450),  # NVIDIA H200 SXM
+        Gpu("h100", 79.2, 989, 67, 3.35, 64, 450),  # NVIDIA H100 SXM 80 GB
+        Gpu("a100", 79.2, 312, 19.5, 2.04, 32, 300),  # NVIDIA A100 SXM 80 GB
+        Gpu("a100_40", 39.4, 312, 19.5, 1.56, 32, 300),  # NVIDIA A100 SXM 40 GB
     )
 }
 MEASURED = GPUS["h200"]
@@ -77,7 +79,7 @@ ATTENTION: dict[str, tuple[AttentionRate, ...]] = {
 MATMUL = 762.0
 MATMUL_SHARE = 0.8
 # Share of the datasheet's fp32 peak that the adapter's products reach: assumed, as are the shares
-# of the memory's bandwidth and of the link to the host.
+# of the memory's bandwidth and of the links to the host and to other GPUs.
 FP32_SHARE = 0.7
 BANDWIDTH_SHARE = 0.7
 LINK_SHARE = 0.8

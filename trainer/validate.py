@@ -16,6 +16,7 @@ from .families.base import ModelFamily, Text
 from .flow import flow_matching_loss
 from .job import Job
 from .metrics import Metrics, Row
+from .parallel import SequenceGroup
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 class Validator:
     """Held-out loss and sample videos of a transformer in training, which it leaves as it was.
 
-    texts: `encode_text` results of the prompts, and of "" for guidance.
+    texts: `encode_text` results of the prompts, and of "" for guidance. sequence: the processes
+    that share clips, each of which has a validator and calls it; metrics: of the one that writes,
+    None in the others.
     """
 
     def __init__(
@@ -32,13 +35,15 @@ class Validator:
         transformer: nn.Module,
         heldout: LatentDataset,
         texts: Mapping[str, Text],
-        metrics: Metrics,
+        metrics: Metrics | None,
+        sequence: SequenceGroup,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.job, self.transformer, self.heldout, self.texts = job, transformer, heldout, texts
-        self.metrics, self.device, self.dtype = metrics, device, dtype
+        self.metrics, self.sequence = metrics, sequence
+        self.device, self.dtype = device, dtype
         self._pipeline: Any = None  # of the samples, loaded when first needed
 
     def samples(self, step: int) -> list[Path]:
@@ -54,6 +59,10 @@ class Validator:
         config = self.job.config
         if step % config.validate.every and step != config.train.steps:
             return False
+        return self.sequence.agree(self.metrics is not None and self._missing(step), self.device)
+
+    def _missing(self, step: int) -> bool:
+        assert self.metrics is not None
         measured = step in self.metrics.column("heldout_loss_target") or not len(self.heldout)
         return not (measured and all(path.is_file() for path in self.samples(step)))
 
@@ -61,7 +70,8 @@ class Validator:
         config, job = self.job.config, self.job
         for prompt, path in zip(config.validate.prompts, self.samples(step), strict=True):
             self._sample(prompt, path)
-            self.metrics.video(f"samples/{path.stem.rpartition('-')[2]}", path, step, prompt)
+            if self.metrics is not None:
+                self.metrics.video(f"samples/{path.stem.rpartition('-')[2]}", path, step, prompt)
         if not len(self.heldout):
             return
         row: Row = {"step": step}
@@ -76,6 +86,8 @@ class Validator:
                 guidance=config.train.guidance,
                 device=self.device,
             )
+        if self.metrics is None:
+            return
         log.info(
             f"step {step}: held-out loss {row['heldout_loss_target']:.4f} at {job.frames} frames, "
             f"{row['heldout_loss_native']:.4f} at {job.native_frames}."
@@ -108,7 +120,8 @@ class Validator:
             guidance=config.validate.guidance,
             seed=config.validate.seed,
         )
-        write_video(path, frames, job.fps)  # decodes as it writes
+        if self.metrics is not None:
+            write_video(path, frames, job.fps)  # decodes as it writes
         self._pipeline.vae.to("cpu")
 
 

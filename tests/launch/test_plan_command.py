@@ -66,6 +66,12 @@ def test_settings_of_the_recipe_count(command):
     assert "81 -> 321" in command("wan_1_3b_2x", "extend.factor=4")["length"]
 
 
+def test_gpus_that_share_a_clip(command):
+    one, eight = command("hunyuan_4x"), command("hunyuan_4x", "parallel.sequence=8")
+    assert "sharing" not in one and "1 sample on 8 x h200" in eight["time"]
+    assert eight["sharing"].startswith("8 GPUs a sample: 57,856 tokens each, 3 heads in attention")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

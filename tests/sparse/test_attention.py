@@ -179,6 +179,36 @@ def test_padded_keys_have_no_influence():
     assert torch.equal(attention.attention(LAYER, q, k, v), before)
 
 
+class Slice:
+    """An exchange with nobody: some heads of tokens that are all here already."""
+
+    def __init__(self, heads):
+        self.heads = heads
+
+    def own_heads(self, heads):
+        return self.heads
+
+    def to_heads(self, x, grid):
+        return x[:, :, self.heads]
+
+    def to_tokens(self, x, grid):
+        return x
+
+
+@pytest.mark.parametrize("layer", [0, LAYER])
+@pytest.mark.parametrize("heads", [(0, 0, 1, 1), (2, 0, 1, 0), (1, 0)])
+def test_each_process_computes_its_heads_by_their_layouts(heads, layer):
+    """Bit for bit those of the whole, dense or sparse, whatever the others' layouts and orders."""
+    attention = SparseAttention(Scattered(("raster", "own", "own"), heads), block=16)
+    attention.dense_layers = 1
+    attention.plan(WITH_TEXT, valid=[len(WITH_TEXT), len(WITH_TEXT) - 3])
+    q, k, v, _ = inputs(len(WITH_TEXT), heads=4)
+    whole = attention.attention(layer, q, k, v)
+    for part in (slice(0, 2), slice(2, 4)):
+        attention.exchange = Slice(part)
+        assert torch.equal(attention.attention(layer, q, k, v), whole[:, :, part])
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 def test_every_head_follows_the_layout(heads):
     attention = SparseAttention(Radial(), block=16, backend="reference")

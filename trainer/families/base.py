@@ -81,6 +81,8 @@ class ModelFamily(ABC):
     # whose outputs it holds one after another. `{}` is the index of a block.
     original_layers: Mapping[str, tuple[str, ...]]
     float8_layers: str  # a regex of the products over all tokens in the blocks (float8.py)
+    embedder: str  # the module that makes the video's tokens
+    rope_tokens: int  # the dimension of a RoPE table that counts tokens
     text_components: tuple[str, ...] = ("tokenizer", "text_encoder")  # of the pipeline
     fp32_components: tuple[str, ...] = ("vae",)
     tiny_version: int  # to be raised with every change of `build_tiny`
@@ -317,6 +319,11 @@ class ModelFamily(ABC):
 
         inputs: the arguments of `transformer.forward` by name.
         """
+
+    def embedded_part(self, embedded: Tensor, part: slice, tokens: int) -> Tensor:
+        """Of the embedder's result over all `tokens` of the video, what the model's own reshaping
+        then makes `[B, part, C]` of."""
+        return embedded.reshape(-1, tokens, embedded.shape[-1])[:, part]
 
     @abstractmethod
     def chunk_mlp(self, transformer: Any, tokens: int) -> None:

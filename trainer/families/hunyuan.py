@@ -47,6 +47,7 @@ class Hunyuan(JointFamily):
         "attention+fused": rf"{ATTENTION}|{SINGLE}\.\d+\.proj_out",
     }
     float8_layers = rf"({DUAL}|{SINGLE})\.\d+\.((attn|ff|ff_context)\..+|proj_mlp|proj_out)"
+    embedder, rope_tokens = "x_embedder", 0
     original_layers = {
         "double_blocks.{}.img_attn_qkv": tuple(f"{DUAL}.{{}}.attn.to_{x}" for x in "qkv"),
         "double_blocks.{}.img_attn_proj": (f"{DUAL}.{{}}.attn.to_out.0",),
@@ -128,7 +129,9 @@ class Hunyuan(JointFamily):
 
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         axis = _temporal_axis(config)
-        return TemporalRope(stock, rope, axis, patch=config["patch_size_t"], token_dim=0)
+        return TemporalRope(
+            stock, rope, axis, patch=config["patch_size_t"], token_dim=self.rope_tokens
+        )
 
     def chunk_mlp(self, transformer: Any, tokens: int) -> None:
         for block in transformer.transformer_blocks:  # the text's is at most 256 tokens long

@@ -39,6 +39,7 @@ class Mochi(JointFamily):
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
     }
     float8_layers = r"transformer_blocks\.\d+\.(attn1|ff|ff_context)\..+"
+    embedder, rope_tokens = "patch_embed", 0
     # Without mlp_x.w1 and mlp_y.w1: there the halves, gate and value, are in the other order.
     original_layers = {
         original: tuple(f"transformer_blocks.{{}}.{layer}" for layer in layers)

@@ -39,6 +39,7 @@ class Wan(ModelFamily):
         "attention+text": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     }
     float8_layers = r"blocks\.\d+\.(attn1|attn2|ffn)\..+"
+    embedder, rope_tokens = "patch_embedding", 1
     original_layers = {
         **{f"blocks.{{}}.self_attn.{o}": (f"blocks.{{}}.attn1.{d}",) for o, d in PROJECTIONS},
         **{f"blocks.{{}}.cross_attn.{o}": (f"blocks.{{}}.attn2.{d}",) for o, d in PROJECTIONS},
@@ -94,7 +95,12 @@ class Wan(ModelFamily):
 
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         axis = _temporal_axis(config)
-        return TemporalRope(stock, rope, axis, patch=config["patch_size"][0], token_dim=1)
+        return TemporalRope(
+            stock, rope, axis, patch=config["patch_size"][0], token_dim=self.rope_tokens
+        )
+
+    def embedded_part(self, embedded: Tensor, part: slice, tokens: int) -> Tensor:
+        return embedded.flatten(2)[:, :, part, None, None]  # of [B, C, f, h, w]
 
     def chunk_mlp(self, transformer: Any, tokens: int) -> None:
         for block in transformer.blocks:

@@ -1,0 +1,11 @@
+"""`torchrun train_runs.py RUNS`: training runs, JSON lists of arguments, one after another."""
+
+import json
+import sys
+
+from longreel.trainer.job import Job
+from longreel.trainer.loop import Trainer
+from longreel.trainer.recipe import load
+
+for arguments in json.loads(sys.argv[1]):
+    Trainer(Job.from_config(load(arguments))).fit()
