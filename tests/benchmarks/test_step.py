@@ -77,7 +77,7 @@ def linear(monkeypatch, unchecked):
     monkeypatch.setattr(Stepper, "_timed", timed)
 
 
-@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+@pytest.mark.parametrize("family", ["wan", pytest.param("hunyuan", marks=pytest.mark.slow)])
 def test_every_row(benchmark, family, capsys):
     section, text = benchmark(family, "gpu=h200", "repeats=1")
     rows = rows_for(Memory())
@@ -96,7 +96,10 @@ def test_every_row(benchmark, family, capsys):
     assert "in all about" in said and "sparse: " in said
 
 
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize(
+    "family",
+    ["wan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hunyuan", "mochi"))],
+)
 def test_few_blocks_tell_of_the_whole_model(benchmark, linear, family):
     """A linear cost, and the bytes that a model with its adapter and moments holds."""
     names = "rows=stock,fair,radial,sparse"
