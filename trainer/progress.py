@@ -85,7 +85,9 @@ def open_console(main_process: bool) -> Console:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of diffusers and transformers for every file they read."""
+    """No progress bars of diffusers and transformers for every file they read, and no warnings of
+    bitsandbytes about kernels of 4-bit layers, of which there are none here."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers
     import transformers
 
