@@ -1,6 +1,7 @@
 """What the benchmarks' results share: what they were measured on, and where and how they lie."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from longreel.data.files import replacing
+from longreel.trainer.config import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -70,3 +72,21 @@ def resumed(path: Path, setup: str) -> tuple[list[str], dict[str, str]]:
             f"there: {head[1]}\nhere:  {setup}"
         )
     return head, sections
+
+
+def short(number: float | None) -> str:
+    """Three digits, and of larger numbers one behind the point."""
+    if number is None:
+        return "-"
+    return f"{number:,.1f}" if number >= 100 else f"{number:.3g}"
+
+
+def from_command_line(benchmark: Callable[[list[str]], object], usage: str | None) -> None:
+    """Run a benchmark of `key=value` arguments; a mistake in them is told in one line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        raise SystemExit(usage)
+    try:
+        benchmark(arguments)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None

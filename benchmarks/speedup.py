@@ -12,7 +12,7 @@ import matplotlib
 from blocks import Counts, Design, describe
 from matplotlib.figure import Figure
 from parts import BUSY, COPIES, IDLE, PARTS, Profile
-from report import with_sections, write
+from report import short, with_sections, write
 from rows import Point
 
 from longreel.data.files import replacing
@@ -290,13 +290,6 @@ def draw(results: Results, path: Path) -> bool:
     with replacing(path) as unfinished, matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(unfinished, format="svg", metadata={"Date": None})
     return True
-
-
-def short(number: float | None) -> str:
-    """Three digits, and of larger numbers one behind the point."""
-    if number is None:
-        return "-"
-    return f"{number:,.1f}" if number >= 100 else f"{number:.3g}"
 
 
 def _record(held: Mapping[str, Any]) -> Record:

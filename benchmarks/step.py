@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,9 +38,9 @@ import speedup
 import torch
 import training
 from blocks import count_blocks, describe, with_blocks
-from report import RESULTS, dated
+from report import RESULTS, dated, from_command_line, short
 from rows import Caption, Point, Row, Stepper, rows_for
-from speedup import WHOLE, Record, Section, short
+from speedup import WHOLE, Record, Section
 from torch import nn
 from training import say
 
@@ -288,16 +287,6 @@ def read(argv: Sequence[str]) -> tuple[Options, list[str]]:
     return options, [argument for argument in argv if argument not in own]
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise SystemExit(__doc__)
-    logging.disable(logging.INFO)  # of every model that is made
-    try:
-        benchmark(arguments)
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    logging.disable(logging.INFO)  # of every model that is made
+    from_command_line(benchmark, __doc__)

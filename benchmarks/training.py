@@ -15,7 +15,6 @@ from __future__ import annotations
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -23,13 +22,21 @@ from datetime import date
 from itertools import repeat
 from os import environ
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import diffusers
 import peft
 import torch
-from report import RESULTS, dated, measured_on, resumed, with_sections, write
+from report import (
+    RESULTS,
+    dated,
+    from_command_line,
+    measured_on,
+    resumed,
+    short,
+    with_sections,
+    write,
+)
 from untrained import random_batch, untrained
 
 from longreel.trainer import rates
@@ -345,13 +352,6 @@ def row(name: str, made: Plan, gpu: rates.Gpu | None, found: Measured) -> str:
     return f"| {' | '.join(cells[column] for column in COLUMNS)} |"
 
 
-def short(number: float | None) -> str:
-    """Three digits, and of larger numbers one behind the point."""
-    if number is None:
-        return "-"
-    return f"{number:,.1f}" if number >= 100 else f"{number:.3g}"
-
-
 def off(expected: float | None, was: float | None) -> str:
     return "-" if not was or expected is None else f"{expected / was - 1:+.1%}"
 
@@ -448,15 +448,5 @@ def told(gpu: rates.Gpu | None, commit: str) -> str:
     return f"Predicted for {gpu.name} before the run, by commit {commit}."
 
 
-def main() -> None:
-    arguments: Any = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise SystemExit(__doc__)
-    try:
-        benchmark(arguments)
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    from_command_line(benchmark, __doc__)
