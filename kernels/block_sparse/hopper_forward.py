@@ -85,8 +85,9 @@ def _consume(
     out = gl.zeros([ROWS, D], gl.float32, o_layout)
     top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
     total = _row_sum(no_s, NARROW)
-    q = matrix(q_slots.index(GROUP))
     mbarrier.wait(q_ready.index(GROUP), 0)
+    # In registers, so that products read one operand from shared memory, not two.
+    q = matrix(q_slots.index(GROUP)).load(gl.DotOperandLayout(0, s_layout, 2))
     if tiles > 0:
         k_t = await_tile(k_ring, 0).permute((1, 0))
         s = warpgroup_mma(q, k_t, no_s, use_acc=False, is_async=True)
