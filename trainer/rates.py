@@ -90,13 +90,14 @@ ELEMENTWISE_MOVES = 7.5
 # GiB of CUDA context, kernels, libraries' workspaces and the allocator's gaps: assumed.
 RESERVE = 2.5
 
-# The largest error, relative, against five measured peaks: tests/trainer/test_plan.py has them.
+# The largest error, relative, against eight measured peaks: tests/trainer/test_plan.py has them.
 MEMORY_ERROR = 0.08
 
 CALIBRATION = (
-    "calibrated on hunyuan_2x: a step of an H200 took 109.3 s and 74.2 GiB, for 109.5 s and 75.7 "
-    "GiB predicted (benchmarks/results/2026-11-23-training-h200.md). Beyond that, memory is within "
-    f"{MEMORY_ERROR:.0%} of four smaller measured peaks; reserve and efficiencies are assumed"
+    "calibrated on hunyuan_2x alone; whole steps of mochi_4x, wan_14b_2x and wan_14b_4x on an H200 "
+    "were then within 6% of the seconds and 4% of the GiB predicted before they ran "
+    "(benchmarks/results/2026-11-23-training-h200.md), four smaller peaks within "
+    f"{MEMORY_ERROR:.0%}; reserve and efficiencies are assumed"
 )
 
 

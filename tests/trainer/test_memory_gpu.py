@@ -1,6 +1,6 @@
 """What saves memory, on a GPU: bit-equal at full width, less at the peak, no waiting host.
 
-The kernels are deterministic, so equal means equal to the bit.
+Runs ask for deterministic algorithms, so equal means equal to the bit.
 """
 
 from __future__ import annotations
@@ -82,6 +82,16 @@ class CountAttention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@deterministic()
 def run(
     case: Case,
     folder: Path,
@@ -217,13 +227,11 @@ def test_copies_may_come_late(case: Case, folder: Path, name: str, monkeypatch: 
     assert len(held_up) >= 2 * 2 * (LAYERS - 2)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+def distance(got: Run, expected: Run) -> float:
+    """Of all gradients together, relative."""
+    pairs = [(got.grads[name].double(), g.double()) for name, g in expected.grads.items()]
+    of = sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+    return float(of) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -236,10 +244,10 @@ def test_dense_layers_keep_what_sdpa_returned(
 ):
     """Each fused backend; backward of some adds up in varying order, so near as two plain runs."""
     options: dict[str, Any] = {"size": case.small, "pattern": Dense()}
-    with deterministic(), sdpa_kernel([backend, SDPBackend.MATH]):
+    with sdpa_kernel([backend, SDPBackend.MATH]):
         one, two = (run(case, folder, FULL, **options) for _ in range(2))
         got = run(case, folder, METHODS[name], page=2**18, **options)
     assert one.attention_calls == 2 * LAYERS and got.attention_calls == LAYERS
-    for key, grad in one.grads.items():
-        noise = (two.grads[key] - grad).norm()
-        assert (got.grads[key] - grad).norm() <= 4 * noise, key
+    noise, difference = distance(two, one), distance(got, one)
+    print(f"{name}, {backend.name}: {difference:.1e}, two plain runs {noise:.1e}")
+    assert difference <= 2 * noise
