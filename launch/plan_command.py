@@ -116,7 +116,8 @@ def _memory(job: Job, made: Plan) -> Rows:
     lines = [f"{_gib(memory.peak)} of {_gib(limit)}: {made.verdict}"]
     lines += [f"  {part:30}{size / 2**30:7.1f} GiB" for part, size in memory.gpu.items()]
     yield "memory", "\n".join(lines)
-    yield "host memory", f"{_parts(memory.host)} a process"
+    stages = ", then ".join(f"{stage} {_gib(size)}" for stage, size in memory.host.items())
+    yield "host memory", f"{_gib(max(memory.host.values()))} a process ({stages})"
     longest = longest_training(job, made.model, limit, read_knobs(job.config))
     known = "no length trains" if longest is None else f"{longest} frames train"
     native = job.native_frames
