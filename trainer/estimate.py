@@ -54,7 +54,7 @@ def read_knobs(config: Config) -> Knobs:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes: of one GPU by part, of its process's host memory by stages that follow each other."""
+    """Peak bytes: of one GPU by part; of its process's host memory by stages, one after another."""
 
     gpu: dict[str, float]
     host: dict[str, float]
