@@ -21,7 +21,8 @@ from longreel.sparse.patterns import Spatial
 from longreel.trainer import checkpoint, job, lora, metrics
 from longreel.trainer.config import ConfigError
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer, lr_factor
+from longreel.trainer.learner import Learner, lr_factor
+from longreel.trainer.loop import Trainer
 from longreel.trainer.recipe import load
 from longreel.trainer.recipe import load_file as load_config
 from longreel.trainer.validate import Validator
@@ -276,7 +277,7 @@ def test_a_torn_checkpoint_is_passed_over(arguments):
 def test_a_run_out_of_memory_loses_no_step(arguments, tmp_path, monkeypatch, kind):
     """It ends with its last whole step saved and names what helps, with which it goes on."""
     whole = train(arguments, "checkpoint.every=100", f"run.dir={tmp_path / 'whole'}").run_dir
-    loss = Trainer._loss
+    loss = Learner.loss
 
     def failing(self, batch, step, micro):
         if step == 4:
@@ -284,7 +285,7 @@ def test_a_run_out_of_memory_loses_no_step(arguments, tmp_path, monkeypatch, kin
         return loss(self, batch, step, micro)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loss", failing)
+        patch.setattr(Learner, "loss", failing)
         with pytest.raises(SystemExit) as caught:
             train(arguments, "checkpoint.every=100", "memory.checkpoint=none")
     saved = checkpoint.latest(tmp_path / "run/checkpoints")
@@ -317,9 +318,9 @@ def test_out_of_memory_in_the_optimizer_saves_nothing_torn(arguments, tmp_path, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(arguments, monkeypatch):
-    monkeypatch.setattr(Trainer, "_loss", lambda self, *_: self.parameters_sum() * float("nan"))
+    monkeypatch.setattr(Learner, "loss", lambda self, *_: self.parameters_sum() * float("nan"))
     monkeypatch.setattr(
-        Trainer,
+        Learner,
         "parameters_sum",
         lambda self: sum(p.sum() for p in self.parameters.values()),
         raising=False,
@@ -439,7 +440,7 @@ def test_fused_norms_are_the_recipe_s_choice(arguments, tmp_path):
     """The same numbers but for the rounding of gradients."""
     stock = losses(train(arguments).run_dir)
     trainer = train(arguments, "memory.fused_norms=true", f"run.dir={tmp_path / 'fused'}")
-    assert all(block.attn1.processor.fused_norms for block in trainer.transformer.blocks)
+    assert all(block.attn1.processor.fused_norms for block in trainer.learner.transformer.blocks)
     assert losses(trainer.run_dir) == pytest.approx(stock, rel=1e-4) and len(stock) == 4
 
 

@@ -31,7 +31,7 @@ from longreel.trainer.estimate import (
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.published import PUBLISHED, blank_encoders, blank_transformer
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.learner import Learner
 from longreel.trainer.memory import block_checkpoint
 from longreel.trainer.recipe import load, recipe_names
 
@@ -495,7 +495,7 @@ def test_a_run_warns_and_explains(arguments, gpu, monkeypatch, capsys):
     def fail(self, step, batches):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Trainer, "_step", fail)
+    monkeypatch.setattr(Learner, "update", fail)
     with pytest.raises(
         SystemExit, match="(?s)CUDA out of memory.*predicted to take 2.5 GiB.*to change"
     ):
