@@ -22,6 +22,7 @@ from .optimizer import moments_of, restore_moments
 TENSORS = "state.safetensors"
 STATE = "state.json"
 NAME = re.compile(r"step-\d+")
+NOT_SAVED = (OSError, SafetensorError)  # what a save raises that may succeed later
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,29 @@ class Progress:
     step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it,
         of the seed, and of the two below.
     world_size: processes, of which those that share clips count as one. clips: `fingerprint` of
-        the training clips.
+        the training clips. drawn: clips that all processes together have trained on; None in
+        checkpoints from before it was kept, whose world size was that of their whole run.
     """
 
     step: int
     world_size: int
     clips: str
+    drawn: int | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds of an adapter and its optimizer: whole tensors on the CPU, by
+    `lora.NAME` and `MOMENT.NAME`, and the updates that each parameter has had."""
+
+    tensors: dict[str, Tensor]
+    adam_steps: dict[str, float]
+
+    @property
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's tensors by the names of its parameters."""
+        named = {name.partition(".")[::2]: tensor for name, tensor in self.tensors.items()}
+        return {name: tensor for (kind, name), tensor in named.items() if kind == "lora"}
 
 
 def fingerprint(ids: Iterable[str]) -> str:
@@ -46,8 +64,7 @@ def fingerprint(ids: Iterable[str]) -> str:
 
 def save(
     folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    state: State,
     progress: Progress,
     *,
     keep_last: int,
@@ -56,7 +73,8 @@ def save(
     """Write `folder/step-N` and keep `keep_last` checkpoints, it and those whole ones before it.
 
     Everything goes to a temporary folder that is renamed when complete and on disk: a process that
-    dies at any moment leaves the checkpoints before it whole.
+    dies at any moment leaves the checkpoints before it whole, and so does a disk that is full, on
+    which nothing of this one stays. Raises one of `NOT_SAVED` then.
 
     extra: writes further files, such as the adapter, into the folder it is given.
     """
@@ -65,25 +83,34 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     target = folder / f"step-{progress.step:06d}"
     temporary = folder / f".tmp-{target.name}"
-    temporary.mkdir()
-    tensors, adam_steps = _tensors(parameters, optimizer)
-    save_file(tensors, temporary / TENSORS)
-    state = {"version": 1, "progress": asdict(progress), "adam_steps": adam_steps}
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
-    if extra is not None:
-        extra(temporary)
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(temporary, target)
+    try:
+        temporary.mkdir()
+        _write(temporary, state, progress, extra)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    except NOT_SAVED:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _sync(folder)
     older = [path for path in _by_age(folder) if path != target]
     kept = [path for path in older if _readable(path) and _step(path) < progress.step]
     for path in set(older) - set(kept[len(kept) - keep_last + 1 :]):
         shutil.rmtree(path)
     return target
+
+
+def _write(
+    folder: Path, state: State, progress: Progress, extra: Callable[[Path], object] | None
+) -> None:
+    save_file(state.tensors, folder / TENSORS)
+    about = {"version": 1, "progress": asdict(progress), "adam_steps": state.adam_steps}
+    (folder / STATE).write_text(json.dumps(about, indent=1))
+    if extra is not None:
+        extra(folder)
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
 
 
 def latest(folder: Path) -> Path | None:
@@ -95,19 +122,22 @@ def load_progress(path: Path) -> Progress:
     return Progress(**json.loads((path / STATE).read_text())["progress"])
 
 
-def check_continues(path: Path, saved: Progress, now: Progress) -> None:
-    """Raise ConfigError where going on would silently be another run."""
-    if saved.world_size != now.world_size:
-        raise ConfigError(
-            f"{path} is of a run on {saved.world_size} processes, and there are {now.world_size}: "
-            "other batches would follow. Launch as many (those that share clips, "
-            "parallel.sequence, count as one), or choose another run.dir."
-        )
+def check_continues(path: Path, saved: Progress, now: Progress) -> str | None:
+    """What going on changes in the run, a sentence; None: nothing. Raises ConfigError where it
+    would silently be another run."""
     if saved.clips != now.clips:
         raise ConfigError(
             f"{path} is of a run on other clips than data.path now gives: restore the folder, or "
             "choose another run.dir."
         )
+    if saved.world_size == now.world_size:
+        return None
+    return (
+        f"{path} is of a run on {saved.world_size} processes, and there are {now.world_size} "
+        "(those that share clips count as one): weights, moments and the place among the clips go "
+        f"on, but an update now learns from {now.world_size / saved.world_size:g} times as many "
+        "clips, under other noise than it would have been."
+    )
 
 
 def restore(
@@ -140,9 +170,8 @@ def restore(
                     ) from error
 
 
-def _tensors(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gather(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+    """The state of parameters that are whole in this process."""
     tensors: dict[str, Tensor] = {}
     adam_steps: dict[str, float] = {}
     for name, parameter in parameters.items():
@@ -152,7 +181,7 @@ def _tensors(
             adam_steps[name], kept = moments
             for moment, tensor in kept.items():
                 tensors[f"{moment}.{name}"] = tensor.detach().cpu().contiguous()
-    return tensors, adam_steps
+    return State(tensors, adam_steps)
 
 
 def _by_age(folder: Path) -> list[Path]:

@@ -128,7 +128,8 @@ class Train:
     A clip of 0 does not clip. warmup: steps of linear warm-up. workers: that read the cache.
     caption_dropout: share of clips that train with the empty caption, which keeps classifier-free
     guidance alive. guidance: what a guidance-distilled model (HunyuanVideo) is told in training;
-    None for the family's, which differs from what samples are told.
+    None for the family's, which differs from what samples are told. max_skips: updates in a row
+    that are skipped because their loss or gradient is NaN or Inf; one more ends the run.
     """
 
     steps: int = 2000
@@ -143,15 +144,24 @@ class Train:
     workers: int = 2
     caption_dropout: float = 0.0
     guidance: float | None = None
+    max_skips: int = 4
     sigma: Sigma = field(default_factory=Sigma)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """every: steps between checkpoints (the last step always saves). keep_last: how many stay."""
+    """every: steps between checkpoints (the last step always saves). every_minutes: since the last
+    one, after which a step saves too (0: steps alone count). keep_last: how many stay.
+
+    retry_minutes: for which a save that the run cannot do without, after its last step or when it
+        is told to stop, is tried again where it fails, as on a full disk. Others that fail are
+        tried again a minute later, and training goes on.
+    """
 
     every: int = 250
+    every_minutes: float = 30.0
     keep_last: int = 2
+    retry_minutes: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -185,9 +195,14 @@ class Memory:
 @dataclass(frozen=True)
 class Parallel:
     """sequence: processes, neighbours in rank, that share the tokens of their clips and count as
-    one elsewhere. Divides the model's heads and the number of processes (docs/parallel.md)."""
+    one elsewhere. Divides the model's heads and the number of processes (docs/parallel.md).
+
+    timeout: minutes that a process may take for one part of a step, such as a backward, until the
+        run counts as stuck and ends.
+    """
 
     sequence: int = 1
+    timeout: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -288,6 +303,7 @@ def problems(config: Config) -> Iterator[str]:
         "train.sigma.shift": train.sigma.shift,
         "train.sigma.std": train.sigma.std,
         "parallel.sequence": config.parallel.sequence,
+        "parallel.timeout": config.parallel.timeout,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "validate.every": validate.every,
@@ -300,6 +316,9 @@ def problems(config: Config) -> Iterator[str]:
         "train.warmup": train.warmup,
         "train.clip": train.clip,
         "train.workers": train.workers,
+        "train.max_skips": train.max_skips,
+        "checkpoint.every_minutes": config.checkpoint.every_minutes,
+        "checkpoint.retry_minutes": config.checkpoint.retry_minutes,
         "train.seed": train.seed,
         "validate.seed": validate.seed,
         "validate.clips": validate.clips,

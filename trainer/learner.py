@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..data.dataset import LatentDataset, read_text
@@ -29,6 +30,7 @@ from .parallel import SequenceGroup
 from .plan import check_memory
 from .progress import quiet_libraries
 from .step_probe import Taken, try_step
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +46,16 @@ class Learner:
     in processes that share a clip.
 
     whole: the step that parameters and moments stand at, None while the optimizer writes them.
-    empty_caption: what stands in for dropped captions.
+    empty_caption: what stands in for dropped captions. watch: is told where in a step this process
+    is.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.config = job.config
+        self.watch = Watch(60 * job.config.parallel.timeout)
         self.whole: int | None = 0
+        self._skips = 0  # in a row, up to now
         self.empty_caption: Text = {}
         waiting = timedelta(days=1)  # for rank 0 to fill the cache, or to decode a sample
         handlers: Any = [InitProcessGroupKwargs(timeout=waiting)]
@@ -154,7 +159,7 @@ class Learner:
         lr = train.lr * lr_factor(step, train.warmup, train.steps, train.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, ids = torch.zeros((), device=self.device), []
+        loss, parts = torch.zeros((), device=self.device), []
         grids: list[TokenGrid] = []  # of each forward: captions differ in length
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -162,26 +167,29 @@ class Learner:
             last = micro == train.accumulate - 1
             waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with waiting:
+                self.watch.enter(f"step {step}: reading clips")
                 batch = next(batches)
-                ids += batch["ids"]
+                self.watch.enter(f"step {step}: forward of batch {micro}")
                 part = self.loss(batch, step, micro) / train.accumulate
                 assert self.attention.current is not None
                 grids.append(self.attention.current.grid)
+                self.watch.enter(f"step {step}: backward of batch {micro}")
                 self.accelerator.backward(part)
             loss += part.detach()
+            parts.append((batch["ids"], part.detach()))
         limit = train.clip or math.inf
+        self.watch.enter(f"step {step}: exchange of loss and gradient norm")
         total: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
-        mean: Any = self.accelerator.reduce(loss, "mean")
-        norm, mean_loss = total.item(), mean.item()
-        if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-            raise SystemExit(
-                f"error: step {step}: loss {mean_loss}, gradient norm {norm}, with "
-                f"{', '.join(ids)} on process {self.accelerator.process_index}. The last "
-                f"checkpoint in {self.config.run_dir / 'checkpoints'} is whole; a lower train.lr "
-                "is the usual remedy."
-            )
-        self.whole = None
-        self.optimizer.step()
+        # Together, so that every process sees the same, and all skip the update or none.
+        figures: Any = self.accelerator.reduce(torch.stack([loss, total.to(loss)]), "mean")
+        mean_loss, norm = figures.tolist()
+        self.watch.enter(f"step {step}: update")
+        if math.isfinite(mean_loss) and math.isfinite(norm):
+            self._skips = 0
+            self.whole = None
+            self.optimizer.step()
+        else:
+            self._skip(step, f"loss {mean_loss}, gradient norm {norm}", parts)
         self.whole = step
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
@@ -202,6 +210,31 @@ class Learner:
             "attention_pflop": cost.pflop,
             "attention_dense_pflop": cost.dense_pflop,
         }
+
+    def _skip(self, step: int, found: str, parts: list[tuple[list[str], Tensor]]) -> None:
+        """Tell of an update that is not made, and of the clips that are to blame; in all processes.
+
+        parts: of this process's batches, the ids of their clips and their losses. Raises SystemExit
+        after `train.max_skips` in a row.
+        """
+        bad = [clip for ids, loss in parts if not loss.isfinite() for clip in ids]
+        everywhere = gather_object([(self.accelerator.process_index, bad)])
+        blamed = "; ".join(
+            f"{', '.join(clips)} on process {process}" for process, clips in everywhere if clips
+        )
+        if not blamed:  # the gradients alone, which are sums over all of them by now
+            clips = gather_object([clip for ids, _ in parts for clip in ids])
+            blamed = f"one of {', '.join(dict.fromkeys(clips))}"
+        self._skips += 1
+        told = f"step {step}: {found}, with {blamed}"
+        if self._skips > self.config.train.max_skips:
+            raise SystemExit(
+                f"error: {told}. It is the {self._skips}th such step in a row, more than "
+                f"train.max_skips={self.config.train.max_skips}. The newest checkpoint in "
+                f"{self.config.run_dir / 'checkpoints'} is whole; a lower train.lr is the usual "
+                "remedy, or those clips are damaged."
+            )
+        log.warning(f"No update at {told}.")
 
     def loss(self, batch: dict[str, Any], step: int, micro: int) -> Tensor:
         """Of one batch of step `step`, under that step's noise."""

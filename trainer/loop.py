@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from ..data.dataset import LatentDataset, collate, read_text, split
 from ..data.encode import Prepared
-from ..data.files import replacing
 from ..data.sampler import SeededBatches
 from ..sparse.draw import draw_pattern
 from . import checkpoint, lora, report
@@ -23,10 +21,13 @@ from .config import ConfigError
 from .job import Job
 from .learner import Learner
 from .metrics import Metrics
+from .parallel import any_process
 from .plan import how_to_go_on
 from .probe import Speedup, measure_speedup
 from .progress import StepProgress, open_console
 from .recipe import pattern_to_dict, save, to_dict, to_yaml
+from .saving import Saver
+from .signals import REQUEUE, StopSignals
 from .step_probe import is_probed
 from .validate import Validator
 
@@ -50,17 +51,30 @@ class Trainer:
         self.console = open_console(self.accelerator.is_main_process)
 
     def fit(self) -> None:
-        """Run to the last step. The same command again goes on from the newest checkpoint."""
+        """Run to the last step. The same command again goes on from the newest checkpoint.
+
+        Raises SystemExit with `signals.REQUEUE` if a signal stopped the run, which is then saved.
+        """
+        with self.learner.watch:
+            complete = self._run()
+        if not complete:
+            raise SystemExit(REQUEUE)
+
+    def _run(self) -> bool:
+        """Whether the run is complete."""
         self._announce()
+        self.learner.watch.enter("preparing the data", limited=False)
         prepared = self._prepare_data()
-        train, heldout = self._split(prepared)
+        self.dataset, heldout = self._split(prepared)
         if self.config.train.caption_dropout:
             self.learner.empty_caption = read_text(prepared.texts[""])
+        self.learner.watch.enter("loading the model", limited=False)
         self.learner.load()
-        start = self._restore(train)
+        self.saver = Saver(self.run_dir, self.config.checkpoint, self._write_adapter)
+        start = self._restore()
         steps = self.config.train.steps
         if start < steps and is_probed(self.config.memory, self.learner.device):
-            self._probe_step(train)
+            self._probe_step()
         speedup = self._measure_attention()
         ratio = speedup.ratio if isinstance(speedup, Speedup) else speedup
         if self.accelerator.is_main_process:
@@ -69,10 +83,11 @@ class Trainer:
             self.validator = self._make_validator(prepared, heldout)
         if start >= steps:
             log.info(f"{self.run_dir} is complete at step {start}; train.steps={steps}.")
-        with self._keeping_what_is_learnt(start):
+        with self._keeping_what_is_learnt(start), StopSignals() as signals:
             self._validate(start)
-            self._train(train, start, ratio)
-        self._finish(str(speedup))
+            complete = self._train(start, ratio, signals)
+        self._finish(str(speedup) if complete else None)
+        return complete
 
     # Before the first step
 
@@ -125,13 +140,20 @@ class Trainer:
         log.info(f"{len(train)} clips to train on, {len(heldout)} held out.")
         return LatentDataset(train), LatentDataset(heldout)
 
-    def _restore(self, dataset: LatentDataset) -> int:
-        self._clips = checkpoint.fingerprint(entry.id for entry in dataset.entries)
+    def _restore(self) -> int:
+        self._clips = checkpoint.fingerprint(entry.id for entry in self.dataset.entries)
+        self._start, self._drawn = 0, 0
         newest = checkpoint.latest(self.run_dir / "checkpoints")
         if newest is None:
             return 0
         progress = checkpoint.load_progress(newest)
-        checkpoint.check_continues(newest, progress, self._progress(progress.step))
+        changed = checkpoint.check_continues(newest, progress, self._progress(progress.step))
+        if changed is not None:
+            log.warning(changed)
+        self._start, drawn = progress.step, progress.drawn
+        self._drawn = progress.step * self._clips_a_step(progress.world_size)
+        if drawn is not None:
+            self._drawn = drawn
         recorded, pattern = lora.read_entry(newest)["pattern"], pattern_to_dict(self.job.pattern)
         if recorded != pattern:
             raise ConfigError(
@@ -141,17 +163,24 @@ class Trainer:
             )
         checkpoint.restore(newest, self.learner.parameters, self.learner.optimizer.optimizer)
         if self.accelerator.is_main_process:
-            self._publish(newest)  # the run may have ended between the checkpoint and this copy
+            self.saver.publish(
+                newest
+            )  # the run may have ended between the checkpoint and this copy
         log.info(f"Resuming from {newest} at step {progress.step}.")
         return progress.step
 
     def _progress(self, step: int) -> checkpoint.Progress:
-        return checkpoint.Progress(step, self.sequence.data_size, self._clips)
+        size = self.sequence.data_size
+        drawn = self._drawn + (step - self._start) * self._clips_a_step(size)
+        return checkpoint.Progress(step, size, self._clips, drawn)
 
-    def _probe_step(self, dataset: LatentDataset) -> None:
+    def _clips_a_step(self, data_size: int) -> int:
+        return self.config.train.batch * self.config.train.accumulate * data_size
+
+    def _probe_step(self) -> None:
         """Try a step of the longest shape; the run is as it was, or ends if it does not fit."""
         try:
-            taken = self.learner.try_step(dataset)
+            taken = self.learner.try_step(self.dataset)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(error, " in the step tried before the run") from error
         log.info(f"A step was tried, and fits: {taken}.")
@@ -198,8 +227,10 @@ class Trainer:
 
     # Training
 
-    def _train(self, dataset: LatentDataset, start: int, ratio: float | str) -> None:
-        steps, batches = self.config.train.steps, self._batches(dataset, start)
+    def _train(self, start: int, ratio: float | str, signals: StopSignals) -> bool:
+        """Whether the last step was reached."""
+        steps, batches = self.config.train.steps, self._batches()
+        main, device = self.accelerator.is_main_process, self.learner.device
         with StepProgress(self.console, start, steps, self.learner.cost.density) as progress:
             for step in range(start + 1, steps + 1):
                 row = self.learner.update(step, batches) | {"attention_layer_speedup": ratio}
@@ -207,25 +238,33 @@ class Trainer:
                 if self.learner.offload is not None and step == start + 1:
                     size = self.learner.offload.arena.size / 2**30
                     log.info(f"memory.offload holds {size:.1f} GiB of host memory, and keeps it.")
-                if self.accelerator.is_main_process and step % self.config.log.every == 0:
+                if main and step % self.config.log.every == 0:
                     self.metrics.write(row)
-                if step % self.config.checkpoint.every == 0 or step == steps:
-                    self._save(step)
+                due = main and self.saver.due(step)
+                due, stop = any_process(device, due, signals.received is not None)
+                stop = stop and step < steps
+                if due or stop or step == steps:
+                    self._save(step, insist=stop or step == steps)
+                if stop:
+                    name = signals.received or "a signal to another process"
+                    log.info(f"Stopped by {name} at step {step}, which is saved: requeue it.")
+                    return False
                 self._validate(step)
+        return True
 
-    def _batches(self, dataset: LatentDataset, start: int) -> Iterator[dict[str, Any]]:
+    def _batches(self) -> Iterator[dict[str, Any]]:
         train = self.config.train
         sampler = SeededBatches(
-            len(dataset),
+            len(self.dataset),
             train.batch,
             train.seed,
-            start=start * train.accumulate,
+            drawn=self._drawn,
             rank=self.sequence.data_rank,
             num_ranks=self.sequence.data_size,
         )
         workers = train.workers
         return iter(
-            DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
+            DataLoader(self.dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
         )
 
     # Beside training
@@ -243,8 +282,8 @@ class Trainer:
             newest = checkpoint.latest(self.run_dir / "checkpoints")
             saved = 0 if newest is None else checkpoint.load_progress(newest).step
             whole = self.learner.whole
-            if whole is not None and whole > saved:
-                self._save(whole)
+            if whole is not None and whole > saved and self.accelerator.is_main_process:
+                self.saver.save(self._state(), self._progress(whole))
             raise self._out_of_memory(error) from error
 
     def _out_of_memory(self, error: BaseException, where: str = "") -> SystemExit:
@@ -254,42 +293,54 @@ class Trainer:
         return SystemExit(f"error: out of memory{where}: {reason}\n{change}")
 
     def _validate(self, step: int) -> None:
+        self.learner.watch.enter(f"validation at step {step}", limited=False)
         if self.sequence.data_rank == 0 and self.validator.due(step):
             self.validator.run(step)
 
-    def _save(self, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        folder = checkpoint.save(
-            self.run_dir / "checkpoints",
-            self.learner.parameters,
-            self.learner.optimizer.optimizer,
-            self._progress(step),
-            keep_last=self.config.checkpoint.keep_last,
-            extra=lambda folder: lora.save(
-                folder, self.learner.transformer, self.job.family, self.job.adapter_entry()
-            ),
-        )
-        self._publish(folder)
-
-    def _publish(self, newest: Path) -> None:
-        """The run folder holds the adapter of its newest checkpoint."""
-        with replacing(self.run_dir / lora.WEIGHTS) as temporary:
-            shutil.copyfile(newest / lora.WEIGHTS, temporary)
-
-    def _finish(self, speedup: str) -> None:
+    def _save(self, step: int, *, insist: bool) -> None:
+        """insist: the run ends here, so a save that fails is tried again, and ends it if it goes on
+        failing."""
+        self.learner.watch.enter(f"saving step {step}", limited=False)
+        saved, progress = True, self._progress(step)
+        state = self._state()
         if self.accelerator.is_main_process:
-            rows = self.metrics.rows()
-            report.save_figure(report.draw_losses(rows), self.run_dir / "loss.png")
-            self.metrics.image("losses", self.run_dir / "loss.png", self.config.train.steps)
+            save = self.saver.insist if insist else self.saver.save
+            saved = save(state, progress)
+        if insist and any_process(self.learner.device, not saved)[0]:
+            raise SystemExit(
+                f"error: step {step} could not be saved within checkpoint.retry_minutes="
+                f"{self.config.checkpoint.retry_minutes:g}: what was learnt since the newest "
+                f"checkpoint in {self.saver.folder} is lost. Free space, and the same command goes "
+                "on from there."
+            )
+
+    def _state(self) -> checkpoint.State:
+        return checkpoint.gather(self.learner.parameters, self.learner.optimizer.optimizer)
+
+    def _write_adapter(self, folder: Path, state: checkpoint.State) -> None:
+        entry = self.job.adapter_entry()
+        lora.save(folder, self.learner.transformer, self.job.family, entry, state.adapter)
+
+    def _finish(self, speedup: str | None) -> None:
+        """speedup: None if the run is not complete."""
+        self.learner.watch.enter("the end", limited=False)
+        if self.accelerator.is_main_process:
+            if speedup is not None:
+                self._report(speedup)
             self.metrics.close()
-            names = (lora.WEIGHTS, "metrics.csv", "mask.png", "loss.png")
-            samples = self.validator.samples(self.config.train.steps)
-            files = [*(self.run_dir / name for name in names), *samples]
-            self.console.print(report.summary(self.job, self.learner.cost, speedup, rows, files))
-            note = self.job.rope.stock_note("Stock pipelines apply")
-            if note is not None:
-                log.info(note)
         # Leave together. The process group is not destroyed here: DDP's reducer still refers to it,
         # and would join gloo's threads under the GIL that they wait for when it goes.
         self.accelerator.wait_for_everyone()
+
+    def _report(self, speedup: str) -> None:
+        """What the complete run shows."""
+        rows = self.metrics.rows()
+        report.save_figure(report.draw_losses(rows), self.run_dir / "loss.png")
+        self.metrics.image("losses", self.run_dir / "loss.png", self.config.train.steps)
+        names = (lora.WEIGHTS, "metrics.csv", "mask.png", "loss.png")
+        samples = self.validator.samples(self.config.train.steps)
+        files = [*(self.run_dir / name for name in names), *samples]
+        self.console.print(report.summary(self.job, self.learner.cost, speedup, rows, files))
+        note = self.job.rope.stock_note("Stock pipelines apply")
+        if note is not None:
+            log.info(note)

@@ -39,6 +39,15 @@ def check_sequence(sequence: int, heads: int, processes: int | None = None) -> N
         )
 
 
+def any_process(device: torch.device, *choices: bool) -> list[bool]:
+    """Which of the choices is true in at least one process of the run; the same in all of them."""
+    if not dist.is_initialized():
+        return list(choices)
+    told = torch.tensor(choices, dtype=torch.int32, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return [bool(choice) for choice in told.tolist()]
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceGroup:
     """The processes that share a clip, which are neighbours, and this one's place.

@@ -69,8 +69,8 @@ class Validator:
     def run(self, step: int) -> None:
         config, job = self.job.config, self.job
         for prompt, path in zip(config.validate.prompts, self.samples(step), strict=True):
-            self._sample(prompt, path)
-            if self.metrics is not None:
+            written = self._sample(prompt, path)
+            if written and self.metrics is not None:
                 self.metrics.video(f"samples/{path.stem.rpartition('-')[2]}", path, step, prompt)
         if not len(self.heldout):
             return
@@ -94,8 +94,9 @@ class Validator:
         )
         self.metrics.write(row)
 
-    def _sample(self, prompt: str, path: Path) -> None:
-        """One video; the VAE is on the device for as long as it takes."""
+    def _sample(self, prompt: str, path: Path) -> bool:
+        """One video, and whether this process wrote it; the VAE is on the device for as long as it
+        takes. A disk that is full costs the run this video alone."""
         from ..data.decode import write_video
         from .sampling import generate
 
@@ -120,9 +121,15 @@ class Validator:
             guidance=config.validate.guidance,
             seed=config.validate.seed,
         )
-        if self.metrics is not None:
-            write_video(path, frames, job.fps)  # decodes as it writes
+        written = self.metrics is not None
+        if written:
+            try:
+                write_video(path, frames, job.fps)  # decodes as it writes
+            except OSError as error:
+                written = False
+                log.error(f"{path} could not be written: {error}")
         self._pipeline.vae.to("cpu")
+        return written
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def watch(monkeypatch, during=lambda trainer: None):
     seen = []
     probe, loss_at = Trainer._probe_step, Learner.loss_at
 
-    def probed(self, dataset):
+    def probed(self):
         trainer = self
         seen.append(state_of(trainer))
 
@@ -89,7 +89,7 @@ def watch(monkeypatch, during=lambda trainer: None):
 
         with monkeypatch.context() as patch:
             patch.setattr(Learner, "loss_at", watched)
-            probe(self, dataset)
+            probe(self)
         trainer = self
         seen.append(state_of(trainer))
 
