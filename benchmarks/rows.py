@@ -158,7 +158,7 @@ class Stepper:
             point.peak = max(point.peak, point.held + taken)
 
     def held(self) -> int:
-        state = self.learner.optimizer.optimizer.state.values()
+        state = self.learner.optimizer.state.values()
         moments = [x for of_one in state for x in of_one.values() if isinstance(x, Tensor)]
         return sum(x.nbytes for x in (*self.learner.transformer.parameters(), *moments))
 

@@ -152,7 +152,7 @@ class Watch:
         self.device, self.parameters = learner.device, learner.parameters
         self.step, self.part = Step(), PARTS[0]
         self._since = 0.0
-        model, optimizer = learner.transformer, learner.optimizer.optimizer
+        model, optimizer = learner.transformer, learner.optimizer
         model.register_forward_pre_hook(lambda *_: self.enter("forward"), prepend=True)
         model.register_forward_hook(lambda *_: self.enter("backward"))
         optimizer.register_step_pre_hook(lambda *_: self._check())

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import ConfigError
 from .optimizer import moments_of, restore_moments
@@ -53,8 +54,21 @@ class State:
     @property
     def adapter(self) -> dict[str, Tensor]:
         """The adapter's tensors by the names of its parameters."""
-        named = {name.partition(".")[::2]: tensor for name, tensor in self.tensors.items()}
-        return {name: tensor for (kind, name), tensor in named.items() if kind == "lora"}
+        return {name: tensor for kind, name, tensor in self._parts() if kind == "lora"}
+
+    @property
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """By the names of parameters, those that have had updates."""
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.adam_steps}
+        for kind, name, tensor in self._parts():
+            if kind != "lora":
+                found[name][kind] = tensor
+        return found
+
+    def _parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        for key, tensor in self.tensors.items():
+            kind, _, name = key.partition(".")
+            yield kind, name, tensor
 
 
 def fingerprint(ids: Iterable[str]) -> str:
@@ -140,48 +154,66 @@ def check_continues(path: Path, saved: Progress, now: Progress) -> str | None:
     )
 
 
-def restore(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Load weights and optimizer moments in place; raises ConfigError if the names differ, or the
-    moments are of another optimizer."""
-    state = json.loads((path / STATE).read_text())
-    stored: dict[str, dict[str, Tensor]] = {}  # by parameter: its weight and its moments
+def load(path: Path, parameters: Mapping[str, nn.Parameter]) -> State:
+    """What `path` holds; raises ConfigError unless it is of the parameters of these names."""
     with safe_open(path / TENSORS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            kind, _, name = key.partition(".")
-            stored.setdefault(name, {})[kind] = file.get_tensor(key)
-    if stored.keys() != parameters.keys():
-        differing = sorted(stored.keys() ^ parameters.keys())
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state = State(tensors, json.loads((path / STATE).read_text())["adam_steps"])
+    if state.adapter.keys() != parameters.keys():
+        differing = sorted(state.adapter.keys() ^ parameters.keys())
         raise ConfigError(
             f"{path} holds other parameters than this run trains, {len(differing)} differ, such as "
             f"{differing[0]}: lora.targets or the model has changed."
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensors = stored[name]
-            parameter.copy_(tensors.pop("lora"))
-            if name in state["adam_steps"]:
-                try:
-                    restore_moments(optimizer, parameter, state["adam_steps"][name], tensors)
-                except ValueError as error:
-                    raise ConfigError(
-                        f"{path} was written under another memory.optimizer: {error}."
-                    ) from error
+    return state
 
 
-def gather(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
-    """The state of parameters that are whole in this process."""
+def gather(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> State:
+    """The state of parameters and their optimizer. Where these are shards of FSDP2, all processes
+    call it. keep: the tensors; a process that does not write them need not."""
     tensors: dict[str, Tensor] = {}
     adam_steps: dict[str, float] = {}
     for name, parameter in parameters.items():
-        tensors[f"lora.{name}"] = parameter.detach().cpu().contiguous()
         moments = moments_of(optimizer, parameter)
+        found = {"lora": parameter.detach()}
         if moments is not None:
-            adam_steps[name], kept = moments
-            for moment, tensor in kept.items():
-                tensors[f"{moment}.{name}"] = tensor.detach().cpu().contiguous()
+            adam_steps[name] = moments[0]
+            found |= moments[1]
+        for kind, tensor in found.items():
+            full = whole(tensor.detach())
+            if keep:
+                tensors[f"{kind}.{name}"] = full.cpu().contiguous()
     return State(tensors, adam_steps)
+
+
+def scatter(
+    state: State, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """The inverse of `gather`, in place. Raises ValueError for the moments of another optimizer."""
+    moments = state.moments
+    with torch.no_grad():
+        for name, tensor in state.adapter.items():
+            parameter = parameters[name]
+            parameter.copy_(_like(tensor, parameter))
+            if name in state.adam_steps:
+                own = {kind: _like(x, parameter) for kind, x in moments[name].items()}
+                restore_moments(optimizer, parameter, state.adam_steps[name], own)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which this process may have a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in shards as those of `parameter`, if that has shards."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def _by_age(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from ..kernels.block_sparse.op import BLOCKS
 from ..sparse.patterns.radial import Radial
 from .settings import ConfigError, flatten
 
+EngineName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 RopeName = Literal["native", "riflex", "interpolate"]
 
 
@@ -197,11 +198,14 @@ class Parallel:
     """sequence: processes, neighbours in rank, that share the tokens of their clips and count as
     one elsewhere. Divides the model's heads and the number of processes (docs/parallel.md).
 
+    engine: how processes hold the model: whole (`ddp`), or in shards; zero2 and zero3 are
+        DeepSpeed's, installed apart (None: what accelerate was launched for, else ddp).
     timeout: minutes that a process may take for one part of a step, such as a backward, until the
         run counts as stuck and ends.
     """
 
     sequence: int = 1
+    engine: EngineName | None = None
     timeout: float = 30.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -12,15 +11,15 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.dataset import LatentDataset, read_text
 from ..kernels.block_sparse import resolve_backend
 from ..sparse.grid import TokenGrid
 from . import float8, flow, lora
 from .config import Config, ConfigError
+from .engines import open_engine
 from .families.base import Text
 from .job import Job
 from .memory import block_checkpoint
@@ -33,9 +32,6 @@ from .step_probe import Taken, try_step
 from .watch import Watch
 
 log = logging.getLogger(__name__)
-
-# What this version can train under; the precision is the recipe's, not accelerate's.
-ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Learner:
@@ -58,13 +54,8 @@ class Learner:
         self._skips = 0  # in a row, up to now
         self.empty_caption: Text = {}
         waiting = timedelta(days=1)  # for rank 0 to fill the cache, or to decode a sample
-        handlers: Any = [InitProcessGroupKwargs(timeout=waiting)]
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
-        if self.accelerator.distributed_type not in ENGINES:
-            raise ConfigError(
-                f"accelerate is configured for {self.accelerator.distributed_type.value}, which is "
-                "not supported yet; launch/ddp.yaml is a configuration that is."
-            )
+        self.engine = open_engine(self.config, waiting)
+        self.accelerator = self.engine.accelerator
         size, heads = self.config.parallel.sequence, job.geometry.heads
         self.sequence = SequenceGroup.create(size, heads, waiting)
         self.device = self.accelerator.device
@@ -116,18 +107,15 @@ class Learner:
         self.sequence.attach(job.family, transformer, self.attention)
         self.offload = None if blocks is None else blocks.offload
         transformer.train()
-        self.parameters = dict(parameters)
-        count = sum(p.numel() for p in self.parameters.values())
+        count = sum(p.numel() for _, p in parameters)
         log.info(f"LoRA of rank {config.lora.rank}: {count:,} parameters to train.")
-        optimizer = build_optimizer(
-            config.memory.optimizer,
-            self.parameters.values(),
-            config.train.lr,
-            config.train.weight_decay,
+        name, train = config.memory.optimizer, config.train
+        self.engine.prepare(
+            transformer,
+            lambda trained: build_optimizer(name, trained, train.lr, train.weight_decay),
         )
-        prepared: Any = self.accelerator.prepare(transformer, optimizer)
-        self.model, self.optimizer = prepared
-        self.transformer: nn.Module = self.accelerator.unwrap_model(self.model)
+        self.model, self.transformer = self.engine.model, self.engine.transformer
+        self.optimizer, self.parameters = self.engine.optimizer, self.engine.parameters
 
     def try_step(self, dataset: LatentDataset) -> Taken:
         """What a step of the longest shape takes; the learner is as it was. Raises what running out
@@ -137,15 +125,15 @@ class Learner:
         """
 
         def backward(clean: Tensor, noise: Tensor, sigma: Tensor, texts: list[Text]) -> None:
-            with self.accelerator.no_sync(self.model):
-                self.accelerator.backward(self.loss_at(clean, noise, sigma, texts))
+            with self.engine.batch(last=False):
+                self.engine.backward(self.loss_at(clean, noise, sigma, texts))
 
         return try_step(
             self.job,
             backward,
             attention=self.attention,
             parameters=self.parameters.values(),
-            optimizer=self.optimizer.optimizer,
+            optimizer=self.optimizer,
             offload=self.offload,
             text=read_text(dataset.entries[0].text),
             device=self.device,
@@ -157,29 +145,26 @@ class Learner:
         train = self.config.train
         started = time.perf_counter()
         lr = train.lr * lr_factor(step, train.warmup, train.steps, train.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.engine.set_lr(lr)
         loss, parts = torch.zeros((), device=self.device), []
         grids: list[TokenGrid] = []  # of each forward: captions differ in length
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         for micro in range(train.accumulate):
-            last = micro == train.accumulate - 1
-            waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-            with waiting:
-                self.watch.enter(f"step {step}: reading clips")
-                batch = next(batches)
+            self.watch.enter(f"step {step}: reading clips")
+            batch = next(batches)
+            with self.engine.batch(last=micro == train.accumulate - 1):
                 self.watch.enter(f"step {step}: forward of batch {micro}")
                 part = self.loss(batch, step, micro) / train.accumulate
                 assert self.attention.current is not None
                 grids.append(self.attention.current.grid)
                 self.watch.enter(f"step {step}: backward of batch {micro}")
-                self.accelerator.backward(part)
+                self.engine.backward(part)
             loss += part.detach()
             parts.append((batch["ids"], part.detach()))
         limit = train.clip or math.inf
         self.watch.enter(f"step {step}: exchange of loss and gradient norm")
-        total: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
+        total = self.engine.clip(limit)
         # Together, so that every process sees the same, and all skip the update or none.
         figures: Any = self.accelerator.reduce(torch.stack([loss, total.to(loss)]), "mean")
         mean_loss, norm = figures.tolist()
@@ -187,11 +172,11 @@ class Learner:
         if math.isfinite(mean_loss) and math.isfinite(norm):
             self._skips = 0
             self.whole = None
-            self.optimizer.step()
+            self.engine.step()
         else:
+            self.engine.skip()
             self._skip(step, f"loss {mean_loss}, gradient norm {norm}", parts)
         self.whole = step
-        self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         samples = train.batch * self.sequence.data_size
         tokens = samples * sum(len(grid) for grid in grids)

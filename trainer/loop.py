@@ -79,7 +79,7 @@ class Trainer:
         ratio = speedup.ratio if isinstance(speedup, Speedup) else speedup
         if self.accelerator.is_main_process:
             self._open_log(start)
-        if self.sequence.data_rank == 0:
+        if self._validates:
             self.validator = self._make_validator(prepared, heldout)
         if start >= steps:
             log.info(f"{self.run_dir} is complete at step {start}; train.steps={steps}.")
@@ -161,7 +161,13 @@ class Trainer:
                 "Set the recorded width as sparse.pattern.* in place of sparse.density, in another "
                 "run.dir, or go back to the version of longreel that began the run."
             )
-        checkpoint.restore(newest, self.learner.parameters, self.learner.optimizer.optimizer)
+        state = checkpoint.load(newest, self.learner.parameters)
+        try:
+            self.learner.engine.restore(state)
+        except ValueError as error:
+            raise ConfigError(
+                f"{newest} was written under another memory.optimizer: {error}."
+            ) from error
         if self.accelerator.is_main_process:
             self.saver.publish(
                 newest
@@ -212,15 +218,19 @@ class Trainer:
             self.metrics.start_wandb(self.config.log.project, config)
         self.metrics.image("mask", self.run_dir / "mask.png", start)
 
+    @property
+    def _validates(self) -> bool:
+        """Whether this process takes part in validation: the main one and those that share its
+        clips, and all where a forward takes all of them, which then do the same."""
+        return self.sequence.data_rank == 0 or self.learner.engine.sharded
+
     def _make_validator(self, prepared: Prepared, heldout: LatentDataset) -> Validator:
-        """Of the main process and those that share its clips."""
         return Validator(
             self.job,
             self.learner.transformer,
             heldout,
             {text: read_text(prepared.texts[text]) for text in extra_captions(self.config)},
             self.metrics if self.accelerator.is_main_process else None,
-            self.sequence,
             device=self.learner.device,
             dtype=self.learner.dtype,
         )
@@ -273,7 +283,8 @@ class Trainer:
     def _keeping_what_is_learnt(self, start: int) -> Iterator[None]:
         """End a run that is out of memory with its last whole step saved, and say what helps.
 
-        On several processes the main one alone can save, if it is the one that fails.
+        On several processes the main one alone can save, if it is the one that fails, and where
+        nothing is sharded, for gathering shards takes all of them.
         """
         self.learner.whole = start
         try:
@@ -282,8 +293,9 @@ class Trainer:
             newest = checkpoint.latest(self.run_dir / "checkpoints")
             saved = 0 if newest is None else checkpoint.load_progress(newest).step
             whole = self.learner.whole
-            if whole is not None and whole > saved and self.accelerator.is_main_process:
-                self.saver.save(self._state(), self._progress(whole))
+            alone = self.accelerator.is_main_process and not self.learner.engine.sharded
+            if alone and whole is not None and whole > saved:
+                self.saver.save(self.learner.engine.gather(), self._progress(whole))
             raise self._out_of_memory(error) from error
 
     def _out_of_memory(self, error: BaseException, where: str = "") -> SystemExit:
@@ -293,8 +305,11 @@ class Trainer:
         return SystemExit(f"error: out of memory{where}: {reason}\n{change}")
 
     def _validate(self, step: int) -> None:
+        if step % self.config.validate.every and step != self.config.train.steps:
+            return
         self.learner.watch.enter(f"validation at step {step}", limited=False)
-        if self.sequence.data_rank == 0 and self.validator.due(step):
+        due = self.accelerator.is_main_process and self.validator.missing(step)
+        if any_process(self.learner.device, due)[0] and self._validates:
             self.validator.run(step)
 
     def _save(self, step: int, *, insist: bool) -> None:
@@ -302,7 +317,7 @@ class Trainer:
         failing."""
         self.learner.watch.enter(f"saving step {step}", limited=False)
         saved, progress = True, self._progress(step)
-        state = self._state()
+        state = self.learner.engine.gather()
         if self.accelerator.is_main_process:
             save = self.saver.insist if insist else self.saver.save
             saved = save(state, progress)
@@ -313,9 +328,6 @@ class Trainer:
                 f"checkpoint in {self.saver.folder} is lost. Free space, and the same command goes "
                 "on from there."
             )
-
-    def _state(self) -> checkpoint.State:
-        return checkpoint.gather(self.learner.parameters, self.learner.optimizer.optimizer)
 
     def _write_adapter(self, folder: Path, state: checkpoint.State) -> None:
         entry = self.job.adapter_entry()

@@ -152,14 +152,6 @@ class SequenceGroup:
         copies = torch.cat([x.transpose(0, 1)] * self.size)
         return self._exchange(copies, [x.shape[1]] * self.size, counts).transpose(0, 1)
 
-    def agree(self, choice: bool, device: torch.device) -> bool:
-        """The first process's choice, in the whole group."""
-        if self.size == 1:
-            return choice
-        told = torch.tensor(int(choice), device=device)
-        dist.broadcast(told, group=self.group, group_src=0)
-        return bool(told)
-
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         result: Any = _AllToAll.apply(x, self.group, sent, received)
         return result

@@ -16,7 +16,6 @@ from .families.base import ModelFamily, Text
 from .flow import flow_matching_loss
 from .job import Job
 from .metrics import Metrics, Row
-from .parallel import SequenceGroup
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +23,8 @@ log = logging.getLogger(__name__)
 class Validator:
     """Held-out loss and sample videos of a transformer in training, which it leaves as it was.
 
-    texts: `encode_text` results of the prompts, and of "" for guidance. sequence: the processes
-    that share clips, each of which has a validator and calls it; metrics: of the one that writes,
-    None in the others.
+    texts: `encode_text` results of the prompts, and of "" for guidance. metrics: of the process
+    that writes; None in others, which compute the same because a forward takes all of them.
     """
 
     def __init__(
@@ -36,13 +34,12 @@ class Validator:
         heldout: LatentDataset,
         texts: Mapping[str, Text],
         metrics: Metrics | None,
-        sequence: SequenceGroup,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.job, self.transformer, self.heldout, self.texts = job, transformer, heldout, texts
-        self.metrics, self.sequence = metrics, sequence
+        self.metrics = metrics
         self.device, self.dtype = device, dtype
         self._pipeline: Any = None  # of the samples, loaded when first needed
 
@@ -54,14 +51,8 @@ class Validator:
             for index, _ in enumerate(self.job.config.validate.prompts)
         ]
 
-    def due(self, step: int) -> bool:
-        """At step 0, at the last, every so often; whether a run that stopped in it must redo it."""
-        config = self.job.config
-        if step % config.validate.every and step != config.train.steps:
-            return False
-        return self.sequence.agree(self.metrics is not None and self._missing(step), self.device)
-
-    def _missing(self, step: int) -> bool:
+    def missing(self, step: int) -> bool:
+        """Whether a step is not validated yet, or not wholly; asked of the process that writes."""
         assert self.metrics is not None
         measured = step in self.metrics.column("heldout_loss_target") or not len(self.heldout)
         return not (measured and all(path.is_file() for path in self.samples(step)))

@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_is_skipped(arguments, tmp_path, monkeypatch, 
 
     def watched(self, step, batches):
         row = update(self, step, batches)
-        state = checkpoint.gather(self.parameters, self.optimizer.optimizer)
+        state = checkpoint.gather(self.parameters, self.optimizer)
         seen[step] = [x.clone() for x in state.tensors.values()]
         seen[step] += [torch.tensor(n) for n in state.adam_steps.values()]
         return row

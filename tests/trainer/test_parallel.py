@@ -43,14 +43,17 @@ def torchrun(processes: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def updates_together(processes: int, cases: list[Case], file: Path) -> dict[str, torch.Tensor]:
+def updates_together(
+    processes: int, cases: list[Case], file: Path, engine: str = "ddp"
+) -> dict[str, torch.Tensor]:
     given = json.dumps([asdict(case) for case in cases])
-    torchrun(processes, "tests/parallel_cases.py", str(file), given)
+    torchrun(processes, "tests/parallel_cases.py", str(file), engine, given)
     return load_file(file)
 
 
 def check(case: Case, processes: int, together: dict[str, torch.Tensor]) -> float:
-    """The largest relative error of a tensor's update, and of the loss; fp32."""
+    """The largest relative error of what is learnt of a tensor in two updates, of its moments, of
+    the losses and gradient norms; fp32."""
     errors = {}
     for name, exact in update_alone(case, processes // case.sequence).items():
         got = together[f"{case.name}/{name}"]
@@ -58,8 +61,8 @@ def check(case: Case, processes: int, together: dict[str, torch.Tensor]) -> floa
         if not exact.any():  # of Mochi's last text queries, which nothing reads
             errors[name] = got.abs().max().item()
     # Wan's text: 512 keys, nearly all of padding, hardly tell the queries apart.
-    bound = {name: 1e-4 if "attn2" in name else 5e-6 for name in errors}
-    too_large = {name: error for name, error in errors.items() if error >= bound[name]}
+    bound = {name: 2e-4 if "attn2" in name else 1e-5 for name in errors}
+    too_large = {name: error for name, error in errors.items() if not error < bound[name]}
     assert not too_large, f"{case}: {too_large}"
     return max(errors.values())
 

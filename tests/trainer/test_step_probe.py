@@ -60,7 +60,7 @@ def test_a_resumed_run_is_the_same_with_it(arguments, tmp_path, monkeypatch):
 
 
 def state_of(trainer: Trainer) -> list:
-    optimizer = trainer.learner.optimizer.optimizer
+    optimizer = trainer.learner.optimizer
     return [
         torch.get_rng_state(),
         torch.cuda.get_rng_state() if trainer.learner.device.type == "cuda" else None,
@@ -134,7 +134,7 @@ def test_it_is_a_step_of_the_longest_shape(family, videos, cache, tmp_path, monk
     """With the moments held, and the gradients of batches before."""
 
     def during(trainer):
-        state = trainer.learner.optimizer.optimizer.state
+        state = trainer.learner.optimizer.state
         held = [
             (set(state[p]), p.grad is not None and p.grad.shape == p.shape)
             for p in trainer.learner.parameters.values()
