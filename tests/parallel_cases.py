@@ -165,6 +165,7 @@ def update_together(case: Case, name: str) -> dict[str, Tensor]:
         return total / dist.get_world_size()
 
     before, losses, norms = copied(engine.gather()), [], []
+    assert not before.adam_steps
     backward(7)
     engine.clip(LIMIT)
     engine.skip()

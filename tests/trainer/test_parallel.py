@@ -27,11 +27,13 @@ from longreel.trainer.recipe import load
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(processes: int, *arguments: str) -> None:
-    """A script of ours on so many processes over gloo."""
+def torchrun(processes: int, *arguments: str, zero: bool = False) -> None:
+    """A script of ours on so many processes over gloo. zero: under DeepSpeed, which accelerate has
+    on a CPU if it is not told that it is one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment |= {"DS_ACCELERATOR": "cpu"} if zero else {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, f"--nproc_per_node={processes}", *arguments],
         cwd=ROOT,
@@ -47,7 +49,7 @@ def updates_together(
     processes: int, cases: list[Case], file: Path, engine: str = "ddp"
 ) -> dict[str, torch.Tensor]:
     given = json.dumps([asdict(case) for case in cases])
-    torchrun(processes, "tests/parallel_cases.py", str(file), engine, given)
+    torchrun(processes, "tests/parallel_cases.py", str(file), engine, given, zero="zero" in engine)
     return load_file(file)
 
 
