@@ -1,7 +1,7 @@
-"""One update of an adapter by processes that share clips, and by one process alone.
+"""Updates of an adapter by processes that share clips, and by one process alone.
 
-`torchrun parallel_cases.py FILE ENGINE CASES` (JSON) runs cases on all processes under an
-engine and saves what they learn.
+`torchrun parallel_cases.py FILE CASES` (JSON) runs cases on all processes, each under its engine,
+and saves what they learn.
 """
 
 import json
@@ -58,6 +58,7 @@ class Case:
     rope: str = "native"
     accumulate: int = 1
     sequence: int = 2
+    engine: str = "ddp"
 
     @property
     def name(self) -> str:
@@ -140,7 +141,7 @@ def copied(state: State) -> State:
     return State({key: x.clone() for key, x in state.tensors.items()}, state.adam_steps)
 
 
-def update_together(case: Case, name: str) -> dict[str, Tensor]:
+def update_together(case: Case) -> dict[str, Tensor]:
     """The same by all processes under an engine; empty in all but the first.
 
     A step is skipped before the first, which must leave nothing behind, and the state that is left
@@ -148,7 +149,9 @@ def update_together(case: Case, name: str) -> dict[str, Tensor]:
     """
     AcceleratorState._reset_state()  # of the case before
     train = Train(accumulate=case.accumulate, clip=LIMIT)
-    engine = open_engine(Config(train=train, parallel=Parallel(engine=name)), timedelta(minutes=9))
+    engine = open_engine(
+        Config(train=train, parallel=Parallel(engine=case.engine)), timedelta(minutes=9)
+    )
     group = SequenceGroup.create(case.sequence, HEADS)
     family, transformer = build(case, group)
     engine.prepare(transformer, make_optimizer)
@@ -184,12 +187,12 @@ def update_together(case: Case, name: str) -> dict[str, Tensor]:
     return result(before, after, losses, norms) if dist.get_rank() == 0 else {}
 
 
-def main(file: str, engine: str, cases: str) -> None:
+def main(file: str, cases: str) -> None:
     torch.manual_seed(0)
     updates = {}
     for plain in json.loads(cases):
         case = Case(**plain | {"texts": tuple(plain["texts"])})
-        together = update_together(case, engine)
+        together = update_together(case)
         updates |= {f"{case.name}/{key}": x.contiguous() for key, x in together.items()}
     if dist.get_rank() == 0:
         save_file(updates, Path(file))

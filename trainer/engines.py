@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +19,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import Config, ConfigError, EngineName
+from .config import Config, ConfigError, EngineName, check
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -70,20 +71,11 @@ def open_engine(config: Config, timeout: timedelta) -> Engine:
 
 def check_engine(name: EngineName, config: Config) -> None:
     """Raise ConfigError for settings that do not go with an engine, and for what is missing."""
+    check(replace(config, parallel=replace(config.parallel, engine=name)))
     if name.startswith("zero") and find_spec("deepspeed") is None:
         raise ConfigError(
             f"parallel.engine={name} needs the package deepspeed: install it with `pip install "
-            "'longreel[deepspeed]'`, or use fsdp2, which shards more."
-        )
-    if name != "ddp" and config.memory.optimizer == "adamw8bit":
-        raise ConfigError(
-            f"parallel.engine={name} shards the moments, which memory.optimizer=adamw8bit keeps in "
-            "blocks of its own: use memory.optimizer=adamw, or parallel.engine=ddp."
-        )
-    if name == "zero3" and config.memory.base_dtype == "float8":
-        raise ConfigError(
-            "parallel.engine=zero3 knows no float8 weights: use fsdp2, or another "
-            "memory.base_dtype."
+            "'longreel[deepspeed]'`, or use fsdp2, which shards as much as zero3."
         )
 
 

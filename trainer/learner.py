@@ -70,7 +70,7 @@ class Learner:
             job.family.blank_transformer(job.model_path, self.config.model.revision),
             job.family.target_pattern(self.config.lora.targets),
         )
-        self.memory_warning = check_memory(job, self.device)
+        self.memory_warning = check_memory(job, self.device, self.accelerator.num_processes)
         self.attention = job.attention()
         self.grid = job.grid(job.frames)
         self.cost = self.cost_of(self.grid)

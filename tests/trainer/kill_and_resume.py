@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import processes  # noqa: E402
+import torch  # noqa: E402
 from runs import arguments_of, rows  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from videos import write_waves  # noqa: E402
@@ -95,8 +96,12 @@ def check_whole(run: Path) -> int:
 
 
 def compare(run: Path, whole: Path) -> None:
-    for name in (lora.WEIGHTS, f"checkpoints/step-{STEPS:06d}/{checkpoint.TENSORS}"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    """The adapters by their tensors, for each file's header names the settings of its run."""
+    one, two = (load_file(folder / lora.WEIGHTS) for folder in (run, whole))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one), "the adapters differ"
+    name = f"checkpoints/step-{STEPS:06d}/{checkpoint.TENSORS}"
+    assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert rows(run) == rows(whole), "metrics differ"
 
 

@@ -45,11 +45,9 @@ def torchrun(processes: int, *arguments: str, zero: bool = False) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def updates_together(
-    processes: int, cases: list[Case], file: Path, engine: str = "ddp"
-) -> dict[str, torch.Tensor]:
+def updates_together(processes: int, cases: list[Case], file: Path) -> dict[str, torch.Tensor]:
     given = json.dumps([asdict(case) for case in cases])
-    torchrun(processes, "tests/parallel_cases.py", str(file), engine, given, zero="zero" in engine)
+    torchrun(processes, "tests/parallel_cases.py", str(file), given, zero="zero" in cases[0].engine)
     return load_file(file)
 
 
@@ -79,6 +77,10 @@ PAIRWISE = [
         Case(family, "sliding_tile", texts=(1,), fused_norms=True, targets="attention+text"),
         Case(family, "dense", texts=(9, 4), checkpoint="full", mlp_chunk=32, rope="interpolate"),
     )
+] + [
+    Case("wan", engine="fsdp2", sequence=1, checkpoint="full"),
+    Case("hunyuan", "sliding_tile", engine="fsdp2", checkpoint="attention", accumulate=2),
+    Case("mochi", "spatial_temporal", engine="fsdp2", texts=(9, 4), mlp_chunk=32),
 ]
 
 
@@ -89,21 +91,31 @@ def test_two_processes_that_share_clips_update_as_one(tmp_path):
         print(f"{check(case, 2, together):.1e}: {case}")
 
 
+SIZES = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}  # processes, and how many of them may share clips
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_family_pattern_and_checkpoint(processes, tmp_path):
-    """Where processes are more than those that share a clip, data parallel beside it."""
-    sizes = {1: (1,), 2: (1, 2), 4: (2, 4)}[processes]
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("processes", SIZES)
+def test_every_family_pattern_and_checkpoint(processes, engine, tmp_path):
+    """Data parallel, sharing clips and both, under each engine, one launch for each and each number
+    of processes. `make test-slow ARGS="tests/trainer/test_parallel.py -s -k every_family"`."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
     varied = itertools.cycle([(9, (3, 7)), (11, (1,)), (10, (6, 2))])
+    every = itertools.product(("none", "full", "attention"), (1, 2))
+    settings = list(every) if engine == "ddp" else [("none", 2), ("full", 1), ("attention", 2)]
+    patterns = PATTERNS if engine == "ddp" else ("radial", "sliding_tile")
     cases = [
         Case(
             *(family, pattern, *next(varied)),
             checkpoint=checkpoint,
             accumulate=accumulate,
             sequence=size,
+            engine=engine,
         )
-        for family, pattern, checkpoint, accumulate, size in itertools.product(
-            FAMILIES, PATTERNS, ("none", "full", "attention"), (1, 2), sizes
+        for family, pattern, (checkpoint, accumulate), size in itertools.product(
+            FAMILIES, patterns, settings, SIZES[processes]
         )
     ]
     together = updates_together(processes, cases, tmp_path / "updates.safetensors")
@@ -111,7 +123,8 @@ def test_every_family_pattern_and_checkpoint(processes, tmp_path):
     for case in cases:
         key = case.family, case.sequence
         worst[key] = max(worst.get(key, 0.0), check(case, processes, together))
-    print(f"{processes} processes, {len(cases)} cases: relative errors at most {worst}")
+    found = ", ".join(f"{family} x {size}: {error:.1e}" for (family, size), error in worst.items())
+    print(f"{engine}, {processes} processes, {len(cases)} cases: relative errors at most {found}")
 
 
 def test_one_process_is_left_as_it_is():
