@@ -376,18 +376,7 @@ def problems(config: Config) -> Iterator[str]:
             "lora.compute_dtype=bfloat16 is for a base of bfloat16 or float8, and memory.base_dtype"
             "=float32."
         )
-    sharded = config.parallel.engine not in (None, "ddp")
-    if sharded and config.memory.optimizer == "adamw8bit":
-        yield (
-            f"parallel.engine={config.parallel.engine} shards the moments, which memory.optimizer="
-            "adamw8bit keeps in blocks of its own: use memory.optimizer=adamw, or parallel.engine="
-            "ddp."
-        )
-    if config.parallel.engine == "zero3" and config.memory.base_dtype == "float8":
-        yield (
-            "parallel.engine=zero3 knows no float8 weights: use fsdp2, or another memory."
-            "base_dtype."
-        )
+    yield from engine_problems(config)
     if config.lora.dropout >= 1:
         yield f"lora.dropout={config.lora.dropout} must be below 1."
     if not 0 <= train.caption_dropout <= 1:
@@ -401,3 +390,19 @@ def problems(config: Config) -> Iterator[str]:
     )
     if validate.clips and not validate.sigmas:
         yield "validate.sigmas is empty: name noise levels, or hold none out (validate.clips=0)."
+
+
+def engine_problems(config: Config) -> Iterator[str]:
+    """What does not go with `parallel.engine`."""
+    sharded = config.parallel.engine not in (None, "ddp")
+    if sharded and config.memory.optimizer == "adamw8bit":
+        yield (
+            f"parallel.engine={config.parallel.engine} shards the moments, which memory.optimizer="
+            "adamw8bit keeps in blocks of its own: use memory.optimizer=adamw, or parallel.engine="
+            "ddp."
+        )
+    if config.parallel.engine == "zero3" and config.memory.base_dtype == "float8":
+        yield (
+            "parallel.engine=zero3 knows no float8 weights: use fsdp2, or another memory."
+            "base_dtype."
+        )

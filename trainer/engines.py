@@ -19,15 +19,21 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import Config, ConfigError, EngineName, check
+from .config import Config, ConfigError, EngineName, engine_problems
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def launched_engine() -> EngineName | None:
     """What `accelerate launch` was configured for; None for processes alone."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        raise ConfigError(
+            "accelerate is configured with a DeepSpeed file of its own, which is not read: name "
+            "zero_stage alone, as launch/zero2.yaml and launch/zero3.yaml do."
+        )
+    # ACCELERATE_USE_DEEPSPEED says less: accelerate itself sets it for a plugin it is given.
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if stage is not None:
         engines: dict[str, EngineName] = {"2": "zero2", "3": "zero3"}
         if stage not in engines:
             raise ConfigError(
@@ -71,7 +77,9 @@ def open_engine(config: Config, timeout: timedelta) -> Engine:
 
 def check_engine(name: EngineName, config: Config) -> None:
     """Raise ConfigError for settings that do not go with an engine, and for what is missing."""
-    check(replace(config, parallel=replace(config.parallel, engine=name)))
+    chosen = replace(config, parallel=replace(config.parallel, engine=name))
+    if found := list(engine_problems(chosen)):
+        raise ConfigError("\n".join(found))
     if name.startswith("zero") and find_spec("deepspeed") is None:
         raise ConfigError(
             f"parallel.engine={name} needs the package deepspeed: install it with `pip install "
@@ -82,10 +90,11 @@ def check_engine(name: EngineName, config: Config) -> None:
 class Engine:
     """A model that is whole in every process: DistributedDataParallel, or one process alone.
 
-    sharded: whether a forward, gathering a state or restoring one needs all processes.
+    sharded: whether a forward, gathering a state or restoring one needs all processes. probes:
+    whether a step can be tried and thrown away.
     """
 
-    sharded = False
+    sharded, probes = False, True
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

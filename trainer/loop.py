@@ -73,7 +73,8 @@ class Trainer:
         self.saver = Saver(self.run_dir, self.config.checkpoint, self._write_adapter)
         start = self._restore()
         steps = self.config.train.steps
-        if start < steps and is_probed(self.config.memory, self.learner.device):
+        probed = is_probed(self.config.memory, self.learner.device)
+        if start < steps and probed and self.learner.engine.probes:
             self._probe_step()
         speedup = self._measure_attention()
         ratio = speedup.ratio if isinstance(speedup, Speedup) else speedup

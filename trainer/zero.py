@@ -45,7 +45,7 @@ def open_zero(name: str, config: Config, handlers: list[Any]) -> Engine:
 class ZeroEngine(Engine):
     """A DeepSpeed engine, driven by its own backward and step."""
 
-    sharded = True
+    sharded, probes = True, False  # what a step leaves is spread over DeepSpeed's buffers
 
     def prepare(self, transformer: nn.Module, build: BuildOptimizer) -> None:
         super().prepare(transformer, build)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from longreel.data.decode import probe, read_clip
 from longreel.launch.plan_command import plan
-from longreel.trainer import checkpoint, lora, parallel
+from longreel.trainer import checkpoint, engines, lora, parallel
 from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
@@ -262,3 +262,50 @@ def test_sizes_that_do_not_divide_are_refused(arguments):
         train(arguments, "parallel.sequence=2")
     with pytest.raises(ConfigError, match=r"12 heads; what does: 1, 2, 3, 4, 6, 12\."):
         plan(["recipe=wan_1_3b_4x", "parallel.sequence=8"])
+
+
+# Engines
+
+
+def test_a_run_under_fsdp2_is_a_run(arguments, tmp_path):
+    """Validation, samples, the step that is tried and checkpoints with a base in shards; one
+    process without them goes on from what it saved."""
+    settings = ["train.lr=0.01", "train.accumulate=2", "memory.probe=true", "validate.every=2"]
+    settings += ["validate.prompts=a wave", "validate.frames=9"]
+    plain = with_settings(arguments, *settings, f"run.dir={tmp_path / 'plain'}")
+    sharded = with_settings(plain, f"run.dir={tmp_path / 'sharded'}", "parallel.engine=fsdp2")
+    halves = with_settings(sharded, f"run.dir={tmp_path / 'halves'}", "parallel.sequence=2")
+    launch(2, plain, with_settings(sharded, "train.steps=2"), sharded, halves)
+    assert_the_same_run(tmp_path / "sharded", tmp_path / "plain")
+    train(halves, "parallel.engine=null", "parallel.sequence=1", "train.steps=5")
+    assert checkpoint.latest(tmp_path / "halves/checkpoints").name == "step-000005"
+
+
+def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
+    with pytest.raises(ConfigError, match="parallel.engine=fsdp2 shards the moments"):
+        load([*arguments, "parallel.engine=fsdp2", "memory.optimizer=adamw8bit"])
+    with pytest.raises(ConfigError, match="zero3 knows no float8 weights: use fsdp2"):
+        load([*arguments, "parallel.engine=zero3", "memory.base_dtype=float8"])
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"zero2 needs the package deepspeed.*longreel\[deepspe"):
+        train(arguments, "parallel.engine=zero2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="configured for the first version of FSDP"):
+        train(arguments)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ConfigError, match="engine=ddp, but accelerate was launched for fsdp2"):
+        train(arguments, "parallel.engine=ddp")
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("ddp", None), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("cpu", None)],
+)
+def test_launch_files_name_their_engine(name, engine, monkeypatch):
+    """Through what accelerate itself makes of the file."""
+    pytest.importorskip("deepspeed") if name.startswith("zero") else None
+    script = "from longreel.trainer.engines import launched_engine as l; print('engine', l())"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--config_file", f"launch/{name}.yaml", "--no_python", sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert f"engine {engine}" in done.stdout, done.stderr[-2000:]
