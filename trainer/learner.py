@@ -121,11 +121,12 @@ class Learner:
         """What a step of the longest shape takes; the learner is as it was. Raises what running out
         of memory raises.
 
-        The model is the one that the run calls, but processes do not exchange gradients.
+        The model is the one that the run calls, but processes do not exchange gradients, unless
+        they hold shards: FSDP2 would keep what was not exchanged, out of reach, for the next step.
         """
 
         def backward(clean: Tensor, noise: Tensor, sigma: Tensor, texts: list[Text]) -> None:
-            with self.engine.batch(last=False):
+            with self.engine.batch(last=self.engine.sharded):
                 self.engine.backward(self.loss_at(clean, noise, sigma, texts))
 
         return try_step(
