@@ -103,17 +103,17 @@ def _run(
     job: Job, shared: dict[str, nn.Parameter], device: torch.device, backends: Sequence[SDPBackend]
 ) -> Result:
     stepper = Stepper(job, shared, device, Caption())
-    trainer, outputs = stepper.trainer, []
+    learner, outputs = stepper.learner, []
     generator = torch.Generator().manual_seed(1)
-    for parameter in trainer.parameters.values():
+    for parameter in learner.parameters.values():
         noise = SCALE * torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(noise)
-    trainer.transformer.register_forward_hook(lambda *call: outputs.append(call[-1][0].detach()))
+    learner.transformer.register_forward_hook(lambda *call: outputs.append(call[-1][0].detach()))
     batch = next(stepper.batches)
     clean = batch["latents"].to(device)
     noise, sigma = flow.sample(clean, job.config.train.sigma, generator)
     with sdpa_kernel([*backends], set_priority=True):
-        trainer.accelerator.backward(trainer._loss_at(clean, noise, sigma, batch["texts"]))
-    gradients = {name: p.grad for name, p in trainer.parameters.items() if p.grad is not None}
-    assert len(gradients) == len(trainer.parameters)
+        learner.accelerator.backward(learner.loss_at(clean, noise, sigma, batch["texts"]))
+    gradients = {name: p.grad for name, p in learner.parameters.items() if p.grad is not None}
+    assert len(gradients) == len(learner.parameters)
     return Result(outputs[0], gradients)

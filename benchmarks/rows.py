@@ -21,8 +21,9 @@ from longreel.sparse.grid import TokenGrid
 from longreel.trainer.config import Config, Memory
 from longreel.trainer.families.base import ModelFamily, Text
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.learner import Learner
 from longreel.trainer.probe import DENSE_BACKENDS
+from longreel.trainer.progress import open_console
 from longreel.trainer.recipe import load
 from longreel.trainer.settings import split_arguments
 
@@ -115,11 +116,12 @@ class Stepper:
         family = _stock(job.family) if caption.padded else job.family
         self.job = replace(job, family=untrained(family, device, shared))
         self.stock, self.device, self.steps = caption.padded, device, 0
-        self.trainer = Trainer(self.job)
-        self.trainer._load_model()
+        open_console(True)
+        self.learner = Learner(self.job)
+        self.learner.load()
         if self.stock:
-            self.trainer.transformer.enable_gradient_checkpointing()  # with diffusers' own
-        batch = random_batch(self.job, self.trainer.dtype)
+            self.learner.transformer.enable_gradient_checkpointing()  # with diffusers' own
+        batch = random_batch(self.job, self.learner.dtype)
         for text in batch["texts"]:
             text["prompt_embeds"] = text["prompt_embeds"][: caption.tokens]
         self.batches = repeat(batch)
@@ -128,14 +130,14 @@ class Stepper:
     @property
     def grid(self) -> TokenGrid:
         """Of the last step."""
-        current = self.trainer.attention.current
+        current = self.learner.attention.current
         assert current is not None
         return current.grid
 
     def pin(self, size: float) -> None:
         """Let memory.offload take its host memory, bytes, before a step does."""
-        if self.trainer.offload is not None:
-            arena = self.trainer.offload.arena
+        if self.learner.offload is not None:
+            arena = self.learner.offload.arena
             arena.give(arena.take(int(size)))
 
     def warm(self, short: bool) -> None:
@@ -156,9 +158,9 @@ class Stepper:
             point.peak = max(point.peak, point.held + taken)
 
     def held(self) -> int:
-        state = self.trainer.optimizer.optimizer.state.values()
+        state = self.learner.optimizer.state.values()
         moments = [x for of_one in state for x in of_one.values() if isinstance(x, Tensor)]
-        return sum(x.nbytes for x in (*self.trainer.transformer.parameters(), *moments))
+        return sum(x.nbytes for x in (*self.learner.transformer.parameters(), *moments))
 
     def _start_counting(self) -> int:
         if self.device.type != "cuda":
@@ -169,7 +171,7 @@ class Stepper:
     def _timed(self, batches: Iterator[dict[str, Any]]) -> float:
         started, self.steps = time.perf_counter(), self.steps + 1
         with nullcontext() if self.stock else sdpa_kernel([*FASTEST], set_priority=True):
-            self.trainer._step(self.steps, batches)
+            self.learner.update(self.steps, batches)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -43,9 +43,10 @@ from longreel.trainer import rates
 from longreel.trainer.config import Config, ConfigError
 from longreel.trainer.estimate import GIB, Passes, read_knobs, work
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.learner import Learner
 from longreel.trainer.metrics import peak_memory_gib
 from longreel.trainer.plan import Plan, plan
+from longreel.trainer.progress import open_console
 from longreel.trainer.recipe import load, parse
 from longreel.trainer.report import density_by_layer
 from longreel.trainer.settings import leaf_types
@@ -130,11 +131,11 @@ class Measured:
     def part(self, name: str) -> float:
         return statistics.median(step.seconds[name] for step in self.counted)
 
-    def note_memory(self, trainer: Trainer) -> None:
+    def note_memory(self, learner: Learner) -> None:
         self.host_gib = peak_memory_gib(torch.device("cpu"))
-        offload = getattr(trainer, "offload", None)
+        offload = getattr(learner, "offload", None)
         self.pinned = 0 if offload is None else offload.arena.size
-        if trainer.device.type == "cuda":
+        if learner.device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
             self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
             free, total = torch.cuda.mem_get_info()
@@ -142,16 +143,16 @@ class Measured:
 
 
 class Watch:
-    """Follows a trainer through the parts of its steps, and waits for the device between them.
+    """Follows a learner through the parts of its steps, and waits for the device between them.
 
     On a GPU it says when each part begins: a process that is killed leaves how far it came.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.device, self.parameters = trainer.device, trainer.parameters
+    def __init__(self, learner: Learner) -> None:
+        self.device, self.parameters = learner.device, learner.parameters
         self.step, self.part = Step(), PARTS[0]
         self._since = 0.0
-        model, optimizer = trainer.transformer, trainer.optimizer.optimizer
+        model, optimizer = learner.transformer, learner.optimizer
         model.register_forward_pre_hook(lambda *_: self.enter("forward"), prepend=True)
         model.register_forward_hook(lambda *_: self.enter("backward"))
         optimizer.register_step_pre_hook(lambda *_: self._check())
@@ -171,7 +172,7 @@ class Watch:
         self.part, self._since = part, now
 
     def _check(self) -> None:
-        """Not a part of the step. That the gradients are finite, the trainer has seen to."""
+        """Not a part of the step. That the gradients are finite, the learner has seen to."""
         self.enter("check")
         grads = {name: p.grad for name, p in self.parameters.items()}
         missing = [name for name, grad in grads.items() if grad is None]
@@ -190,30 +191,31 @@ class Watch:
 def measure(job: Job, steps: int) -> Measured:
     """So many updates; stops where memory ends, on the GPU or in the host, and says so."""
     found = Measured()
-    trainer = Trainer(job)
-    if trainer.memory_warning is not None:
-        say(trainer.memory_warning)
+    open_console(True)
+    learner = Learner(job)
+    if learner.memory_warning is not None:
+        say(learner.memory_warning)
     watch = None
     try:
         started = time.perf_counter()
-        trainer._load_model()
-        if trainer.device.type == "cuda":
+        learner.load()
+        if learner.device.type == "cuda":
             torch.cuda.empty_cache()  # of what was quantised
         say(f"model made in {time.perf_counter() - started:.0f} s")
-        watch, found.adapted = Watch(trainer), len(trainer.parameters)
-        batches = repeat(random_batch(job, trainer.dtype))
+        watch, found.adapted = Watch(learner), len(learner.parameters)
+        batches = repeat(random_batch(job, learner.dtype))
         for index in range(1, steps + 1):
             watch.begin()
-            watch.step.loss = trainer._step(index, batches)["loss"]
+            watch.step.loss = learner.update(index, batches)["loss"]
             found.steps.append(watch.step)
-            found.note_memory(trainer)
+            found.note_memory(learner)
             say(f"step {index}/{steps}: {describe(watch.step)}; {describe_memory(found)}")
     except (RuntimeError, MemoryError) as error:
         where = "GPU" if isinstance(error, RuntimeError) else "host"
         reason = str(error).strip().partition("\n")[0]
         if where == "GPU" and not any(x in reason for x in ("out of memory", "ALLOC_FAILED")):
             raise
-        found.note_memory(trainer)
+        found.note_memory(learner)
         at = f"{watch.part} of step {len(found.steps) + 1}" if watch else "loading"
         found.complaint = f"out of {where} memory in {at}"
         say(f"{found.complaint}: {reason}; {describe_memory(found)}")

@@ -14,8 +14,9 @@ class SeededBatches(Sampler[list[int]]):
     The samples form one endless stream, epoch after epoch, each a permutation of its own. Step k
     takes the next `num_ranks * batch` of them and rank r the r-th `batch` of those; a batch that
     reaches the end of an epoch goes on in the next, so every sample is seen equally often and all
-    batches are full. Iteration begins at step `start`: a run resumed at step k sees what the
-    uninterrupted one would have seen.
+    batches are full. Step 0 begins after the first `drawn` samples of the stream: a run that goes
+    on sees what the uninterrupted one would have seen, and one that goes on with another number of
+    ranks the samples that come next.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class SeededBatches(Sampler[list[int]]):
         batch: int,
         seed: int,
         *,
-        start: int = 0,
+        drawn: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
@@ -34,21 +35,21 @@ class SeededBatches(Sampler[list[int]]):
             raise ValueError(f"a batch of {batch} samples is not possible: give 1 or more")
         if seed < 0:
             raise ValueError(f"seed is {seed}: it must not be negative")
-        if start < 0 or not 0 <= rank < num_ranks:
-            raise ValueError(f"no such place: step {start}, rank {rank} of {num_ranks}")
+        if drawn < 0 or not 0 <= rank < num_ranks:
+            raise ValueError(f"no such place: after {drawn}, rank {rank} of {num_ranks}")
         self.num_samples, self.batch, self.seed = num_samples, batch, seed
-        self.start, self.rank, self.num_ranks = start, rank, num_ranks
+        self.drawn, self.rank, self.num_ranks = drawn, rank, num_ranks
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
+        step = 0
         while True:
             yield self.batch_at(step)
             step += 1
 
     def batch_at(self, step: int) -> list[int]:
         """This rank's indices at `step`."""
-        first = (step * self.num_ranks + self.rank) * self.batch
+        first = self.drawn + (step * self.num_ranks + self.rank) * self.batch
         return [self._sample(position) for position in range(first, first + self.batch)]
 
     def _sample(self, position: int) -> int:

@@ -92,6 +92,20 @@ def _work(job: Job, made: Plan) -> Rows:
             f"{sharing} GPUs a sample: {tokens:,} tokens each, {heads} heads in attention; each "
             f"sends {_short(made.exchanged / 1e9)} GB an update",
         )
+    engine = config.parallel.engine or "ddp"
+    if engine == "zero2":
+        yield (
+            "sharding",
+            "zero2 shards gradients and moments, which a LoRA has few of; zero3 and fsdp2 shard "
+            "the frozen base too",
+        )
+    elif engine != "ddp":
+        yield (
+            "sharding",
+            f"{engine} keeps 1/{made.gpus} of the frozen base on each GPU, which receives the "
+            f"rest, {_short(made.gathered / 1e9)} GB an update, while blocks compute; not in the "
+            "time below",
+        )
     yield "attention", density_by_layer(made.densities)
     parts = {
         "attention": flops.attention,
@@ -118,13 +132,13 @@ def _memory(job: Job, made: Plan) -> Rows:
     yield "memory", "\n".join(lines)
     stages = ", then ".join(f"{stage} {_gib(size)}" for stage, size in memory.host.items())
     yield "host memory", f"{_gib(max(memory.host.values()))} a process ({stages})"
-    longest = longest_training(job, made.model, limit, read_knobs(job.config))
+    longest = longest_training(job, made.model, limit, read_knobs(job.config, made.gpus))
     known = "no length trains" if longest is None else f"{longest} frames train"
     native = job.native_frames
     less = "" if longest is None or longest >= native else f", less than the native {native}"
     yield "longest", f"{known} in {_gib(limit)} as set{less}"
     if not made.fits:
-        yield "change", advice(job, made.model, limit)
+        yield "change", advice(job, made.model, limit, gpus=made.gpus)
 
 
 def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:

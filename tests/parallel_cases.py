@@ -1,25 +1,28 @@
-"""One update of an adapter by processes that share clips, and by one process alone.
+"""Updates of an adapter by processes that share clips, and by one process alone.
 
-`torchrun parallel_cases.py FILE CASES` (JSON) runs cases on all processes and saves their updates.
+`torchrun parallel_cases.py FILE CASES` (JSON) runs cases on all processes, each under its engine,
+and saves what they learn.
 """
 
-import contextlib
 import json
 import sys
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import tiny
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense, Radial, SlidingTile, SpatialTemporal
-from longreel.trainer import lora
-from longreel.trainer.config import Memory
+from longreel.trainer import checkpoint, lora
+from longreel.trainer.checkpoint import State
+from longreel.trainer.config import Config, Memory, Parallel, Train
+from longreel.trainer.engines import open_engine, trainable
 from longreel.trainer.families import FAMILIES, RopePolicy
 from longreel.trainer.families.base import diffusers_class
 from longreel.trainer.flow import flow_matching_loss
@@ -55,6 +58,7 @@ class Case:
     rope: str = "native"
     accumulate: int = 1
     sequence: int = 2
+    engine: str = "ddp"
 
     @property
     def name(self) -> str:
@@ -96,46 +100,102 @@ def loss_of(case: Case, family, model, data_rank: int, micro: int) -> Tensor:
     return flow_matching_loss(family, model, clean, text, sigma.sigmoid(), noise, guidance)
 
 
-def parameters(transformer):
-    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+STEPS, LIMIT = 2, 0.5  # updates of a case, and the gradient norm that they are clipped to
+
+
+def make_optimizer(parameters) -> torch.optim.Optimizer:
+    """AdamW whose updates do not blow up what is noise in a gradient near 0."""
+    return torch.optim.AdamW(parameters, lr=0.05, eps=1e-3, weight_decay=0.01)
+
+
+def result(before: State, after: State, losses: list[Tensor], norms: list[Tensor]) -> dict:
+    """Losses, gradient norms, what was learnt and the moments: what a case is compared by."""
+    learnt = {f"learnt.{name}": x - before.adapter[name] for name, x in after.adapter.items()}
+    moments = {key: x for key, x in after.tensors.items() if not key.startswith("lora.")}
+    return {"loss": torch.stack(losses), "norm": torch.stack(norms)} | learnt | moments
 
 
 def update_alone(case: Case, data_size: int) -> dict[str, Tensor]:
-    """Gradients, which is what gradient descent subtracts, and the loss, of one process that takes
-    every clip."""
+    """What one process learns from the clips of all, in plain PyTorch."""
     family, transformer = build(case, SequenceGroup())
-    batches = [(rank, micro) for rank in range(data_size) for micro in range(case.accumulate)]
-    losses = [loss_of(case, family, transformer, *batch) / len(batches) for batch in batches]
-    loss = torch.stack(losses).sum()
-    loss.backward()
-    return {"loss": loss.detach()} | {k: p.grad for k, p in parameters(transformer).items()}
+    named = trainable(transformer)
+    optimizer = make_optimizer(named.values())
+    before, losses, norms = copied(checkpoint.gather(named, optimizer)), [], []
+    for step in range(STEPS):
+        batches = [
+            (rank, step * case.accumulate + micro)
+            for rank in range(data_size)
+            for micro in range(case.accumulate)
+        ]
+        parts = [loss_of(case, family, transformer, *batch) / len(batches) for batch in batches]
+        loss = torch.stack(parts).sum()
+        loss.backward()
+        losses.append(loss.detach())
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), LIMIT))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return result(before, checkpoint.gather(named, optimizer), losses, norms)
+
+
+def copied(state: State) -> State:
+    return State({key: x.clone() for key, x in state.tensors.items()}, state.adam_steps)
 
 
 def update_together(case: Case) -> dict[str, Tensor]:
-    """The same by all processes under DistributedDataParallel."""
+    """The same by all processes under an engine; empty in all but the first.
+
+    A step is skipped before the first, which must leave nothing behind, and the state that is left
+    after the first is restored over what a further step made of it.
+    """
+    AcceleratorState._reset_state()  # of the case before
+    train = Train(accumulate=case.accumulate, clip=LIMIT)
+    engine = open_engine(
+        Config(train=train, parallel=Parallel(engine=case.engine)), timedelta(minutes=9)
+    )
     group = SequenceGroup.create(case.sequence, HEADS)
     family, transformer = build(case, group)
-    model = DistributedDataParallel(transformer)
-    total = torch.zeros(())
-    for micro in range(case.accumulate):
-        last = micro == case.accumulate - 1
-        with contextlib.nullcontext() if last else model.no_sync():
-            loss = loss_of(case, family, model, group.data_rank, micro) / case.accumulate
-            loss.backward()
-        total += loss.detach()
-    dist.all_reduce(total)
-    grads = {name: p.grad for name, p in parameters(transformer).items()}
-    return {"loss": total / dist.get_world_size()} | grads
+    engine.prepare(transformer, make_optimizer)
+
+    def backward(step: int) -> Tensor:
+        total = torch.zeros(())
+        for micro in range(case.accumulate):
+            batch = step * case.accumulate + micro
+            with engine.batch(last=micro == case.accumulate - 1):
+                loss = loss_of(case, family, engine.model, group.data_rank, batch)
+                engine.backward(loss / case.accumulate)
+            total += loss.detach() / case.accumulate
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    before, losses, norms = copied(engine.gather()), [], []
+    assert not before.adam_steps
+    backward(7)
+    engine.clip(LIMIT)
+    engine.skip()
+    for step in range(STEPS):
+        losses.append(backward(step))
+        norms.append(engine.clip(LIMIT))
+        engine.step()
+        if step == 0:
+            state = [copied(engine.gather())]
+            backward(8)
+            engine.clip(LIMIT)
+            engine.step()
+            dist.broadcast_object_list(state)  # as each process reads it from a checkpoint
+            engine.restore(state[0])
+    after = engine.gather()
+    return result(before, after, losses, norms) if dist.get_rank() == 0 else {}
 
 
 def main(file: str, cases: str) -> None:
-    dist.init_process_group("gloo")
+    torch.manual_seed(0)
     updates = {}
     for plain in json.loads(cases):
         case = Case(**plain | {"texts": tuple(plain["texts"])})
-        updates |= {f"{case.name}/{key}": x for key, x in update_together(case).items()}
+        together = update_together(case)
+        updates |= {f"{case.name}/{key}": x.contiguous() for key, x in together.items()}
     if dist.get_rank() == 0:
-        save_file({key: x.contiguous() for key, x in updates.items()}, Path(file))
+        save_file(updates, Path(file))
     dist.barrier()
 
 

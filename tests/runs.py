@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from longreel.trainer.job import Job
+from longreel.trainer.learner import Learner
 from longreel.trainer.loop import Trainer
 from longreel.trainer.recipe import load
 
@@ -57,11 +58,11 @@ class Interrupted(Exception):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The next run ends without notice when it reaches an optimizer update."""
-    real = Trainer._step
+    real = Learner.update
 
-    def stopping(self: Trainer, current: int, batches):
+    def stopping(self: Learner, current: int, batches):
         if current == step:
             raise Interrupted
         return real(self, current, batches)
 
-    monkeypatch.setattr(Trainer, "_step", stopping)
+    monkeypatch.setattr(Learner, "update", stopping)

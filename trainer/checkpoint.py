@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import ConfigError
 from .optimizer import moments_of, restore_moments
@@ -22,6 +23,7 @@ from .optimizer import moments_of, restore_moments
 TENSORS = "state.safetensors"
 STATE = "state.json"
 NAME = re.compile(r"step-\d+")
+NOT_SAVED = (OSError, SafetensorError)  # what a save raises that may succeed later
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,42 @@ class Progress:
     step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it,
         of the seed, and of the two below.
     world_size: processes, of which those that share clips count as one. clips: `fingerprint` of
-        the training clips.
+        the training clips. drawn: clips that all processes together have trained on; None in
+        checkpoints from before it was kept, whose world size was that of their whole run.
     """
 
     step: int
     world_size: int
     clips: str
+    drawn: int | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds of an adapter and its optimizer: whole tensors on the CPU, by
+    `lora.NAME` and `MOMENT.NAME`, and the updates that each parameter has had."""
+
+    tensors: dict[str, Tensor]
+    adam_steps: dict[str, float]
+
+    @property
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's tensors by the names of its parameters."""
+        return {name: tensor for kind, name, tensor in self._parts() if kind == "lora"}
+
+    @property
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """By the names of parameters, those that have had updates."""
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.adam_steps}
+        for kind, name, tensor in self._parts():
+            if kind != "lora":
+                found[name][kind] = tensor
+        return found
+
+    def _parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        for key, tensor in self.tensors.items():
+            kind, _, name = key.partition(".")
+            yield kind, name, tensor
 
 
 def fingerprint(ids: Iterable[str]) -> str:
@@ -46,8 +78,7 @@ def fingerprint(ids: Iterable[str]) -> str:
 
 def save(
     folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    state: State,
     progress: Progress,
     *,
     keep_last: int,
@@ -56,7 +87,8 @@ def save(
     """Write `folder/step-N` and keep `keep_last` checkpoints, it and those whole ones before it.
 
     Everything goes to a temporary folder that is renamed when complete and on disk: a process that
-    dies at any moment leaves the checkpoints before it whole.
+    dies at any moment leaves the checkpoints before it whole, and so does a disk that is full, on
+    which nothing of this one stays. Raises one of `NOT_SAVED` then.
 
     extra: writes further files, such as the adapter, into the folder it is given.
     """
@@ -65,25 +97,34 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     target = folder / f"step-{progress.step:06d}"
     temporary = folder / f".tmp-{target.name}"
-    temporary.mkdir()
-    tensors, adam_steps = _tensors(parameters, optimizer)
-    save_file(tensors, temporary / TENSORS)
-    state = {"version": 1, "progress": asdict(progress), "adam_steps": adam_steps}
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
-    if extra is not None:
-        extra(temporary)
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(temporary, target)
+    try:
+        temporary.mkdir()
+        _write(temporary, state, progress, extra)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    except NOT_SAVED:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _sync(folder)
     older = [path for path in _by_age(folder) if path != target]
     kept = [path for path in older if _readable(path) and _step(path) < progress.step]
     for path in set(older) - set(kept[len(kept) - keep_last + 1 :]):
         shutil.rmtree(path)
     return target
+
+
+def _write(
+    folder: Path, state: State, progress: Progress, extra: Callable[[Path], object] | None
+) -> None:
+    save_file(state.tensors, folder / TENSORS)
+    about = {"version": 1, "progress": asdict(progress), "adam_steps": state.adam_steps}
+    (folder / STATE).write_text(json.dumps(about, indent=1))
+    if extra is not None:
+        extra(folder)
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
 
 
 def latest(folder: Path) -> Path | None:
@@ -95,64 +136,84 @@ def load_progress(path: Path) -> Progress:
     return Progress(**json.loads((path / STATE).read_text())["progress"])
 
 
-def check_continues(path: Path, saved: Progress, now: Progress) -> None:
-    """Raise ConfigError where going on would silently be another run."""
-    if saved.world_size != now.world_size:
-        raise ConfigError(
-            f"{path} is of a run on {saved.world_size} processes, and there are {now.world_size}: "
-            "other batches would follow. Launch as many (those that share clips, "
-            "parallel.sequence, count as one), or choose another run.dir."
-        )
+def check_continues(path: Path, saved: Progress, now: Progress) -> str | None:
+    """What going on changes in the run, a sentence; None: nothing. Raises ConfigError where it
+    would silently be another run."""
     if saved.clips != now.clips:
         raise ConfigError(
             f"{path} is of a run on other clips than data.path now gives: restore the folder, or "
             "choose another run.dir."
         )
+    if saved.world_size == now.world_size:
+        return None
+    return (
+        f"{path} is of a run on {saved.world_size} processes, and there are {now.world_size} "
+        "(those that share clips count as one): weights, moments and the place among the clips go "
+        f"on, but an update now learns from {now.world_size / saved.world_size:g} times as many "
+        "clips, under other noise than it would have been."
+    )
 
 
-def restore(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Load weights and optimizer moments in place; raises ConfigError if the names differ, or the
-    moments are of another optimizer."""
-    state = json.loads((path / STATE).read_text())
-    stored: dict[str, dict[str, Tensor]] = {}  # by parameter: its weight and its moments
+def load(path: Path, parameters: Mapping[str, nn.Parameter]) -> State:
+    """What `path` holds; raises ConfigError unless it is of the parameters of these names."""
     with safe_open(path / TENSORS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            kind, _, name = key.partition(".")
-            stored.setdefault(name, {})[kind] = file.get_tensor(key)
-    if stored.keys() != parameters.keys():
-        differing = sorted(stored.keys() ^ parameters.keys())
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state = State(tensors, json.loads((path / STATE).read_text())["adam_steps"])
+    if state.adapter.keys() != parameters.keys():
+        differing = sorted(state.adapter.keys() ^ parameters.keys())
         raise ConfigError(
             f"{path} holds other parameters than this run trains, {len(differing)} differ, such as "
             f"{differing[0]}: lora.targets or the model has changed."
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensors = stored[name]
-            parameter.copy_(tensors.pop("lora"))
-            if name in state["adam_steps"]:
-                try:
-                    restore_moments(optimizer, parameter, state["adam_steps"][name], tensors)
-                except ValueError as error:
-                    raise ConfigError(
-                        f"{path} was written under another memory.optimizer: {error}."
-                    ) from error
+    return state
 
 
-def _tensors(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gather(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> State:
+    """The state of parameters and their optimizer. Where these are shards of FSDP2, all processes
+    call it. keep: the tensors; a process that does not write them need not."""
     tensors: dict[str, Tensor] = {}
     adam_steps: dict[str, float] = {}
     for name, parameter in parameters.items():
-        tensors[f"lora.{name}"] = parameter.detach().cpu().contiguous()
         moments = moments_of(optimizer, parameter)
+        found = {"lora": parameter.detach()}
         if moments is not None:
-            adam_steps[name], kept = moments
-            for moment, tensor in kept.items():
-                tensors[f"{moment}.{name}"] = tensor.detach().cpu().contiguous()
-    return tensors, adam_steps
+            adam_steps[name] = moments[0]
+            found |= moments[1]
+        for kind, tensor in found.items():
+            full = whole(tensor.detach())
+            if keep:
+                tensors[f"{kind}.{name}"] = full.cpu().contiguous()
+    return State(tensors, adam_steps)
+
+
+def scatter(
+    state: State, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """The inverse of `gather`, in place. Raises ValueError for the moments of another optimizer."""
+    moments = state.moments
+    with torch.no_grad():
+        for name, tensor in state.adapter.items():
+            parameter = parameters[name]
+            parameter.copy_(_like(tensor, parameter))
+            if name in state.adam_steps:
+                own = {kind: _like(x, parameter) for kind, x in moments[name].items()}
+                restore_moments(optimizer, parameter, state.adam_steps[name], own)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which this process may have a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in shards as those of `parameter`, if that has shards."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def _by_age(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from ..kernels.block_sparse.op import BLOCKS
 from ..sparse.patterns.radial import Radial
 from .settings import ConfigError, flatten
 
+EngineName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 RopeName = Literal["native", "riflex", "interpolate"]
 
 
@@ -128,7 +129,8 @@ class Train:
     A clip of 0 does not clip. warmup: steps of linear warm-up. workers: that read the cache.
     caption_dropout: share of clips that train with the empty caption, which keeps classifier-free
     guidance alive. guidance: what a guidance-distilled model (HunyuanVideo) is told in training;
-    None for the family's, which differs from what samples are told.
+    None for the family's, which differs from what samples are told. max_skips: updates in a row
+    that are skipped because their loss or gradient is NaN or Inf; one more ends the run.
     """
 
     steps: int = 2000
@@ -143,15 +145,24 @@ class Train:
     workers: int = 2
     caption_dropout: float = 0.0
     guidance: float | None = None
+    max_skips: int = 4
     sigma: Sigma = field(default_factory=Sigma)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """every: steps between checkpoints (the last step always saves). keep_last: how many stay."""
+    """every: steps between checkpoints (the last step always saves). every_minutes: since the last
+    one, after which a step saves too (0: steps alone count). keep_last: how many stay.
+
+    retry_minutes: for which a save that the run cannot do without, after its last step or when it
+        is told to stop, is tried again where it fails, as on a full disk. Others that fail are
+        tried again a minute later, and training goes on.
+    """
 
     every: int = 250
+    every_minutes: float = 30.0
     keep_last: int = 2
+    retry_minutes: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -185,9 +196,17 @@ class Memory:
 @dataclass(frozen=True)
 class Parallel:
     """sequence: processes, neighbours in rank, that share the tokens of their clips and count as
-    one elsewhere. Divides the model's heads and the number of processes (docs/parallel.md)."""
+    one elsewhere. Divides the model's heads and the number of processes (docs/parallel.md).
+
+    engine: how processes hold the model: whole (`ddp`), or in shards; zero2 and zero3 are
+        DeepSpeed's, installed apart (None: what accelerate was launched for, else ddp).
+    timeout: minutes that a process may take for one part of a step, such as a backward, until the
+        run counts as stuck and ends.
+    """
 
     sequence: int = 1
+    engine: EngineName | None = None
+    timeout: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -288,6 +307,7 @@ def problems(config: Config) -> Iterator[str]:
         "train.sigma.shift": train.sigma.shift,
         "train.sigma.std": train.sigma.std,
         "parallel.sequence": config.parallel.sequence,
+        "parallel.timeout": config.parallel.timeout,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "validate.every": validate.every,
@@ -300,6 +320,9 @@ def problems(config: Config) -> Iterator[str]:
         "train.warmup": train.warmup,
         "train.clip": train.clip,
         "train.workers": train.workers,
+        "train.max_skips": train.max_skips,
+        "checkpoint.every_minutes": config.checkpoint.every_minutes,
+        "checkpoint.retry_minutes": config.checkpoint.retry_minutes,
         "train.seed": train.seed,
         "validate.seed": validate.seed,
         "validate.clips": validate.clips,
@@ -353,6 +376,7 @@ def problems(config: Config) -> Iterator[str]:
             "lora.compute_dtype=bfloat16 is for a base of bfloat16 or float8, and memory.base_dtype"
             "=float32."
         )
+    yield from engine_problems(config)
     if config.lora.dropout >= 1:
         yield f"lora.dropout={config.lora.dropout} must be below 1."
     if not 0 <= train.caption_dropout <= 1:
@@ -366,3 +390,19 @@ def problems(config: Config) -> Iterator[str]:
     )
     if validate.clips and not validate.sigmas:
         yield "validate.sigmas is empty: name noise levels, or hold none out (validate.clips=0)."
+
+
+def engine_problems(config: Config) -> Iterator[str]:
+    """What does not go with `parallel.engine`."""
+    sharded = config.parallel.engine not in (None, "ddp")
+    if sharded and config.memory.optimizer == "adamw8bit":
+        yield (
+            f"parallel.engine={config.parallel.engine} shards the moments, which memory.optimizer="
+            "adamw8bit keeps in blocks of its own: use memory.optimizer=adamw, or parallel.engine="
+            "ddp."
+        )
+    if config.parallel.engine == "zero3" and config.memory.base_dtype == "float8":
+        yield (
+            "parallel.engine=zero3 knows no float8 weights: use fsdp2, or another memory."
+            "base_dtype."
+        )

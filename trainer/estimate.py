@@ -25,7 +25,8 @@ BYTES = {"bfloat16": 2, "float32": 4, "float8": 1}
 @dataclass(frozen=True)
 class Knobs:
     """The settings of `config.Memory` that decide how much there is; lora_dtype: of the adapter's
-    products; and `parallel.sequence`: the GPUs that share the tokens of one sample.
+    products; `parallel.sequence`: the GPUs that share the tokens of one sample; `parallel.engine`,
+    and gpus: of the run, over which it shards.
     """
 
     checkpoint: str = "full"
@@ -36,6 +37,13 @@ class Knobs:
     optimizer: str = "adamw"
     lora_dtype: str = "float32"
     sequence: int = 1
+    engine: str = "ddp"
+    gpus: int = 1
+
+    @property
+    def base_shards(self) -> int:
+        """GPUs that the frozen base is in shards over."""
+        return self.gpus if self.engine in ("zero3", "fsdp2") else 1
 
     @property
     def act(self) -> int:
@@ -43,10 +51,13 @@ class Knobs:
         return 4 if self.base_dtype == "float32" else 2
 
 
-def read_knobs(config: Config) -> Knobs:
+def read_knobs(config: Config, gpus: int | None = None) -> Knobs:
+    """gpus: of the run; None for those that share one sample."""
     elsewhere: dict[str, Any] = {
         "lora_dtype": config.lora.compute_dtype,
         "sequence": config.parallel.sequence,
+        "engine": config.parallel.engine or "ddp",
+        "gpus": config.parallel.sequence if gpus is None else gpus,
     }
     names = [part.name for part in fields(Knobs) if part.name not in elsewhere]
     return Knobs(**{name: getattr(config.memory, name) for name in names}, **elsewhere)
@@ -90,10 +101,10 @@ def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> Memory:
     working = max(parts.values(), key=lambda by_part: sum(by_part.values()))
     if knobs.checkpoint == "none":
         working = {"gradients": working["gradients"]}
-    moments = 2 if knobs.optimizer == "adamw8bit" else 8
     gpu = {
-        "frozen base": base_bytes(model, knobs),
-        "LoRA, gradients, moments": model.lora * (4 + 4 + moments),
+        "frozen base": base_bytes(model, knobs) / knobs.base_shards,
+        "LoRA, gradients, moments": adapter_bytes(model, knobs),
+        **({"gathered": gathered_bytes(model, knobs)} if knobs.base_shards > 1 else {}),
         "kept by blocks" if knobs.checkpoint == "none" else "block inputs": gpu_inputs,
         **{f"one block: {part}": size for part, size in working.items()},
         "positions": model.rope * tokens,
@@ -101,6 +112,33 @@ def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> Memory:
     }
     host = {"weights while loading": model.params * knobs.act, "offload": host_inputs}
     return Memory(gpu, {part: size for part, size in host.items() if size})
+
+
+def adapter_bytes(model: Anatomy, knobs: Knobs) -> float:
+    """Of the adapter on one GPU, with its gradients and moments, all fp32 or of 8 bits. ZeRO has a
+    further copy of the parameters, in shards, that its optimizer updates."""
+    moments = 2 if knobs.optimizer == "adamw8bit" else 8
+    if knobs.engine == "fsdp2":
+        return model.lora * (4 + 4 + moments) / knobs.gpus
+    if knobs.engine == "zero3":
+        return model.lora * (4 + 4 + 4 + moments) / knobs.gpus
+    if knobs.engine == "zero2":
+        return model.lora * (4 + 4 + (4 + moments) / knobs.gpus)
+    return model.lora * (4 + 4 + moments)
+
+
+def gathered_bytes(model: Anatomy, knobs: Knobs) -> float:
+    """What a sharded base has whole: two blocks, one of them on its way, and what is in none."""
+    each = base_bytes(model, knobs) / model.params
+    largest = max(block.params for block in model.blocks)
+    return each * (2 * largest + model.params - sum(block.params for block in model.blocks))
+
+
+def sharding_bytes(model: Anatomy, knobs: Knobs, passes: Passes) -> float:
+    """What a GPU receives of a sharded base in a batch's forward and in its backward, which begins
+    with the recomputed forward where there is one."""
+    arriving = base_bytes(model, knobs) * (1 - 1 / knobs.base_shards)
+    return arriving * (1 + passes.backward)
 
 
 def base_bytes(model: Anatomy, knobs: Knobs) -> float:

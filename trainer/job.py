@@ -35,6 +35,7 @@ FREE_KEYS = (
     "data.strict",
     "parallel",
     "train.workers",
+    "train.max_skips",
     *(f"validate.{key}" for key in ("every", "prompts", "frames", "steps", "guidance")),
 )
 

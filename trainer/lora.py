@@ -84,23 +84,34 @@ def check_targets(transformer: Any, targets: str) -> None:
         )
 
 
-def state_dict(transformer: Any) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in the saved file."""
+def state_dict(transformer: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in the saved file.
+
+    tensors: by the names of its parameters, where the transformer does not hold them whole.
+    """
     from peft.utils import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    state = get_peft_model_state_dict(transformer, state_dict=tensors, adapter_name=ADAPTER)
     return {PREFIX + name: tensor for name, tensor in state.items()}
 
 
-def save(folder: str | Path, transformer: Any, family: ModelFamily, entry: dict[str, Any]) -> Path:
+def save(
+    folder: str | Path,
+    transformer: Any,
+    family: ModelFamily,
+    entry: dict[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the adapter to `folder/pytorch_lora_weights.safetensors`, whole or not at all.
 
     `pipe.load_lora_weights(folder)` of stock diffusers reads it, alpha included. Equal inputs give
-    equal bytes. entry: what the run records of itself, kept in the file's header.
+    equal bytes. entry: what the run records of itself, kept in the file's header. tensors: as for
+    `state_dict`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    layers = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict(transformer).items()}
+    state = state_dict(transformer, tensors)
+    layers = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     config = transformer.peft_config[ADAPTER].to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     # Of training only: a pipeline that loads an adapter leaves its new dropout layers switched on.

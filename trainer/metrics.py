@@ -93,6 +93,7 @@ class Metrics:
             writer.writeheader()
             writer.writerows(kept if resumed_step else [])
         self._wandb: Any = None
+        self._unwritten: list[Row] = []
 
     def start_wandb(self, project: str, config: Mapping[str, Any]) -> None:
         """Log to wandb as well: offline without a key, so that nothing asks for one."""
@@ -108,7 +109,7 @@ class Metrics:
                 dir=self.run_dir,
                 config=dict(config),
                 mode=mode,
-                settings=wandb.Settings(silent=True, init_timeout=60),
+                settings=wandb.Settings(silent=True, init_timeout=60, finish_timeout=120),
             )
             sync = f"; `wandb sync {self.run_dir}/wandb/offline-run-*` uploads it"
             log.info(f"wandb: {mode}{sync if mode == 'offline' else ''}.")
@@ -124,10 +125,20 @@ class Metrics:
         return file.read_text()
 
     def write(self, row: Row) -> None:
-        """One line of metrics.csv, and its numbers to wandb."""
-        with self.path.open("a", newline="") as file:
-            writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
-            writer.writerow(row)
+        """One line of metrics.csv, and its numbers to wandb. Lines that the disk has no room for
+        are kept, and written with the first that it has."""
+        first = not self._unwritten
+        self._unwritten.append(row)
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
+                writer.writerows(self._unwritten)
+            self._unwritten = []
+        except OSError as error:
+            os.truncate(self.path, size)  # the part of them that was written
+            if first:
+                log.error(f"{self.path} cannot be written, and is kept in memory: {error}")
         figures = {k: v for k, v in row.items() if isinstance(v, float)}
         self._to_wandb(lambda wandb: figures, row["step"])
 

@@ -39,6 +39,15 @@ def check_sequence(sequence: int, heads: int, processes: int | None = None) -> N
         )
 
 
+def any_process(device: torch.device, *choices: bool) -> list[bool]:
+    """Which of the choices is true in at least one process of the run; the same in all of them."""
+    if not dist.is_initialized():
+        return list(choices)
+    told = torch.tensor(choices, dtype=torch.int32, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return [bool(choice) for choice in told.tolist()]
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceGroup:
     """The processes that share a clip, which are neighbours, and this one's place.
@@ -142,14 +151,6 @@ class SequenceGroup:
         counts = self.counts(tokens)
         copies = torch.cat([x.transpose(0, 1)] * self.size)
         return self._exchange(copies, [x.shape[1]] * self.size, counts).transpose(0, 1)
-
-    def agree(self, choice: bool, device: torch.device) -> bool:
-        """The first process's choice, in the whole group."""
-        if self.size == 1:
-            return choice
-        told = torch.tensor(int(choice), device=device)
-        dist.broadcast(told, group=self.group, group_src=0)
-        return bool(told)
 
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         result: Any = _AllToAll.apply(x, self.group, sent, received)

@@ -27,6 +27,7 @@ from .estimate import (
     forward_memory,
     read_knobs,
     seconds,
+    sharding_bytes,
     training_memory,
     work,
 )
@@ -43,7 +44,8 @@ class Plan:
     flops: of one update of one process, or of those that share samples; seconds: likewise, and
     dense_seconds were all attention dense. memory_limit: bytes of one GPU. samples: that an update
     learns from, over all GPUs. exchanged: bytes that one GPU sends in an update to those that share
-    its samples. gpu_hours: of the whole run. clip_bytes, caption_bytes: of one on disk.
+    its samples; gathered: that it receives of a base in shards. gpu_hours: of the whole run.
+    clip_bytes, caption_bytes: of one on disk.
     """
 
     model: Anatomy
@@ -56,6 +58,7 @@ class Plan:
     gpus: int
     samples: int
     exchanged: float
+    gathered: float
     gpu_hours: float
     dense_seconds: float
     clip_bytes: int
@@ -81,7 +84,7 @@ def plan(job: Job, gpu: Gpu, *, gpus: int | None = None, memory: float | None = 
     config = job.config
     gpus = config.parallel.sequence if gpus is None else gpus
     check_sequence(config.parallel.sequence, job.geometry.heads, gpus)
-    model, knobs = anatomy(job), read_knobs(config)
+    model, knobs = anatomy(job), read_knobs(config, gpus)
     grid, train = job.grid(job.frames), config.train
     densities = job.attention().layer_densities(grid, job.geometry.layers, job.geometry.heads)
     passes = Passes.of_training(knobs)
@@ -107,6 +110,7 @@ def plan(job: Job, gpu: Gpu, *, gpus: int | None = None, memory: float | None = 
         flops=work(model, grid, densities, knobs, passes, train.batch * train.accumulate),
         memory=training_memory(model, train.batch * len(grid), knobs),
         exchanged=train.accumulate * exchanged_bytes(model, train.batch * len(grid), knobs, passes),
+        gathered=train.accumulate * sharding_bytes(model, knobs, passes),
         seconds=update(densities),
         dense_seconds=update([1.0] * len(densities)).total,
         memory_limit=GIB * (gpu.memory if memory is None else memory),
@@ -142,7 +146,7 @@ class SamplingPlan:
 def plan_sampling(job: Job, gpu: Gpu) -> SamplingPlan:
     """At the job's length, with the family's steps and guidance, on one GPU."""
     model, family, config = anatomy(job), job.family, job.config
-    knobs = replace(read_knobs(config), offload=False, sequence=1)
+    knobs = replace(read_knobs(config), offload=False, sequence=1, engine="ddp")
     vae, encoders = blank_encoders(family, job.model_path, config.model.revision)
     grid, attention = job.grid(job.frames), job.attention()
     negative = family.uses_negative(job.geometry, family.guidance)
@@ -226,6 +230,7 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
     ("memory.mlp_chunk", 16384),
     ("lora.compute_dtype", "bfloat16"),
     ("memory.optimizer", "adamw8bit"),
+    ("parallel.engine", "fsdp2"),  # where there are several GPUs, and moments are not of 8 bits
     ("memory.base_dtype", "float8"),
 )
 NO_SETTING = (
@@ -235,7 +240,7 @@ NO_SETTING = (
 
 
 def remedies(
-    config: Config, model: Anatomy, tokens: int, limit: float
+    config: Config, model: Anatomy, tokens: int, limit: float, gpus: int | None = None
 ) -> tuple[dict[str, float], Knobs]:
     """Settings that bring a step of `tokens` under `limit` bytes, each on top of those before it,
     with the peak in bytes that it leaves; and the knobs as they then are.
@@ -244,28 +249,31 @@ def remedies(
     value of the same. The last one may still not be enough; a limit of 0 gives all.
     """
     turned: dict[str, float] = {}
-    peak = training_memory(model, tokens, read_knobs(config)).peak
+    peak = training_memory(model, tokens, read_knobs(config, gpus)).peak
     for setting, value in REMEDIES:
         if peak <= limit:
             break
         section, _, name = setting.partition(".")
         changed: Any = {section: replace(getattr(config, section), **{name: value})}
         tried = replace(config, **changed)
-        lower = training_memory(model, tokens, read_knobs(tried)).peak
+        lower = training_memory(model, tokens, read_knobs(tried, gpus)).peak
         if lower < peak and not any(problems(tried)):
             config, peak = tried, lower
             turned[f"{setting}={str(value).lower() if value is True else value}"] = peak
-    return turned, read_knobs(config)
+    return turned, read_knobs(config, gpus)
 
 
-def advice(job: Job, model: Anatomy, limit: float, *, resuming: bool = False) -> str:
+def advice(
+    job: Job, model: Anatomy, limit: float, *, gpus: int | None = None, resuming: bool = False
+) -> str:
     """What to change so that the job trains in `limit` bytes: settings and the peaks they leave,
     and where they are not enough, the length.
 
-    resuming: a run goes on with the change, so what begins another run is told apart.
+    gpus: of the run. resuming: a run goes on with the change, so what begins another run is told
+    apart.
     """
     tokens = job.config.train.batch * len(job.grid(job.frames))
-    found, knobs = remedies(job.config, model, tokens, limit)
+    found, knobs = remedies(job.config, model, tokens, limit, gpus)
     steps = {setting: f"{setting} ({peak / GIB:.1f} GiB)" for setting, peak in found.items()}
     more = None
     if not found or [*found.values()][-1] > limit:
@@ -285,7 +293,7 @@ def _is_free(setting: str) -> bool:
     return setting.partition("=")[0] in FREE_KEYS
 
 
-def check_memory(job: Job, device: torch.device) -> str | None:
+def check_memory(job: Job, device: torch.device, gpus: int | None = None) -> str | None:
     """Before a run: one sentence if its steps are predicted not to fit the device, else None.
 
     Raises ConfigError if the frozen base and the adapter alone are larger than its memory.
@@ -294,18 +302,19 @@ def check_memory(job: Job, device: torch.device) -> str | None:
     if limit is None:
         return None
     model = anatomy(job)
-    needed = predicted_memory(job, model)
+    needed = predicted_memory(job, model, gpus)
     if needed.peak <= limit:
         return None
     has = f"and the GPU has {limit / GIB:.1f} GiB"
     if needed.fixed > limit:
         raise ConfigError(
             f"The frozen base and the adapter alone take {needed.fixed / GIB:.1f} GiB, {has}. "
-            f"What would help: {advice(job, model, limit)}."
+            f"What would help: {advice(job, model, limit, gpus=gpus)}."
         )
     return (
         f"A step is predicted to take {needed.peak / GIB:.1f} GiB, {has}: it may run out. "
-        f"`longreel plan` shows the parts. What would help: {advice(job, model, limit)}."
+        f"`longreel plan` shows the parts. What would help: "
+        f"{advice(job, model, limit, gpus=gpus)}."
     )
 
 
@@ -339,10 +348,10 @@ def _relief(job: Job, device: torch.device, resuming: bool) -> str:
     )
 
 
-def predicted_memory(job: Job, model: Anatomy) -> Memory:
-    """Of a step as the job sets it."""
+def predicted_memory(job: Job, model: Anatomy, gpus: int | None = None) -> Memory:
+    """Of a step as the job sets it, in a run on so many GPUs."""
     tokens = job.config.train.batch * len(job.grid(job.frames))
-    return training_memory(model, tokens, read_knobs(job.config))
+    return training_memory(model, tokens, read_knobs(job.config, gpus))
 
 
 def device_memory(device: torch.device) -> float | None:

@@ -16,7 +16,6 @@ from .families.base import ModelFamily, Text
 from .flow import flow_matching_loss
 from .job import Job
 from .metrics import Metrics, Row
-from .parallel import SequenceGroup
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +23,8 @@ log = logging.getLogger(__name__)
 class Validator:
     """Held-out loss and sample videos of a transformer in training, which it leaves as it was.
 
-    texts: `encode_text` results of the prompts, and of "" for guidance. sequence: the processes
-    that share clips, each of which has a validator and calls it; metrics: of the one that writes,
-    None in the others.
+    texts: `encode_text` results of the prompts, and of "" for guidance. metrics: of the process
+    that writes; None in others, which compute the same because a forward takes all of them.
     """
 
     def __init__(
@@ -36,13 +34,12 @@ class Validator:
         heldout: LatentDataset,
         texts: Mapping[str, Text],
         metrics: Metrics | None,
-        sequence: SequenceGroup,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.job, self.transformer, self.heldout, self.texts = job, transformer, heldout, texts
-        self.metrics, self.sequence = metrics, sequence
+        self.metrics = metrics
         self.device, self.dtype = device, dtype
         self._pipeline: Any = None  # of the samples, loaded when first needed
 
@@ -54,14 +51,8 @@ class Validator:
             for index, _ in enumerate(self.job.config.validate.prompts)
         ]
 
-    def due(self, step: int) -> bool:
-        """At step 0, at the last, every so often; whether a run that stopped in it must redo it."""
-        config = self.job.config
-        if step % config.validate.every and step != config.train.steps:
-            return False
-        return self.sequence.agree(self.metrics is not None and self._missing(step), self.device)
-
-    def _missing(self, step: int) -> bool:
+    def missing(self, step: int) -> bool:
+        """Whether a step is not validated yet, or not wholly; asked of the process that writes."""
         assert self.metrics is not None
         measured = step in self.metrics.column("heldout_loss_target") or not len(self.heldout)
         return not (measured and all(path.is_file() for path in self.samples(step)))
@@ -69,8 +60,8 @@ class Validator:
     def run(self, step: int) -> None:
         config, job = self.job.config, self.job
         for prompt, path in zip(config.validate.prompts, self.samples(step), strict=True):
-            self._sample(prompt, path)
-            if self.metrics is not None:
+            written = self._sample(prompt, path)
+            if written and self.metrics is not None:
                 self.metrics.video(f"samples/{path.stem.rpartition('-')[2]}", path, step, prompt)
         if not len(self.heldout):
             return
@@ -94,8 +85,9 @@ class Validator:
         )
         self.metrics.write(row)
 
-    def _sample(self, prompt: str, path: Path) -> None:
-        """One video; the VAE is on the device for as long as it takes."""
+    def _sample(self, prompt: str, path: Path) -> bool:
+        """One video, and whether this process wrote it; the VAE is on the device for as long as it
+        takes. A disk that is full costs the run this video alone."""
         from ..data.decode import write_video
         from .sampling import generate
 
@@ -120,9 +112,15 @@ class Validator:
             guidance=config.validate.guidance,
             seed=config.validate.seed,
         )
-        if self.metrics is not None:
-            write_video(path, frames, job.fps)  # decodes as it writes
+        written = self.metrics is not None
+        if written:
+            try:
+                write_video(path, frames, job.fps)  # decodes as it writes
+            except OSError as error:
+                written = False
+                log.error(f"{path} could not be written: {error}")
         self._pipeline.vae.to("cpu")
+        return written
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from rows import Caption, Point, Stepper, rows_for
 
 from longreel.sparse.patterns import Radial
 from longreel.trainer.config import ConfigError, Memory
-from longreel.trainer.loop import Trainer
+from longreel.trainer.learner import Learner
 
 CPU = torch.device("cpu")
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")
@@ -66,10 +66,10 @@ def linear(monkeypatch, unchecked):
     """Steps that take what their model's blocks cost, and 7 s more."""
 
     def timed(self, batches):
-        attention, layer, seconds = self.trainer.attention, 0, 7.0
-        self.trainer._step(1, self.batches)
+        attention, layer, seconds = self.learner.attention, 0, 7.0
+        self.learner.update(1, self.batches)
         for stack, stream in reversed(STREAMS.items()):
-            for _ in getattr(self.trainer.transformer, stack, ()):
+            for _ in getattr(self.learner.transformer, stack, ()):
                 kind = "dense" if attention.is_dense(layer) else "sparse"
                 seconds, layer = seconds + COSTS[f"{stream} {kind}"], layer + 1
         return seconds
@@ -122,7 +122,7 @@ def test_rows_are_added_kept_and_replaced(benchmark, linear, monkeypatch):
     again, _ = benchmark("wan", "rows=radial", "repeats=2", "caption=3", "warmup=short")
     assert list(again.rows) == ["radial", "fair"] and again.rows["radial"].steps == 2
     assert again.rows["radial"].command.endswith("repeats=2 warmup=short caption=3`")
-    monkeypatch.setattr(Trainer, "_load_model", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(Learner, "load", lambda self: pytest.fail("it ran"))
     benchmark("wan", "rows=fair,radial", "resume=true")
     benchmark("wan", "dry=true")
     monkeypatch.setattr(training, "measured_on", lambda: "another")
@@ -143,7 +143,7 @@ def test_what_is_measured_survives_a_killed_run(benchmark, monkeypatch, unchecke
     monkeypatch.setattr(Stepper, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         benchmark("wan", "rows=sparse")
-    monkeypatch.setattr(Trainer, "_load_model", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(Learner, "load", lambda self: pytest.fail("it ran"))
     section, _ = benchmark("wan", "rows=sparse", "resume=true")
     assert section.rows["sparse"].steps == 1
 
@@ -179,14 +179,14 @@ def test_stock_is_diffusers_own(jobs, family):
         stepper = Stepper(job, shared, CPU, Caption(5, padded=name == "stock"))
         processors = {
             type(module.processor).__module__.partition(".")[0]
-            for name, module in stepper.trainer.transformer.named_modules()
+            for name, module in stepper.learner.transformer.named_modules()
             if hasattr(module, "processor") and "refiner" not in name and "attn2" not in name
         }
         assert processors == {"diffusers" if name == "stock" else "longreel"}
         stepper.step(Point({}))
         text = job.family.text_tokens and (job.family.text_tokens if name == "stock" else 5)
         assert stepper.grid.text == text
-        losses[name] = stepper.trainer._step(2, stepper.batches)["loss"]
+        losses[name] = stepper.learner.update(2, stepper.batches)["loss"]
     assert losses["stock"] == pytest.approx(losses["dense"], rel=1e-5)
 
 
@@ -196,8 +196,8 @@ def test_models_share_their_weights(jobs):
         Stepper(with_blocks(job, {"dual dense": n, "single dense": 1}), shared, CPU, Caption())
         for n in (1, 2)
     )
-    many = dict(two.trainer.transformer.named_parameters())
-    for name, parameter in one.trainer.transformer.named_parameters():
+    many = dict(two.learner.transformer.named_parameters())
+    for name, parameter in one.learner.transformer.named_parameters():
         assert (many[name] is parameter) == (not parameter.requires_grad)
 
 

@@ -15,7 +15,7 @@ from longreel.trainer.anatomy import anatomy
 from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.learner import Learner
 from longreel.trainer.recipe import load
 
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")
@@ -102,14 +102,14 @@ def test_rows_are_added_and_replaced(benchmark):
     [(torch.OutOfMemoryError("CUDA out of memory."), "GPU"), (MemoryError("no more"), "host")],
 )
 def test_the_end_of_memory_is_a_row(benchmark, monkeypatch, error, where):
-    real = Trainer._step
+    real = Learner.update
 
     def stop(self, step, batches):
         if step == 2:
             raise error
         return real(self, step, batches)
 
-    monkeypatch.setattr(Trainer, "_step", stop)
+    monkeypatch.setattr(Learner, "update", stop)
     rows, sections = benchmark("wan", "gpu=h200")
     said = f"out of {where} memory in batch of step 2"
     assert rows["tiny_wan"]["s"] == said and rows["tiny_wan"]["TFLOP/s"] == "-"
@@ -121,7 +121,7 @@ def test_other_failures_are_not_rows(benchmark, monkeypatch, tmp_path):
     def fail(self, step, batches):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(Trainer, "_step", fail)
+    monkeypatch.setattr(Learner, "update", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         benchmark("wan")
     assert not (tmp_path / "results").exists()
@@ -130,7 +130,7 @@ def test_other_failures_are_not_rows(benchmark, monkeypatch, tmp_path):
 def test_a_file_of_another_machine_is_told_before_the_run(benchmark, monkeypatch):
     benchmark("wan", "steps=1")
     monkeypatch.setattr(training, "measured_on", lambda: "another")
-    monkeypatch.setattr(Trainer, "_load_model", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(Learner, "load", lambda self: pytest.fail("it ran"))
     with pytest.raises(SystemExit, match="measured otherwise"):
         benchmark("wan")
 

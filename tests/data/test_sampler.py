@@ -50,7 +50,7 @@ def test_the_global_order_does_not_depend_on_the_number_of_ranks(
 def test_resuming_goes_on_with_the_same_batches(num_samples, batch, num_ranks, seed, start, rank):
     place = {"rank": rank % num_ranks, "num_ranks": num_ranks}
     whole = SeededBatches(num_samples, batch, seed, **place)
-    resumed = SeededBatches(num_samples, batch, seed, start=start, **place)
+    resumed = SeededBatches(num_samples, batch, seed, drawn=start * batch * num_ranks, **place)
     rest = list(islice(resumed, 6))
     assert rest == list(islice(whole, start, start + 6))
     assert all(len(indices) == batch for indices in rest)
@@ -65,10 +65,10 @@ def test_seeds_and_epochs_differ():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_feeds_a_data_loader(workers):
-    data, batches = TensorDataset(torch.arange(10)), SeededBatches(10, 4, seed=3, start=7)
+    data, batches = TensorDataset(torch.arange(10)), SeededBatches(10, 4, seed=3, drawn=28)
     loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
     got = [batch[0].tolist() for batch in islice(loader, 5)]
-    assert got == [batches.batch_at(step) for step in range(7, 12)]
+    assert got == [SeededBatches(10, 4, seed=3).batch_at(step) for step in range(7, 12)]
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def test_resumed_equals_uninterrupted(name, arguments, cache, tmp_path, monkeypa
     inputs = tiny.make_inputs(family, frames=6, height=8, width=8)
     pipe = tiny.load_pipeline(family)
     pipe.load_lora_weights(resumed.run_dir)
-    trained = resumed.transformer.eval()
-    resumed.attention.dense_layers = frozenset(range(9))  # stock attention is dense
+    trained = resumed.learner.transformer.eval()
+    resumed.learner.attention.dense_layers = frozenset(range(9))  # stock attention is dense
     with torch.no_grad():
         assert torch.equal(pipe.transformer(**inputs).sample, trained(**inputs).sample)
 
@@ -89,7 +89,7 @@ def test_offload_says_what_it_holds(arguments, monkeypatch, caplog):
     caplog.set_level("INFO")
     settings = ["memory.checkpoint=attention", "memory.offload=true", "memory.mlp_chunk=64"]
     trainer = train(arguments, *settings, "train.steps=2")
-    assert trainer.offload is not None and trainer.offload.arena.size > 2**16
+    assert trainer.learner.offload is not None and trainer.learner.offload.arena.size > 2**16
     assert len([m for m in caplog.messages if m.startswith("memory.offload holds")]) == 1
 
 
@@ -155,4 +155,4 @@ def test_the_tiny_recipe_lowers_the_heldout_loss(name, waves, cache, tmp_path):
     trainer = train(run, f"cache.dir={cache}", "log.wandb=false")
     heldout = list(column(trainer.metrics.rows(), "heldout_loss_target").values())
     assert heldout[-1] < 0.9 * heldout[0]
-    assert trainer.cost.layer_density < 0.7
+    assert trainer.learner.cost.layer_density < 0.7

@@ -176,8 +176,8 @@ def test_output_and_gradients_stay_near_those_of_bf16(family, record_property):
 
 def test_a_run_saves_an_adapter_that_stock_diffusers_loads(arguments, tmp_path):
     trainer = train(arguments, "memory.base_dtype=float8")
-    assert isinstance(trainer.transformer.blocks[0].ffn.net[2], Float8Linear)
-    assert trainer.transformer.dtype == BF16
+    assert isinstance(trainer.learner.transformer.blocks[0].ffn.net[2], Float8Linear)
+    assert trainer.learner.transformer.dtype == BF16
     assert load_file(trainer.run_dir / "config.yaml").memory.base_dtype == "float8"
     plain = train(arguments, "memory.base_dtype=bfloat16", f"run.dir={tmp_path / 'bf16'}")
     ours, stock = (lora.state_dict(t.transformer) for t in (trainer, plain))

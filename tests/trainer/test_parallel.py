@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from longreel.data.decode import probe, read_clip
 from longreel.launch.plan_command import plan
-from longreel.trainer import checkpoint, lora, parallel
+from longreel.trainer import checkpoint, engines, lora, parallel
 from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
@@ -27,11 +27,13 @@ from longreel.trainer.recipe import load
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(processes: int, *arguments: str) -> None:
-    """A script of ours on so many processes over gloo."""
+def torchrun(processes: int, *arguments: str, zero: bool = False) -> None:
+    """A script of ours on so many processes over gloo. zero: under DeepSpeed, which accelerate has
+    on a CPU if it is not told that it is one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment |= {"DS_ACCELERATOR": "cpu"} if zero else {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, f"--nproc_per_node={processes}", *arguments],
         cwd=ROOT,
@@ -45,12 +47,13 @@ def torchrun(processes: int, *arguments: str) -> None:
 
 def updates_together(processes: int, cases: list[Case], file: Path) -> dict[str, torch.Tensor]:
     given = json.dumps([asdict(case) for case in cases])
-    torchrun(processes, "tests/parallel_cases.py", str(file), given)
+    torchrun(processes, "tests/parallel_cases.py", str(file), given, zero="zero" in cases[0].engine)
     return load_file(file)
 
 
 def check(case: Case, processes: int, together: dict[str, torch.Tensor]) -> float:
-    """The largest relative error of a tensor's update, and of the loss; fp32."""
+    """The largest relative error of what is learnt of a tensor in two updates, of its moments, of
+    the losses and gradient norms; fp32."""
     errors = {}
     for name, exact in update_alone(case, processes // case.sequence).items():
         got = together[f"{case.name}/{name}"]
@@ -58,8 +61,8 @@ def check(case: Case, processes: int, together: dict[str, torch.Tensor]) -> floa
         if not exact.any():  # of Mochi's last text queries, which nothing reads
             errors[name] = got.abs().max().item()
     # Wan's text: 512 keys, nearly all of padding, hardly tell the queries apart.
-    bound = {name: 1e-4 if "attn2" in name else 5e-6 for name in errors}
-    too_large = {name: error for name, error in errors.items() if error >= bound[name]}
+    bound = {name: 2e-4 if "attn2" in name else 1e-5 for name in errors}
+    too_large = {name: error for name, error in errors.items() if not error < bound[name]}
     assert not too_large, f"{case}: {too_large}"
     return max(errors.values())
 
@@ -74,6 +77,10 @@ PAIRWISE = [
         Case(family, "sliding_tile", texts=(1,), fused_norms=True, targets="attention+text"),
         Case(family, "dense", texts=(9, 4), checkpoint="full", mlp_chunk=32, rope="interpolate"),
     )
+] + [
+    Case("wan", engine="fsdp2", sequence=1, checkpoint="full"),
+    Case("hunyuan", "sliding_tile", engine="fsdp2", checkpoint="attention", accumulate=2),
+    Case("mochi", "spatial_temporal", engine="fsdp2", texts=(9, 4), mlp_chunk=32),
 ]
 
 
@@ -84,21 +91,31 @@ def test_two_processes_that_share_clips_update_as_one(tmp_path):
         print(f"{check(case, 2, together):.1e}: {case}")
 
 
+SIZES = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}  # processes, and how many of them may share clips
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_family_pattern_and_checkpoint(processes, tmp_path):
-    """Where processes are more than those that share a clip, data parallel beside it."""
-    sizes = {1: (1,), 2: (1, 2), 4: (2, 4)}[processes]
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("processes", SIZES)
+def test_every_family_pattern_and_checkpoint(processes, engine, tmp_path):
+    """Data parallel, sharing clips and both, under each engine, one launch for each and each number
+    of processes. `make test-slow ARGS="tests/trainer/test_parallel.py -s -k every_family"`."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
     varied = itertools.cycle([(9, (3, 7)), (11, (1,)), (10, (6, 2))])
+    every = itertools.product(("none", "full", "attention"), (1, 2))
+    settings = list(every) if engine == "ddp" else [("none", 2), ("full", 1), ("attention", 2)]
+    patterns = PATTERNS if engine == "ddp" else ("radial", "sliding_tile")
     cases = [
         Case(
             *(family, pattern, *next(varied)),
             checkpoint=checkpoint,
             accumulate=accumulate,
             sequence=size,
+            engine=engine,
         )
-        for family, pattern, checkpoint, accumulate, size in itertools.product(
-            FAMILIES, PATTERNS, ("none", "full", "attention"), (1, 2), sizes
+        for family, pattern, (checkpoint, accumulate), size in itertools.product(
+            FAMILIES, patterns, settings, SIZES[processes]
         )
     ]
     together = updates_together(processes, cases, tmp_path / "updates.safetensors")
@@ -106,7 +123,8 @@ def test_every_family_pattern_and_checkpoint(processes, tmp_path):
     for case in cases:
         key = case.family, case.sequence
         worst[key] = max(worst.get(key, 0.0), check(case, processes, together))
-    print(f"{processes} processes, {len(cases)} cases: relative errors at most {worst}")
+    found = ", ".join(f"{family} x {size}: {error:.1e}" for (family, size), error in worst.items())
+    print(f"{engine}, {processes} processes, {len(cases)} cases: relative errors at most {found}")
 
 
 def test_one_process_is_left_as_it_is():
@@ -225,8 +243,9 @@ def test_four_processes_in_two_pairs_are_two(name, videos, cache, tmp_path):
     launch(2, settings)
     launch(4, pairs)
     assert_the_same_run(tmp_path / "pairs", tmp_path / "two")
-    with pytest.raises(ConfigError, match="2 processes, and there are 1"):
-        train(settings, "train.steps=5")
+    train(settings, "train.steps=5")  # one goes on with what two have learnt
+    saved = checkpoint.load_progress(tmp_path / "two/checkpoints/step-000005")
+    assert (saved.world_size, saved.drawn) == (1, 4 * 2 * 2 + 2)
 
 
 # What cannot be shared
@@ -243,3 +262,50 @@ def test_sizes_that_do_not_divide_are_refused(arguments):
         train(arguments, "parallel.sequence=2")
     with pytest.raises(ConfigError, match=r"12 heads; what does: 1, 2, 3, 4, 6, 12\."):
         plan(["recipe=wan_1_3b_4x", "parallel.sequence=8"])
+
+
+# Engines
+
+
+def test_a_run_under_fsdp2_is_a_run(arguments, tmp_path):
+    """Validation, samples, the step that is tried and checkpoints with a base in shards; one
+    process without them goes on from what it saved."""
+    settings = ["train.lr=0.01", "train.accumulate=2", "memory.probe=true", "validate.every=2"]
+    settings += ["validate.prompts=a wave", "validate.frames=9"]
+    plain = with_settings(arguments, *settings, f"run.dir={tmp_path / 'plain'}")
+    sharded = with_settings(plain, f"run.dir={tmp_path / 'sharded'}", "parallel.engine=fsdp2")
+    halves = with_settings(sharded, f"run.dir={tmp_path / 'halves'}", "parallel.sequence=2")
+    launch(2, plain, with_settings(sharded, "train.steps=2"), sharded, halves)
+    assert_the_same_run(tmp_path / "sharded", tmp_path / "plain")
+    train(halves, "parallel.engine=null", "parallel.sequence=1", "train.steps=5")
+    assert checkpoint.latest(tmp_path / "halves/checkpoints").name == "step-000005"
+
+
+def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
+    with pytest.raises(ConfigError, match="parallel.engine=fsdp2 shards the moments"):
+        load([*arguments, "parallel.engine=fsdp2", "memory.optimizer=adamw8bit"])
+    with pytest.raises(ConfigError, match="zero3 knows no float8 weights: use fsdp2"):
+        load([*arguments, "parallel.engine=zero3", "memory.base_dtype=float8"])
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"zero2 needs the package deepspeed.*longreel\[deepspe"):
+        train(arguments, "parallel.engine=zero2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="configured for the first version of FSDP"):
+        train(arguments)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ConfigError, match="engine=ddp, but accelerate was launched for fsdp2"):
+        train(arguments, "parallel.engine=ddp")
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("ddp", None), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("cpu", None)],
+)
+def test_launch_files_name_their_engine(name, engine, monkeypatch):
+    """Through what accelerate itself makes of the file."""
+    pytest.importorskip("deepspeed") if name.startswith("zero") else None
+    script = "from longreel.trainer.engines import launched_engine as l; print('engine', l())"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--config_file", f"launch/{name}.yaml", "--no_python", sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert f"engine {engine}" in done.stdout, done.stderr[-2000:]

@@ -55,7 +55,7 @@ def sampled(cache, tmp_path, monkeypatch):
 
 def video_of(trainer):
     """What the transformer in training samples, as `sampled` does from its adapter."""
-    pipe = tiny.load_pipeline(WAN, trainer.transformer)
+    pipe = tiny.load_pipeline(WAN, trainer.learner.transformer)
     size = {"frames": trainer.job.frames, "height": 96, "width": 96}
     return np.stack(list(sampling.generate(pipe, prompt="waves", steps=3, seed=0, **size)))
 
@@ -69,16 +69,18 @@ def test_a_pattern_trains_and_samples_from_its_adapter(name, arguments, sampled)
     parameters = [f"sparse.pattern.{parameter}" for parameter in SPARSE[name]]
     size = ["height=96", "width=96", "train.lr=0.05"]  # so that four steps show
     trainer = train(arguments, f"sparse.pattern.name={name}", *parameters, *size)
-    weights = [p.abs().max() for key, p in trainer.parameters.items() if "lora_B" in key]
+    weights = [p.abs().max() for key, p in trainer.learner.parameters.items() if "lora_B" in key]
     assert min(weights) > 0.01
     pipe, frames = sampled(trainer.run_dir)
     attention = installed_attention(pipe.transformer)
     assert pattern_name(attention.pattern) == name
-    assert attention.pattern == trainer.job.config.sparse.pattern == trainer.attention.pattern
+    assert (
+        attention.pattern == trainer.job.config.sparse.pattern == trainer.learner.attention.pattern
+    )
     assert list(attention.pattern.head_layouts(2)) == HEAD_LAYOUTS.get(name, [0, 0])
     assert np.array_equal(frames, video_of(trainer))
     if name != "dense":
-        assert trainer.cost.layer_density < 0.85
+        assert trainer.learner.cost.layer_density < 0.85
         assert not np.array_equal(frames, sampled(trainer.run_dir, "dense=true")[1])
 
 
@@ -89,10 +91,12 @@ def test_a_density_sets_the_width_that_is_trained_recorded_and_sampled(
     wanted = ["sparse.pattern.name=spatial_temporal", "sparse.density=0.4"]
     with caplog.at_level("INFO"):
         trainer = train(arguments, *wanted, "sparse.dense_layers=[-1]", "sparse.dense_steps=[0,-1]")
-    pattern = trainer.attention.pattern
+    pattern = trainer.learner.attention.pattern
     assert pattern == trainer.job.pattern != trainer.job.config.sparse.pattern
-    assert trainer.cost.layer_density == pytest.approx(0.4, abs=0.02)  # 17 blocks are coarse
-    achieved, width = trainer.cost.layer_density, pattern.half_width
+    assert trainer.learner.cost.layer_density == pytest.approx(
+        0.4, abs=0.02
+    )  # 17 blocks are coarse
+    achieved, width = trainer.learner.cost.layer_density, pattern.half_width
     assert f"half_width={width} (wanted 0.4, achieved {achieved:.4f})." in caplog.text
     share = f"{achieved:.1%} in 0-1, 100.0% in 2"
     mean = (1 + 2 * achieved) / 3
@@ -116,7 +120,7 @@ def test_the_tiny_recipe_lowers_the_heldout_loss_under_a_pattern(name, waves, ca
     pattern = f"sparse.pattern.name={name}"
     trainer = train(run, pattern, f"cache.dir={cache}", "log.wandb=false")
     heldout = list(column(trainer.metrics.rows(), "heldout_loss_target").values())
-    density = trainer.cost.layer_density
+    density = trainer.learner.cost.layer_density
     print(f"{name}: {heldout[0]:.4f} -> {heldout[-1]:.4f}, density {density:.3f}")
     assert heldout[-1] < 0.9 * heldout[0]
     assert density == 1 if name == "dense" else density < 0.4

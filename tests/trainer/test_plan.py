@@ -11,6 +11,7 @@ import torch
 from runs import train
 from torch import nn
 
+from longreel.launch.commands import main
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer import checkpoint, lora, parallel, plan, rates
@@ -31,7 +32,7 @@ from longreel.trainer.estimate import (
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.published import PUBLISHED, blank_encoders, blank_transformer
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.learner import Learner
 from longreel.trainer.memory import block_checkpoint
 from longreel.trainer.recipe import load, recipe_names
 
@@ -501,10 +502,25 @@ def test_a_run_warns_and_explains(arguments, gpu, monkeypatch, capsys):
     def fail(self, step, batches):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Trainer, "_step", fail)
+    monkeypatch.setattr(Learner, "update", fail)
     with pytest.raises(
         SystemExit, match="(?s)CUDA out of memory.*predicted to take 2.5 GiB.*to change"
     ):
         train(arguments)
     told = " ".join(capsys.readouterr().out.split())
     assert "A step is predicted to take 2.5 GiB, and the GPU has 1.0 GiB: it may run out." in told
+
+
+@pytest.mark.parametrize(("engine", "saved"), [("zero2", 0.9), ("zero3", 20.9), ("fsdp2", 21.0)])
+def test_engines_shard_what_they_say(engine, saved, capsys):
+    """GiB of one GPU of eight, of HunyuanVideo's 23.9 of weights and 2.3 of the adapter."""
+    settings = ["parallel.sequence=8", "gpus=8"]
+    of = [
+        plan.plan(job_of("hunyuan_4x", "parallel.sequence=8", *more), H200, gpus=8).memory.peak
+        for more in ((), (f"parallel.engine={engine}",))
+    ]
+    assert (of[0] - of[1]) / 2**30 == pytest.approx(saved, abs=0.3)
+    main(["plan", "recipe=hunyuan_4x", *settings, f"parallel.engine={engine}"])
+    said = " ".join(capsys.readouterr().out.split())
+    told = "which a LoRA has few of" if engine == "zero2" else "1/8 of the frozen base on each GPU"
+    assert told in said

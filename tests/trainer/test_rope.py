@@ -350,13 +350,13 @@ def test_an_adapter_comes_back_with_its_rope(name, settings, videos, cache, tmp_
 
     policy, entry = trainer.job.rope, lora.read_entry(trainer.run_dir)
     assert entry["rope"] == dataclasses.asdict(policy) and RopePolicy.recorded(entry) == policy
-    assert installed_rope(trainer.transformer) == policy
+    assert installed_rope(trainer.learner.transformer) == policy
     frames = 2 * policy.target
     inputs = make_inputs(family, frames=frames, height=8, width=8)
-    trainer.attention.dense_layers = frozenset(range(9))
-    trainer.transformer.eval()
+    trainer.learner.attention.dense_layers = frozenset(range(9))
+    trainer.learner.transformer.eval()
     with torch.no_grad():
-        expected = trainer.transformer(**inputs).sample
+        expected = trainer.learner.transformer(**inputs).sample
         own = tiny.load_pipeline(family)
         own.load_lora_weights(trainer.run_dir)
         assert not torch.allclose(own.transformer(**inputs).sample, expected, atol=1e-3)

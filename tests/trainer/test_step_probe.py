@@ -15,6 +15,7 @@ from longreel.trainer.config import Memory
 from longreel.trainer.estimate import GIB
 from longreel.trainer.estimate import Memory as Predicted
 from longreel.trainer.families import FAMILIES
+from longreel.trainer.learner import Learner
 from longreel.trainer.loop import Trainer
 from longreel.trainer.step_probe import Taken, is_probed
 
@@ -59,36 +60,38 @@ def test_a_resumed_run_is_the_same_with_it(arguments, tmp_path, monkeypatch):
 
 
 def state_of(trainer: Trainer) -> list:
-    optimizer = trainer.optimizer.optimizer
+    optimizer = trainer.learner.optimizer
     return [
         torch.get_rng_state(),
-        torch.cuda.get_rng_state() if trainer.device.type == "cuda" else None,
-        [p.detach().clone() for p in trainer.parameters.values()],
-        [p.grad for p in trainer.parameters.values()],
+        torch.cuda.get_rng_state() if trainer.learner.device.type == "cuda" else None,
+        [p.detach().clone() for p in trainer.learner.parameters.values()],
+        [p.grad for p in trainer.learner.parameters.values()],
         copy.deepcopy(optimizer.state_dict()),
         len(optimizer.state),
-        trainer.attention.current,
-        [module.training for module in trainer.transformer.modules()],
+        trainer.learner.attention.current,
+        [module.training for module in trainer.learner.transformer.modules()],
     ]
 
 
 def watch(monkeypatch, during=lambda trainer: None):
     """Runs with a look at the trainer before the step, in its forward, and after it."""
     seen = []
-    probe, loss_at = Trainer._probe_step, Trainer._loss_at
+    probe, loss_at = Trainer._probe_step, Learner.loss_at
 
-    def probed(self, dataset):
-        seen.append(state_of(self))
+    def probed(self):
+        trainer = self
+        seen.append(state_of(trainer))
 
         def watched(*args):
             loss = loss_at(*args)
-            seen.append(during(self))
+            seen.append(during(trainer))
             return loss
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_loss_at", watched)
-            probe(self, dataset)
-        seen.append(state_of(self))
+            patch.setattr(Learner, "loss_at", watched)
+            probe(self)
+        trainer = self
+        seen.append(state_of(trainer))
 
     monkeypatch.setattr(Trainer, "_probe_step", probed)
     return seen
@@ -131,23 +134,23 @@ def test_it_is_a_step_of_the_longest_shape(family, videos, cache, tmp_path, monk
     """With the moments held, and the gradients of batches before."""
 
     def during(trainer):
-        state = trainer.optimizer.optimizer.state
+        state = trainer.learner.optimizer.state
         held = [
             (set(state[p]), p.grad is not None and p.grad.shape == p.shape)
-            for p in trainer.parameters.values()
+            for p in trainer.learner.parameters.values()
         ]
-        return trainer.attention.current, held
+        return trainer.learner.attention.current, held
 
     seen = watch(monkeypatch, during)
     given = [*arguments_of(family, videos, cache, tmp_path / "run"), PROBE, "train.batch=2"]
     for accumulate in (1, 2):
         trainer = train(given, f"train.accumulate={accumulate}", f"run.dir={tmp_path}/{accumulate}")
         plan, held = seen.pop(-2)
-        assert plan.grid == trainer.grid
+        assert plan.grid == trainer.learner.grid
         if trainer.job.family.text_tokens:  # captions of a batch differ in length
             assert plan.valid == (len(plan.grid), len(plan.grid) - 1)
         moments = {"step", "exp_avg", "exp_avg_sq"}
-        assert held == [(moments, accumulate > 1)] * len(trainer.parameters)
+        assert held == [(moments, accumulate > 1)] * len(trainer.learner.parameters)
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
@@ -157,7 +160,7 @@ def test_a_run_that_does_not_fit_ends_before_it_began(arguments, tmp_path, monke
 
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loss_at", no_room)
+        patch.setattr(Learner, "loss_at", no_room)
         with pytest.raises(SystemExit) as caught:
             train(arguments, PROBE, "memory.checkpoint=none")
     assert str(caught.value).splitlines() == [
@@ -173,7 +176,7 @@ def test_a_run_that_does_not_fit_ends_before_it_began(arguments, tmp_path, monke
     kept = [run_dir / "metrics.csv", *sorted((run_dir / "checkpoints").rglob("*.*"))]
     before = [path.read_bytes() for path in kept if path.is_file()]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loss_at", no_room)
+        patch.setattr(Learner, "loss_at", no_room)
         with pytest.raises(SystemExit, match="Step 2 is saved in .*: the same command goes on"):
             train(arguments, PROBE)
     assert [path.read_bytes() for path in kept if path.is_file()] == before

@@ -1,0 +1,45 @@
+"""`failing_runs.py FAILURE RUNS`: training runs, JSON lists of arguments, one after another, the
+last of which fails as told: `{"kind": "signal", "rank": 1, "step": 2}`.
+
+kind: `signal` (SIGUSR1), `kill` (SIGKILL), `hang`; at the forward of a step on one process.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+
+from longreel.trainer.job import Job
+from longreel.trainer.loop import Trainer
+from longreel.trainer.recipe import load
+
+
+def fail(kind: str) -> None:
+    if kind == "signal":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "hang":
+        time.sleep(3600)
+
+
+def main(failure: dict, runs: list[list[str]]) -> None:
+    for index, arguments in enumerate(runs):
+        trainer = Trainer(Job.from_config(load(arguments)))
+        learner, loss = trainer.learner, trainer.learner.loss
+
+        def failing(batch, step, micro, loss=loss):
+            if (dist.get_rank(), step) == (failure["rank"], failure["step"]):
+                fail(failure["kind"])
+            return loss(batch, step, micro)
+
+        if index == len(runs) - 1 and failure:
+            learner.loss = failing
+        trainer.fit()
+
+
+if __name__ == "__main__":
+    main(*map(json.loads, sys.argv[1:]))

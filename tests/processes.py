@@ -1,0 +1,47 @@
+"""Scripts on several processes, without a launcher that would end them by itself."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(processes: int, *arguments: str, folder: Path | None = None) -> list[subprocess.Popen]:
+    """A Python script with its arguments over gloo, one process a rank.
+
+    folder: where `rank-N.log` holds what each said; None: pipes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        output = subprocess.PIPE if folder is None else (folder / f"rank-{rank}.log").open("w")
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=os.environ | settings | {key: str(value) for key, value in place.items()},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
+    """Exit code and output of each; all are gone afterwards."""
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text or "") for process, text in zip(started, said, strict=True)]
