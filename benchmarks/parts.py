@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch.profiler import ProfilerActivity, profile
 
 # Parts that kernels spend; they follow each other, so that with IDLE they add up to the step.
-BUSY = ("attention", "matmul", "fp32 matmul", "element-wise", "optimizer")
+BUSY = ("attention", "matmul", "fp32 matmul", "element-wise", "optimizer", "exchange")
 IDLE = "idle"  # no kernel runs: the host is late, or a copy is
 COPIES = "copies"  # between host and device, most of them beside kernels
 PARTS = (*BUSY, IDLE, COPIES)
@@ -44,6 +44,8 @@ class Kernel(NamedTuple):
     def part(self) -> str:
         if self.name.startswith("Memcpy"):
             return COPIES if "HtoD" in self.name or "DtoH" in self.name else "element-wise"
+        if self.name.startswith("nccl"):
+            return "exchange"
         if OPTIMIZER.search(self.name) or OPTIMIZER.search(self.op):
             return "optimizer"
         if NOT_ATTENTION.search(self.op):

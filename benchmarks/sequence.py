@@ -1,0 +1,227 @@
+"""Steps of a clip that all GPUs share, beside steps with a clip on each: what it costs to share.
+
+    accelerate launch --config_file launch/ddp.yaml --num_processes 2 benchmarks/sequence.py \\
+        recipe=hunyuan_2x [blocks=2] [key=value ...]
+
+Random weights at full width and length, no files. First the gradients of one clip are compared,
+shared and not. Then both ways take turns: efficiency is the seconds of a step with a clip on each
+of N GPUs over N times those of a step with one clip on all. The slowest process counts, as it does
+in a run. Each call adds its section to the result file of the day, or replaces it.
+
+    blocks=2      of each kind, dense and sparse, so that two ways fit beside each other; or `all`
+    alone=true    `false`: the shared clip only, which one GPU could not hold
+    repeats=3     steps that count; the first of them is profiled
+    warmup=full   or short: the step before them runs on a few frames, just to compile
+    out=FOLDER    of the result
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import training
+from accelerate.utils import gather_object
+from agreement import ROOM, SCALE
+from blocks import count_blocks, describe, with_blocks
+from parts import PARTS
+from report import RESULTS, dated, from_command_line, resumed, short, with_sections, write
+from rows import Caption, Point, Row, Stepper
+from step import free, job_of
+from torch import Tensor, nn
+from training import say
+
+from longreel.trainer import flow
+from longreel.trainer.config import ConfigError
+from longreel.trainer.estimate import GIB
+from longreel.trainer.job import Job
+from longreel.trainer.metrics import peak_memory_gib
+from longreel.trainer.recipe import parse
+from longreel.trainer.settings import leaf_types
+
+NOTES = (
+    "s: of an update, on the slowest process, the median; efficiency: seconds of a clip on each "
+    "over those of as many shared ones. GiB of GPU and host: the most of any process; host: "
+    "resident, pinned pages among it. Parts: seconds of kernels in process 0's first counted step; "
+    "exchange: between GPUs."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys beside a recipe's; see the module."""
+
+    blocks: str = "2"
+    alone: bool = True
+    repeats: int = 3
+    warmup: Literal["full", "short"] = "full"
+    out: str = str(RESULTS)
+
+
+@dataclass
+class Way:
+    """One way to spread clips over the processes. peak: GiB on the GPU, host: GiB, of this one."""
+
+    name: str
+    job: Job
+    stepper: Stepper
+    point: Point
+    host: float = 0.0
+
+
+def benchmark(argv: Sequence[str]) -> None:
+    """Compare gradients, measure, and write down."""
+    names = leaf_types(Options)
+    own = [argument for argument in argv if argument.partition("=")[0] in names]
+    options, overrides = parse(Options, own), [x for x in argv if x not in own]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        raise ConfigError("sequence.py compares several processes: run it by `accelerate launch`.")
+    if options.blocks != "all" and not (options.blocks.isdigit() and int(options.blocks)):
+        raise ConfigError(f"blocks={options.blocks} must be a number, or all.")
+    device, main = this_device(), os.environ["RANK"] == "0"
+    alike = training.setup().replace("one process", f"{processes} processes")
+    path = dated(Path(options.out), "sequence")
+    if main:
+        resumed(path, alike)  # to fail before the work
+    shared: dict[str, nn.Parameter] = {}
+    with tempfile.TemporaryDirectory() as nothing:
+        ways = []
+        for sequence in (1, processes) if options.alone else (processes,):
+            row = Row("", "", (f"parallel.sequence={sequence}",))
+            job = job_of(row, overrides, nothing)
+            if options.blocks != "all":
+                job = with_blocks(job, dict.fromkeys(count_blocks(job), int(options.blocks)))
+            stepper = Stepper(job, shared, device, Caption())
+            point = Point(count_blocks(job))
+            name = "a clip on each" if sequence == 1 else f"one clip on {processes}"
+            ways.append(Way(name, job, stepper, point))
+        told = [f"Blocks: {describe(ways[0].point.counts)}."]
+        if options.alone:
+            told.append(compare(*ways))
+            if main:
+                say(told[-1])
+        measure(ways, options, main)
+        free()
+    lines = report(ways, processes)
+    if main:
+        recipe = training.name_of(ways[0].job.config.recipe, overrides)
+        title = f"{recipe}, blocks={options.blocks}"
+        head, sections = resumed(path, alike)
+        sections[title] = "\n\n".join([command(argv, processes), *told, "\n".join(lines)])
+        write(path, with_sections([f"# Shared clips, {date.today()}", alike, NOTES], sections))
+        say(f"{sections[title]}\n\nwritten to {path}")
+    dist.barrier()
+
+
+def this_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def compare(alone: Way, shared: Way) -> str:
+    """Gradients of one clip at one noise level, by both ways, and by the first once more.
+
+    Raises SystemExit where sharing moves them by more than some roundings in the model's precision.
+    """
+    expected, again, found = (gradients(way.stepper) for way in (alone, alone, shared))
+    budget = ROOM * torch.finfo(alone.stepper.learner.dtype).eps
+    error, noise = apart(found, expected), apart(again, expected)
+    told = (
+        f"Before timing: gradients of one clip, shared against alone, relative: {error:.1e}; alone "
+        f"against alone once more {noise:.1e}; allowed {budget:.1e}."
+    )
+    if error > budget:
+        raise SystemExit(f"error: a shared clip gives other gradients. {told}")
+    return told
+
+
+def gradients(stepper: Stepper) -> dict[str, Tensor]:
+    """Of the adapter, on the CPU; the same clip in all processes."""
+    learner, generator = stepper.learner, torch.Generator().manual_seed(1)
+    for parameter in learner.parameters.values():
+        parameter.data.copy_(SCALE * torch.randn(parameter.shape, generator=generator))
+    batch = next(stepper.batches)
+    clean = batch["latents"].to(stepper.device)
+    noise, sigma = flow.sample(clean, stepper.job.config.train.sigma, generator)
+    with stepper.dense_kernels(), learner.engine.batch(last=True):
+        learner.engine.backward(learner.loss_at(clean, noise, sigma, batch["texts"]))
+    found: dict[str, Tensor] = {}
+    for name, parameter in learner.parameters.items():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.cpu()
+    learner.engine.skip()
+    return found
+
+
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of all gradients together."""
+    squares = sum((found[n].double() - g.double()).square().sum() for n, g in expected.items())
+    norm = sum(g.double().square().sum() for g in expected.values())
+    return float((squares / norm) ** 0.5)
+
+
+def measure(ways: list[Way], options: Options, main: bool) -> None:
+    """A step that does not count, then `repeats` of each that do, in turns."""
+    for turn in range(options.repeats + 1):
+        for way in ways:
+            dist.barrier()
+            if not turn:
+                way.stepper.warm(options.warmup == "short")
+                continue
+            way.stepper.step(way.point)
+            way.point.seconds[-1] = max(gather_object([way.point.seconds[-1]]))
+            way.host = peak_memory_gib(torch.device("cpu"))
+            if main:
+                say(f"  turn {turn}, {way.name}: {short(way.point.seconds[-1])} s")
+
+
+def report(ways: list[Way], processes: int) -> list[str]:
+    """Tables, from what all processes found."""
+    lines = [
+        "| | tokens | s | of it a clip | efficiency | GPU GiB | host GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way in ways:
+        clips = processes // way.job.config.parallel.sequence
+        seconds = way.point.median
+        efficiency = (
+            "-" if len(ways) == 1 else f"{ways[0].point.median / (processes * seconds):.3f}"
+        )
+        sizes = gather_object([(way.point.peak / GIB, way.host)])
+        gpu, host = (max(of) for of in zip(*sizes, strict=True))
+        shown = [way.name, f"{len(way.stepper.grid):,}", short(seconds), short(seconds / clips)]
+        shown += [efficiency if clips == 1 else "1", short(gpu or None), short(host)]
+        lines.append(f"| {' | '.join(shown)} |")
+    profiles = [(way.name, way.point.profile) for way in ways if way.point.profile is not None]
+    if profiles:
+        lines += ["", f"| s | {' | '.join(PARTS)} |", f"|---|{len(PARTS) * '---|'}"]
+        for name, profile in profiles:
+            spent = " | ".join(short(profile.parts[part]) for part in PARTS)
+            lines.append(f"| {name} | {spent} |")
+    return lines
+
+
+def command(argv: Sequence[str], processes: int) -> str:
+    given = shlex.join([x for x in argv if not x.startswith((*training.PLACES, "out="))])
+    return (
+        f"`accelerate launch --config_file launch/ddp.yaml --num_processes {processes} "
+        f"benchmarks/sequence.py {given}`"
+    )
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)  # of every model that is made
+    from_command_line(benchmark, __doc__)
