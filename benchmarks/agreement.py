@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import torch
 from blocks import count_blocks, with_blocks
-from rows import FASTEST, Caption, Stepper
+from rows import Caption, Stepper
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import SparsePattern
 from longreel.trainer import flow
+from longreel.trainer.device import DENSE_BACKENDS
 from longreel.trainer.job import Job
 
+FASTEST = (*DENSE_BACKENDS, SDPBackend.MATH)
 OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kernel, for the budget
 # How many times further apart than two dense kernels: the products of ours are split otherwise, and
 # its memory settings may round in other places.

@@ -30,7 +30,8 @@ from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import PATTERNS, Radial, SparsePattern
 from longreel.sparse.reach import layers_to_full_reach
-from longreel.trainer.probe import DENSE_BACKENDS, milliseconds, take_turns
+from longreel.trainer.device import DENSE_BACKENDS
+from longreel.trainer.probe import milliseconds, take_turns
 
 BLOCK = 128
 DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"
@@ -151,7 +152,7 @@ def layer(pattern: SparsePattern, grid: TokenGrid, backend: Backend = "auto") ->
     attention.plan(grid)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+        with sdpa_kernel([*DENSE_BACKENDS], set_priority=True):
             return attention.attention(0, q, k, v)
 
     return attend

@@ -14,7 +14,6 @@ import torch
 from blocks import Counts
 from parts import Profile, profiled
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from untrained import random_batch, untrained
 
 from longreel.sparse.grid import TokenGrid
@@ -22,7 +21,6 @@ from longreel.trainer.config import Config, Memory
 from longreel.trainer.families.base import ModelFamily, Text
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner
-from longreel.trainer.probe import DENSE_BACKENDS
 from longreel.trainer.progress import open_console
 from longreel.trainer.recipe import load
 from longreel.trainer.settings import split_arguments
@@ -35,9 +33,6 @@ PLAIN = tuple(
 )
 CHUNK = 16384  # tokens, of docs/memory.md
 SHORT_FRAMES = 4  # latent ones, of a warm-up that compiles and little else
-# SDPA takes the first that can: the fastest dense attention of torch, not the one it would pick;
-# the token refiner's mask is for the last ones.
-FASTEST = (*DENSE_BACKENDS, SDPBackend.MATH)
 
 
 @dataclass(frozen=True)
@@ -107,6 +102,13 @@ class Caption:
     padded: bool = False
 
 
+class StockLearner(Learner):
+    """Its dense attention is what torch picks by itself."""
+
+    def dense_kernels(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class Stepper:
     """A model, with the trainer's own adapter, optimizer and step, that can be told to step."""
 
@@ -117,7 +119,7 @@ class Stepper:
         self.job = replace(job, family=untrained(family, device, shared))
         self.stock, self.device, self.steps = caption.padded, device, 0
         open_console(True)
-        self.learner = Learner(self.job)
+        self.learner = StockLearner(self.job) if self.stock else Learner(self.job)
         self.learner.load()
         if self.stock:
             self.learner.transformer.enable_gradient_checkpointing()  # with diffusers' own
@@ -168,17 +170,11 @@ class Stepper:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 
-    def dense_kernels(self) -> AbstractContextManager[None]:
-        """Under it, dense attention is the fastest that there is; of the stock row, as torch
-        chooses."""
-        return nullcontext() if self.stock else sdpa_kernel([*FASTEST], set_priority=True)
-
     def _timed(self, batches: Iterator[dict[str, Any]]) -> float:
         started, self.steps = time.perf_counter(), self.steps + 1
-        with self.dense_kernels():
-            self.learner.update(self.steps, batches)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+        self.learner.update(self.steps, batches)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
 

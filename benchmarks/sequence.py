@@ -156,7 +156,7 @@ def gradients(stepper: Stepper) -> dict[str, Tensor]:
     batch = next(stepper.batches)
     clean = batch["latents"].to(stepper.device)
     noise, sigma = flow.sample(clean, stepper.job.config.train.sigma, generator)
-    with stepper.dense_kernels(), learner.engine.batch(last=True):
+    with learner.dense_kernels(), learner.engine.batch(last=True):
         learner.engine.backward(learner.loss_at(clean, noise, sigma, batch["texts"]))
     found: dict[str, Tensor] = {}
     for name, parameter in learner.parameters.items():

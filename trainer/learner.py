@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..kernels.block_sparse import resolve_backend
 from ..sparse.grid import TokenGrid
 from . import float8, flow, lora
 from .config import Config, ConfigError
+from .device import fastest_dense, grow_segments
 from .engines import open_engine
 from .families.base import Text
 from .job import Job
@@ -53,6 +55,7 @@ class Learner:
         self.whole: int | None = 0
         self._skips = 0  # in a row, up to now
         self.empty_caption: Text = {}
+        grow_segments()
         waiting = timedelta(days=1)  # for rank 0 to fill the cache, or to decode a sample
         self.engine = open_engine(self.config, waiting)
         self.accelerator = self.engine.accelerator
@@ -141,6 +144,10 @@ class Learner:
             dtype=self.dtype,
         )
 
+    def dense_kernels(self) -> AbstractContextManager[None]:
+        """Around forward and backward: what dense attention runs on."""
+        return fastest_dense()
+
     def update(self, step: int, batches: Iterator[dict[str, Any]]) -> Row:
         """One optimizer update; returns its line of metrics."""
         train = self.config.train
@@ -154,7 +161,8 @@ class Learner:
         for micro in range(train.accumulate):
             self.watch.enter(f"step {step}: reading clips")
             batch = next(batches)
-            with self.engine.batch(last=micro == train.accumulate - 1):
+            last = micro == train.accumulate - 1
+            with self.dense_kernels(), self.engine.batch(last=last):
                 self.watch.enter(f"step {step}: forward of batch {micro}")
                 part = self.loss(batch, step, micro) / train.accumulate
                 assert self.attention.current is not None

@@ -10,17 +10,11 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from ..sparse.attention import SparseAttention
 from ..sparse.grid import TokenGrid
-
-# The baseline is the fastest dense attention that torch ships, not the one it would pick.
-DENSE_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
+from .device import DENSE_BACKENDS
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -74,7 +68,7 @@ def measure_speedup(
 
     def dense() -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+        with sdpa_kernel([*DENSE_BACKENDS], set_priority=True):
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     def sparse() -> Tensor:
