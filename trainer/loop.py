@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..data.dataset import LatentDataset, collate, read_text, split
+from ..data.dataset import LatentDataset, joined, read_text, split
 from ..data.encode import Prepared
 from ..data.files import replacing
+from ..data.loader import Loader
 from ..data.sampler import SeededBatches
 from ..kernels.block_sparse import resolve_backend
 from ..sparse.draw import draw_pattern
@@ -151,9 +151,8 @@ class Trainer:
             report.save_figure(figure, self.run_dir / "mask.png")
 
     def _prepare_data(self) -> Prepared:
-        """One process fills the cache; the others then find it complete."""
-        with self.accelerator.main_process_first():
-            prepared = prepare_data(self.job, self.device, self.dtype)
+        """All processes fill the cache, each its share."""
+        prepared = prepare_data(self.job, self.accelerator, self.dtype)
         self.console.print(str(prepared.report), markup=False, highlight=False)
         return prepared
 
@@ -163,7 +162,9 @@ class Trainer:
         except ValueError as error:
             raise ConfigError(f"validate.clips={self.config.validate.clips}: {error}") from error
         log.info(f"{len(train)} clips to train on, {len(heldout)} held out.")
-        return LatentDataset(train), LatentDataset(heldout)
+        # Processes that share a clip read a part each; held-out clips are few, and read whole.
+        part, pinned = (self.sequence.rank, self.sequence.size), self.device.type == "cuda"
+        return LatentDataset(train, part=part, pinned=pinned), LatentDataset(heldout)
 
     def _load_model(self) -> None:
         config, job = self.config, self.job
@@ -326,11 +327,9 @@ class Trainer:
             start=start * train.accumulate,
             rank=self.sequence.data_rank,
             num_ranks=self.sequence.data_size,
+            buckets=[entry.bucket for entry in dataset.entries],
         )
-        workers = train.workers
-        return iter(
-            DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
-        )
+        return iter(Loader(dataset, sampler, train.workers))
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> Row:
         """One optimizer update; returns its line of metrics."""
@@ -395,7 +394,9 @@ class Trainer:
         # LoRA dropout draws from the global generator, for tokens of this process alone.
         torch.manual_seed(seed + self.sequence.rank)
         generator = torch.Generator().manual_seed(seed)
-        clean = batch["latents"].to(self.device)
+        clean = batch["latents"].to(self.device, non_blocking=True)
+        if self.sequence.size > 1:
+            clean = joined(self.sequence.collect(clean), batch["shape"])
         noise, sigma = flow.sample(clean, train.sigma, generator)
         texts = batch["texts"]
         if train.caption_dropout:

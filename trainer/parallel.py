@@ -143,6 +143,12 @@ class SequenceGroup:
         copies = torch.cat([x.transpose(0, 1)] * self.size)
         return self._exchange(copies, [x.shape[1]] * self.size, counts).transpose(0, 1)
 
+    def collect(self, part: Tensor) -> Tensor:
+        """`[size, *part.shape]`: what each process has, by rank; without gradients."""
+        whole = part.new_empty(self.size, *part.shape)
+        dist.all_gather_into_tensor(whole.flatten(0, 1), part.contiguous(), group=self.group)
+        return whole
+
     def agree(self, choice: bool, device: torch.device) -> bool:
         """The first process's choice, in the whole group."""
         if self.size == 1:

@@ -13,12 +13,20 @@ from videos import gaps, make_video, noise, numbers, on_show, painted, steady
 from longreel.data.decode import (
     DecodeError,
     VideoInfo,
-    clip_count_frames,
+    examine,
     probe,
     read_clip,
     read_clips,
     write_video,
 )
+
+
+def clip_count_frames(path, fps, limit=None) -> int:
+    facts = examine(path, fps, limit)
+    if facts.fault:
+        raise DecodeError(path.name, facts.fault, facts.frames)
+    return facts.frames
+
 
 SMALL = {"height": 48, "width": 64}
 
@@ -230,7 +238,7 @@ def test_files_that_are_no_video(tmp_path):
 def test_short_video(tmp_path):
     path = steady(tmp_path / "a.mp4", 25)
     error = failure(read_clip, path, start=8, frames=9, fps=16, **SMALL)
-    assert str(error) == "a.mp4: 1.0 s = 16 frames at 16 fps, 17 needed"
+    assert str(error) == "a.mp4: 1 frames (0.1 s) missing: 1.0 s = 16 frames at 16 fps, 17 needed"
     assert error.frames == 16
 
 
