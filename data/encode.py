@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -216,9 +216,18 @@ class _Builder:
         missing = {e.latents: e for e in entries if not self.intact(e.latents)}
         if not missing:
             return []
+        made = ahead(_read(list(missing.values()), found.paths, self.spec, faults))
+        with closing(made):  # also when the disk is full
+            self._encode_each(made, len(missing), encoders)
+        self.progress(len(missing), len(missing), "encoding clips")
+        return faults
+
+    def _encode_each(
+        self, made: Iterator[tuple[Entry, np.ndarray]], total: int, encoders: _Once
+    ) -> None:
         done = 0
-        for entry, pixels in ahead(_read(list(missing.values()), found.paths, self.spec, faults)):
-            self.progress(done, len(missing), "encoding clips")
+        for entry, pixels in made:
+            self.progress(done, total, "encoding clips")
             done += 1
             if self.intact(entry.latents):
                 continue
@@ -230,8 +239,6 @@ class _Builder:
                 self.ledger.put("rate", self.rate_key, round(pixels[..., 0].size / seconds))
             save_tensors(entry.latents, {"latents": latents}, self._about(entry, latents))
             self.intact(entry.latents)
-        self.progress(len(missing), len(missing), "encoding clips")
-        return faults
 
     def _about(self, entry: Entry, latents: Tensor) -> dict:
         bucket = entry.bucket

@@ -100,7 +100,8 @@ def _stream(spec: SourceSpec) -> Iterator[dict[str, Any]]:
             f"data.path={spec.path}: datasets cannot load it ({reason}); data.path is a name on "
             "the Hub or a local folder, data.subset and data.split choose a part"
         ) from error
-    features = dict(split.features or {})
+    # Not known of streamed CSV and JSON before a row is read.
+    features = dict(split.features or dict.fromkeys(next(iter(split), {})))
     column = spec.video or _video_column(features, datasets)
     if features and column not in features:
         raise ValueError(

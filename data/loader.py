@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ class Loader:
     def __init__(self, dataset: LatentDataset, sampler: SeededBatches, workers: int) -> None:
         self.dataset, self.sampler, self.workers = dataset, sampler, workers
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Generator[dict[str, Any], None, None]:
         if not self.workers:
             for indices in self.sampler:
                 yield self._read(indices)
@@ -31,10 +31,13 @@ class Loader:
         order = iter(self.sampler)
         waiting: deque[Future[dict[str, Any]]] = deque()
         try:
+            for _ in range(self.workers):
+                waiting.append(pool.submit(self._read, next(order)))
             while True:
-                while len(waiting) < self.workers:
-                    waiting.append(pool.submit(self._read, next(order)))
-                yield waiting.popleft().result()
+                batch = waiting.popleft().result()
+                waiting.append(pool.submit(self._read, next(order)))
+                yield batch
+                del batch
         finally:
             for future in waiting:
                 future.cancel()
