@@ -1,7 +1,7 @@
 """The cache at scale, on this machine: python benchmarks/cache.py [--write]
 
 1. Start-up with a full cache of 100,000 clips: seconds and memory of listing and looking up.
-2. The loader with latents of HunyuanVideo at 4x (16 x 128 x 90 x 160 bf16, 59 MB a clip) from a disk
+2. The loader with latents of HunyuanVideo at 4x (16 x 128 x 90 x 160 bf16, 59 MB) from a disk
    whose cached pages are dropped: against reading the bytes alone, and what a step of 2 s waits.
 """
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -90,21 +91,29 @@ class CacheSpec:
 
     def video_key(self, bucket: Bucket) -> str:
         """How clips are chosen is left out: a clip is the same wherever its neighbours begin."""
-        shape = (bucket.frames, bucket.height, bucket.width, float(self.fps))
-        copied = ("canonical",) if self.canonical else ()
-        return short_hash(SCHEMA, *shape, self.video_encoder, *copied)[:16]
+        return self._video_keys[bucket]
 
-    @property
+    @cached_property
+    def _video_keys(self) -> dict[Bucket, str]:
+        copied = ("canonical",) if self.canonical else ()
+        rest = (float(self.fps), self.video_encoder, *copied)
+        return {
+            bucket: short_hash(SCHEMA, bucket.frames, bucket.height, bucket.width, *rest)[:16]
+            for bucket in self.buckets
+        }
+
+    @cached_property
     def text_key(self) -> str:
         return short_hash(SCHEMA, self.text_encoder)[:16]
 
     def latents_path(self, cache_dir: Path, bucket: Bucket, fingerprint: str, start: int) -> Path:
         name = short_hash(fingerprint, start)
-        return cache_dir / "latents" / self.video_key(bucket) / name[:2] / f"{name}.safetensors"
+        folder = f"{cache_dir}/latents/{self.video_key(bucket)}"  # joining Paths takes longer
+        return Path(f"{folder}/{name[:2]}/{name}.safetensors")
 
     def text_path(self, cache_dir: Path, caption: str) -> Path:
         name = short_hash(caption)
-        return cache_dir / "text" / self.text_key / name[:2] / f"{name}.safetensors"
+        return Path(f"{cache_dir}/text/{self.text_key}/{name[:2]}/{name}.safetensors")
 
 
 @dataclass

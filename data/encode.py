@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from .cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry, Intact
 from .captions import CaptionLimit, cut_captions
 from .files import FULL, digest, save_tensors
 from .ledger import Ledger
-from .manifest import write_manifest
+from .manifest import Ready, read_ready, state, write_manifest
 from .report import Report, refusal
 from .sources import Dropped, Listing
 from .survey import Progress, Survey, Team, survey
@@ -71,7 +72,7 @@ def prepare(
         try:
             return builder.build(load_encoders, extra_captions, announce, caption_limit)
         finally:
-            builder.ledger.close()
+            builder.close()
 
 
 class _Builder:
@@ -90,8 +91,22 @@ class _Builder:
         self.listing, self.spec, self.cache_dir = listing, spec, cache_dir
         self.strict, self.team, self.progress = strict, team, progress
         self.rate_key = f"{spec.video_encoder} on {device}"
-        self.ledger = Ledger(cache_dir)
-        self.intact = Intact(cache_dir, self.ledger)
+        self._ledger: Ledger | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """Read when first needed: a start with a full cache does not."""
+        if self._ledger is None:
+            self._ledger = Ledger(self.cache_dir)
+        return self._ledger
+
+    @cached_property
+    def intact(self) -> Intact:
+        return Intact(self.cache_dir, self.ledger)
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
 
     def build(
         self,
@@ -101,6 +116,11 @@ class _Builder:
         caption_limit: CaptionLimit | None,
     ) -> Prepared:
         spec, team = self.spec, self.team
+        before = state(self.listing)
+        paths = [spec.text_path(self.cache_dir, caption) for caption in extra_captions]
+        ready = read_ready(self.cache_dir, self.listing, spec, paths, before)
+        if team.agree(ready is not None) and ready is not None:
+            return self._as_before(ready, extra_captions)
         found = survey(self.listing, spec, self.cache_dir, self.ledger, team, self.progress)
         self._refuse(found.entries, found.dropped)
         captions = dict.fromkeys([*(entry.caption for entry in found.entries), *extra_captions])
@@ -109,10 +129,10 @@ class _Builder:
         new_texts = [caption for caption, path in texts.items() if not self.intact(path)]
         new_clips = [entry for entry in found.entries if not self.intact(entry.latents)]
         if new_texts or new_clips:
-            before = self._report(found.entries, found.dropped, new_clips, notes, done=False)
+            plan = self._report(found.entries, found.dropped, new_clips, notes, done=False)
             if announce is not None:
-                announce(before)
-            self._check_room(before)
+                announce(plan)
+            self._check_room(plan)
         team.wait()  # all have seen the same before anything is written
         faults = self._encode(new_texts, new_clips, found, texts, load_encoders)
         dropped, entries = [*found.dropped, *faults], found.entries
@@ -124,9 +144,29 @@ class _Builder:
             self._refuse(entries, dropped)
         dropped.sort(key=lambda item: item.name)
         if team.rank == 0:
-            write_manifest(self.cache_dir, self.listing.where, spec, entries, texts, dropped)
+            passing = any("cannot be read" in item.reason for item in dropped)
+            lasting = None if passing or faults else before
+            done = Ready(entries, dropped, notes)
+            write_manifest(self.cache_dir, self.listing, spec, done, texts, lasting)
             self.ledger.merge()
         return Prepared(entries, texts, self._report(entries, dropped, new_clips, notes, done=True))
+
+    def _as_before(self, ready: Ready, extra_captions: Sequence[str]) -> Prepared:
+        self._refuse(ready.entries, ready.dropped)
+        texts = {entry.caption: entry.text for entry in ready.entries}
+        for caption in extra_captions:
+            texts[caption] = self.spec.text_path(self.cache_dir, caption)
+        report = Report(
+            kept=len(ready.entries),
+            sources=len({entry.source for entry in ready.entries}),
+            dropped=ready.dropped,
+            encoded=0,
+            reused=len(ready.entries),
+            buckets=_counts(self.spec.buckets, ready.entries),
+            new=dict.fromkeys(self.spec.buckets, 0),
+            notes=ready.notes,
+        )
+        return Prepared(ready.entries, texts, report)
 
     def _refuse(self, entries: list[Entry], dropped: list[Dropped]) -> None:
         message = refusal(self.listing.where, len(entries), dropped, self.strict)

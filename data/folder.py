@@ -39,7 +39,7 @@ def list_folder(spec: SourceSpec) -> Listing:
         )
     sources = []
     for name in sorted(videos | rows.keys()):
-        path = Path(folder, name)
+        path = Path(f"{folder}/{name}")
         for row in rows.get(name) or [_sidecar(path)]:
             if row.caption:
                 sources.append(Source(path, row.caption, name, row.start, row.end, row.columns))

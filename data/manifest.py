@@ -1,20 +1,27 @@
-"""Which files of the cache a run uses, for `longreel cache`: written with every start.
+"""What a run uses of the cache, written when it is complete.
 
-<cache>/manifests/<key>.jsonl            a line about the settings, then one a clip
-<cache>/manifests/<key>.dropped.jsonl    what was dropped, and why
+    <cache>/manifests/<key>.jsonl            a line about the settings, then one a clip
+    <cache>/manifests/<key>.dropped.jsonl    what was dropped, and why
+
+The next start with the same videos and settings takes its clips from here, and only looks whether
+the files of the cache are as they were; `longreel cache` knows by it what is in use.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .cache import CacheSpec, Entry, short_hash
+from .cache import SCHEMA, CacheSpec, Entry, short_hash
 from .files import replacing
-from .sources import Dropped
+from .ledger import stamp
+from .sources import Dropped, Listing
 
 FOLDER = "manifests"
 DROPPED = ".dropped.jsonl"
@@ -22,7 +29,7 @@ DROPPED = ".dropped.jsonl"
 
 @dataclass(frozen=True)
 class Clip:
-    """A line of a manifest; files are relative to the cache."""
+    """A clip of a manifest; files are relative to the cache."""
 
     id: str
     latents: str
@@ -45,42 +52,142 @@ class Manifest:
         )
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What a start takes from a manifest."""
+
+    entries: list[Entry]
+    dropped: list[Dropped]
+    notes: list[str]
+
+
+def state(listing: Listing) -> str:
+    """A hash of all that decides which clips the videos give: names, sizes and times of the files,
+    captions, times in them, and the PyAV that says what cannot be decoded."""
+    digest = hashlib.sha1(f"{SCHEMA} {version('av')}".encode(), usedforsecurity=False)
+    for source in listing.sources:
+        try:
+            now: object = stamp(source.path)
+        except OSError as error:
+            now = error.errno
+        about = (source.name, source.caption, source.start, source.end, now, str(source.path))
+        digest.update(repr(about).encode())
+    for item in listing.dropped:
+        digest.update(repr((item.name, item.kind, item.reason)).encode())
+    return digest.hexdigest()
+
+
 def write_manifest(
     cache_dir: Path,
-    where: str,
+    listing: Listing,
     spec: CacheSpec,
-    entries: list[Entry],
+    ready: Ready,
     texts: dict[str, Path],
-    dropped: list[Dropped],
+    state: str | None,
 ) -> Path:
-    """One file for each source and spec; an unchanged one only gets a new time."""
-    prefix = f"{cache_dir}/"
-
-    def relative(path: Path) -> str:
-        return str(path).removeprefix(prefix)
-
+    """One file for each source and spec. state: None if a start must look at the videos again, as
+    when one could not be read for a reason that may pass."""
+    entries = ready.entries
     used = {entry.text for entry in entries}
+    places = {(s.name, s.caption): place for place, s in enumerate(listing.sources)}
     about = {
-        "where": str(where),
+        "where": listing.where,
         "buckets": [str(bucket) for bucket in spec.buckets],
         "fps": spec.fps,
         "windows": spec.windows,
         "video_encoder": spec.video_encoder,
         "text_encoder": spec.text_encoder,
         "clips": len(entries),
-        "dropped": len(dropped),
-        "texts": [relative(path) for path in texts.values() if path not in used],
+        "dropped": len(ready.dropped),
+        "texts": [_relative(path, cache_dir) for path in texts.values() if path not in used],
+        "state": state,
+        "notes": ready.notes,
     }
-    chosen = [spec.stride, spec.least_scale, spec.shots, spec.canonical]
-    identity = [about[key] for key in ("where", "buckets", "fps", "windows", "video_encoder")]
-    key = short_hash(*identity, spec.text_encoder, *chosen)[:16]
     lines = [json.dumps(about)]
-    lines += [json.dumps([e.id, relative(e.latents), relative(e.text)]) for e in entries]
-    path = cache_dir / FOLDER / f"{key}.jsonl"
-    reasons = [json.dumps([item.name, item.kind, item.reason]) for item in dropped]
-    _write(path, lines)
+    for entry in entries:
+        line = [
+            entry.id,
+            _relative(entry.latents, cache_dir),
+            _relative(entry.text, cache_dir),
+            places[(entry.source, entry.caption)],
+            spec.buckets.index(entry.bucket),
+            entry.start,
+            entry.group,
+            *_size_and_time(entry.latents),
+            *_size_and_time(entry.text),
+        ]
+        lines.append(json.dumps(line))
+    path = _path(cache_dir, listing.where, spec)
+    reasons = [json.dumps([item.name, item.kind, item.reason]) for item in ready.dropped]
     _write(path.with_suffix(DROPPED), reasons)
+    _write(path, lines)
     return path
+
+
+def read_ready(
+    cache_dir: Path, listing: Listing, spec: CacheSpec, texts: Sequence[Path], state: str
+) -> Ready | None:
+    """The clips of the last start, if videos, settings and all files of the cache are as they were
+    then, `texts` among them; else None."""
+    path = _path(cache_dir, listing.where, spec)
+    read = _lines(path)
+    if read is None or read[0].get("state") != state:
+        return None
+    about, lines = read
+    others = set(about["texts"])
+    root, entries = str(cache_dir), []
+    try:
+        for name, latents, text, place, bucket, start, group, *times in lines:
+            files = (f"{root}/{latents}", f"{root}/{text}")
+            if [*_size_and_time(files[0]), *_size_and_time(files[1])] != times:
+                return None
+            source = listing.sources[place]
+            shape = spec.buckets[bucket]
+            entries.append(
+                Entry(
+                    name,
+                    source.name,
+                    Path(files[0]),
+                    Path(files[1]),
+                    source.caption,
+                    start,
+                    shape,
+                    group,
+                )
+            )
+        dropped = [Dropped(*json.loads(line)) for line in _text(path.with_suffix(DROPPED))]
+    except (OSError, ValueError, TypeError, IndexError):
+        return None
+    known = {entry.text for entry in entries}
+    if not all(p in known or (_relative(p, cache_dir) in others and p.is_file()) for p in texts):
+        return None
+    os.utime(path)
+    return Ready(entries, dropped, about["notes"])
+
+
+def _path(cache_dir: Path, where: str, spec: CacheSpec) -> Path:
+    shapes = [str(bucket) for bucket in spec.buckets]
+    chosen = [spec.windows, spec.stride, spec.least_scale, spec.shots, spec.canonical]
+    encoders = [spec.video_encoder, spec.text_encoder]
+    key = short_hash(SCHEMA, where, shapes, spec.fps, encoders, chosen)[:16]
+    return cache_dir / FOLDER / f"{key}.jsonl"
+
+
+def _relative(path: Path, cache_dir: Path) -> str:
+    return str(path).removeprefix(f"{cache_dir}/")
+
+
+def _size_and_time(path: str | Path) -> tuple[int, int]:
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns
+
+
+def version(package: str) -> str:
+    """Of an installed package, without importing it; empty if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def read_manifests(cache_dir: Path) -> list[Manifest]:
@@ -91,23 +198,29 @@ def read_manifests(cache_dir: Path) -> list[Manifest]:
 
 
 def _read(path: Path) -> Manifest | None:
-    try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
-        clips = [Clip(*fields) for fields in json.loads("[" + ",".join(lines) + "]")]
-        about = json.loads(first)
-    except (OSError, ValueError, TypeError):
+    read = _lines(path)
+    if read is None or "texts" not in read[0]:
         return None
-    return Manifest(path, about, clips) if "texts" in about else None
+    try:
+        return Manifest(path, read[0], [Clip(*line[:3]) for line in read[1]])
+    except TypeError:
+        return None
+
+
+def _lines(path: Path) -> tuple[dict[str, Any], list[list[Any]]] | None:
+    """The first line and the others, None for a file that is missing or not ours."""
+    try:
+        first, *lines = _text(path)
+        about, rest = json.loads(first), json.loads("[" + ",".join(lines) + "]")
+    except (OSError, ValueError):
+        return None
+    return (about, rest) if isinstance(about, dict) else None
+
+
+def _text(path: Path) -> Iterator[str]:
+    yield from path.read_text(encoding="utf-8").splitlines()
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    text = "".join(line + "\n" for line in lines)
-    try:
-        unchanged = path.read_text(encoding="utf-8") == text
-    except (OSError, UnicodeDecodeError):
-        unchanged = False
-    if unchanged:
-        os.utime(path)
-        return
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -9,13 +9,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 
 from .cache import Bucket, CacheSpec, Entry, short_hash
 from .files import FULL
 from .ledger import Ledger, stamp
+from .manifest import version
 from .report import too_short
 from .shots import shots
 from .sources import Dropped, Listing, Source
@@ -26,11 +26,13 @@ TOLERANCE = 1e-6  # frames: 1.2 s of 30 fps are 36 frames
 
 @dataclass
 class Team:
-    """The processes that fill a cache together, in one file system. wait: for all of them."""
+    """The processes that fill a cache together, in one file system. wait: for all of them.
+    agree: whether all of them say yes; every process must ask."""
 
     rank: int = 0
     size: int = 1
     wait: Callable[[], None] = field(default=lambda: None)
+    agree: Callable[[bool], bool] = field(default=lambda yes: yes)
 
 
 @dataclass
@@ -223,7 +225,7 @@ class _Examiner:
 
     def __init__(self, spec: CacheSpec, cache_dir: Path, ledger: Ledger) -> None:
         self.spec, self.cache_dir, self.ledger = spec, cache_dir, ledger
-        self.decoder = _version("av")
+        self.decoder = version("av")
         self.kind = f"video {float(spec.fps):g}" + (" canonical" if spec.canonical else "")
 
     def know(self, path: Path, wanted: int | None) -> Known | str:
@@ -309,11 +311,3 @@ def _without_fault(known: Known) -> tuple:
 
 def _sha1():  # noqa: ANN202
     return hashlib.sha1(usedforsecurity=False)
-
-
-def _version(package: str) -> str:
-    """Of an installed package, without importing it."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

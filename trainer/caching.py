@@ -34,7 +34,12 @@ def prepare_data(job: Job, accelerator: Accelerator, dtype: torch.dtype) -> Prep
     """
     config, device = job.config, accelerator.device
     wait = accelerator.wait_for_everyone
-    team = Team(accelerator.process_index, accelerator.num_processes, wait)
+
+    def agree(yes: bool) -> bool:
+        answers: Any = accelerator.gather(torch.tensor([int(yes)], device=device))
+        return bool(answers.all())
+
+    team = Team(accelerator.process_index, accelerator.num_processes, wait, agree)
     encoders = _FamilyEncoders(job, device, dtype)
     try:
         return prepare(

@@ -46,7 +46,7 @@ class InThreads:
 
     def __init__(self, size: int) -> None:
         self.barrier, self.size = threading.Barrier(size, timeout=60), size
-        self.results, self.calls = [None] * size, [0] * size
+        self.results, self.calls, self.answers = [None] * size, [0] * size, [False] * size
 
     def run(self, folder: Path, cache: Path, spec=SPEC, load=None):
         from stub_cache import encoders
@@ -61,7 +61,12 @@ class InThreads:
 
                 return replace(made, video=video)
 
-            team = Team(rank, self.size, lambda: self.barrier.wait() and None)
+            def agree(yes: bool) -> bool:
+                self.answers[rank] = yes
+                self.barrier.wait()
+                return all(self.answers)
+
+            team = Team(rank, self.size, lambda: self.barrier.wait() and None, agree)
             listing = list_videos(SourceSpec(path=str(folder)))
             try:
                 self.results[rank] = prepare(listing, spec, cache, load or counted, team=team)
@@ -155,6 +160,7 @@ def kill_until_done(command, cache: Path, seconds: float, kills: int) -> int:
     return killed
 
 
+@pytest.mark.slow
 def test_a_build_killed_again_and_again_gives_the_same_bytes(folder, tmp_path):
     for index in range(4):
         add(folder, f"noise{index}.mp4", 60, "noise", frames=noise(60))

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,10 +287,50 @@ def test_the_ledger_is_made_again(folder, cache, damage):
         content = path.read_bytes()
         torn = {"torn": content[: len(content) // 2], "garbage": b"\xff{}\n[1]\n"}
         path.unlink() if damage == "gone" else path.write_bytes(torn[damage])
+    shutil.rmtree(cache / "manifests")
     assert prepare(folder, SPEC, cache, never).entries == first.entries
     before = content_of_ledger(cache)
+    shutil.rmtree(cache / "manifests")
     assert prepare(folder, SPEC, cache, never).entries == first.entries
     assert content_of_ledger(cache) == before and len(before) >= 3
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn", "garbage", "foreign"])
+def test_the_manifest_is_made_again(folder, cache, damage):
+    first = prepare(folder, SPEC, cache, Tiny(), extra_captions=[""])
+    (path,) = (p for p in (cache / "manifests").iterdir() if "dropped" not in p.name)
+    good = path.read_bytes()
+    bad = {"torn": good[:-9], "garbage": b"\xff", "foreign": b"[1]\n{}\n"}
+    path.unlink() if damage == "gone" else path.write_bytes(bad[damage])
+    again = prepare(folder, SPEC, cache, never, extra_captions=[""])
+    assert (again.entries, again.texts) == (first.entries, first.texts)
+    assert path.read_bytes() == good
+
+
+def test_a_full_cache_is_opened_by_its_manifest_alone(folder, cache, monkeypatch):
+    first = prepare(folder, SPEC, cache, Tiny(), extra_captions=[""])
+    shutil.rmtree(cache / "ledger")
+
+    def looks(*arguments):
+        raise AssertionError("the videos are looked at")
+
+    monkeypatch.setattr(encode, "survey", looks)
+    again = prepare(folder, SPEC, cache, never, extra_captions=[""])
+    assert (again.entries, again.texts) == (first.entries, first.texts)
+    assert not (cache / "ledger").exists()
+    for change in ("a video", "a caption", "latents", "an extra caption"):
+        extra = ["", "new"] if change == "an extra caption" else [""]
+        path = {"a video": folder / "a.mp4", "latents": first.entries[1].latents}.get(change)
+        if path is not None:
+            os.utime(path)
+        caption = folder / "b.txt"
+        caption.write_text("a fish" if change == "a caption" else "a cat")
+        with pytest.raises(AssertionError, match="are looked at"):
+            prepare(folder, SPEC, cache, never, extra_captions=extra)
+        monkeypatch.undo()
+        caption.write_text("a cat")
+        prepare(folder, SPEC, cache, Tiny(), extra_captions=[""])
+        monkeypatch.setattr(encode, "survey", looks)
 
 
 def content_of_ledger(cache: Path) -> set[str]:
