@@ -179,6 +179,9 @@ def _file_name(row: dict[str, Any], columns: tuple[str, ...]) -> str:
 
 def _target(file_name: str, parent: str, root: str) -> str:
     """The name relative to the folder that the table's `file_name` means."""
+    plain = file_name.partition("/")
+    if not plain[1] and "\\" not in file_name and file_name not in (".", ".."):
+        return f"{parent}/{file_name}" if parent else file_name  # of 100,000 rows, most
     joined = posixpath.normpath(posixpath.join(root, parent, file_name.replace("\\", "/")))
     if joined.startswith(root + "/"):
         return joined[len(root) + 1 :]

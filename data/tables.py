@@ -38,6 +38,8 @@ def first_text(row: Mapping[str, Any], columns: Iterable[str]) -> str:
 
 def span(row: Mapping[str, Any], place: str) -> tuple[float, float | None]:
     """`start` and `end` in seconds; ValueError, naming the place, for impossible ones."""
+    if "start" not in row and "end" not in row:
+        return 0.0, None
     start, end = (_seconds(row, key, place) for key in ("start", "end"))
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"{place}: end={end:g} is not after start={start or 0.0:g}")
