@@ -123,11 +123,14 @@ class Stepper:
         self.learner.load()
         if self.stock:
             self.learner.transformer.enable_gradient_checkpointing()  # with diffusers' own
-        batch = random_batch(self.job, self.learner.dtype)
-        for text in batch["texts"]:
+        part = self.learner.clip_part
+        batches = [
+            random_batch(self.job, self.learner.dtype, part, frames)
+            for frames in (None, SHORT_FRAMES)
+        ]
+        for text in (text for batch in batches for text in batch["texts"]):
             text["prompt_embeds"] = text["prompt_embeds"][: caption.tokens]
-        self.batches = repeat(batch)
-        self.short = repeat(batch | {"latents": batch["latents"][:, :, :SHORT_FRAMES]})
+        self.batches, self.short = (repeat(batch) for batch in batches)
 
     @property
     def grid(self) -> TokenGrid:

@@ -39,6 +39,7 @@ from rows import Caption, Point, Row, Stepper
 from step import free, job_of
 from torch import Tensor, nn
 from training import say
+from untrained import random_batch
 
 from longreel.trainer import flow
 from longreel.trainer.config import ConfigError
@@ -153,7 +154,7 @@ def gradients(stepper: Stepper) -> dict[str, Tensor]:
     learner, generator = stepper.learner, torch.Generator().manual_seed(1)
     for parameter in learner.parameters.values():
         parameter.data.copy_(SCALE * torch.randn(parameter.shape, generator=generator))
-    batch = next(stepper.batches)
+    batch = random_batch(stepper.job, learner.dtype)  # the whole clip, not this process's part
     clean = batch["latents"].to(stepper.device)
     noise, sigma = flow.sample(clean, stepper.job.config.train.sigma, generator)
     with learner.dense_kernels(), learner.engine.batch(last=True):

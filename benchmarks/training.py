@@ -203,7 +203,7 @@ def measure(job: Job, steps: int) -> Measured:
             torch.cuda.empty_cache()  # of what was quantised
         say(f"model made in {time.perf_counter() - started:.0f} s")
         watch, found.adapted = Watch(learner), len(learner.parameters)
-        batches = repeat(random_batch(job, learner.dtype))
+        batches = repeat(random_batch(job, learner.dtype, learner.clip_part))
         for index in range(1, steps + 1):
             watch.begin()
             watch.step.loss = learner.update(index, batches)["loss"]

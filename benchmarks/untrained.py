@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 
@@ -72,9 +74,11 @@ def random_transformer(
     return model.to(device).eval()
 
 
-def random_batch(job: Job, dtype: torch.dtype) -> dict[str, Any]:
+def random_batch(
+    job: Job, dtype: torch.dtype, part: tuple[int, int] = (0, 1), frames: int | None = None
+) -> dict[str, Any]:
     """What the trainer's data loader gives, on the CPU: noise for latents, captions of the greatest
-    length."""
+    length. part: as `LatentDataset` takes it. frames: latent ones, None for the job's."""
     config = job.config
     transformer = blank_transformer(job.family, job.model_path, config.model.revision)
     sizes, inputs = transformer.config, inspect.signature(transformer.forward).parameters
@@ -87,9 +91,16 @@ def random_batch(job: Job, dtype: torch.dtype) -> dict[str, Any]:
     text = {"prompt_embeds": noise(job.family.text_tokens or job.family.context_tokens, width)}
     if "pooled_projections" in inputs:
         text["pooled_prompt_embeds"] = noise(sizes["pooled_projection_dim"])
-    batch = config.train.batch
+    batch, shape = config.train.batch, [*job.latent_shape(job.frames)]
+    shape[1] = frames or shape[1]
+    latents, (index, parts) = noise(batch, *shape), part
+    if parts > 1:
+        length = -(-math.prod(shape) // parts)
+        padded = F.pad(latents.flatten(1), (0, parts * length - math.prod(shape)))
+        latents = padded[:, index * length : (index + 1) * length]
     return {
-        "latents": noise(batch, *job.latent_shape(job.frames)),
+        "latents": latents,
+        "shape": shape,
         "texts": [text] * batch,
         "ids": ["noise"] * batch,
     }

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .encode import Entry
-from .files import UNREADABLE, read_tensors
+from .cache import Entry
+from .files import UNREADABLE, read_pinned, read_tensors
 
 
 class Item(TypedDict):
-    latents: Tensor  # [C, f, h, w]
+    latents: Tensor  # [C, f, h, w], or [numbers] if only a part was asked for
+    shape: list[int]  # of all latents
     text: dict[str, Tensor]  # as the text encoder returned it
     id: str
 
@@ -24,44 +25,66 @@ class Item(TypedDict):
 class LatentDataset(Dataset[Item]):
     """The clips of `entries`, read from the cache when asked for.
 
-    Raises ValueError naming the file for one that was damaged or replaced since it was looked up.
+    part: (i, n) reads only the i-th of n parts of each clip's numbers, as they lie in the file, the
+    last one filled up with zeros: processes that share a clip read it once, and `joined` makes the
+    clip of their parts. pinned: into page-locked memory, from which a GPU copies while it
+    computes. Raises ValueError naming the file for one that was damaged or replaced.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], *, part: tuple[int, int] = (0, 1), pinned: bool = False
+    ) -> None:
         self.entries = list(entries)
+        self.part, self.pinned = part, pinned
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Item:
         entry = self.entries[index]
-        tensors, about = _read(entry.latents)
-        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        promised = {"latents": about.get("shape")}
-        if found != promised or about.get("start") != entry.start:
-            what = f"it holds {found}, {promised} from frame {entry.start} on is expected"
-            raise _damaged(entry.latents, what)
-        return {"latents": tensors["latents"], "text": read_text(entry.text), "id": entry.id}
+        try:
+            latents, about = read_pinned(
+                entry.latents, "latents", part=self.part, pinned=self.pinned
+            )
+        except UNREADABLE as error:
+            raise _damaged(entry.latents, str(error)) from error
+        shape = about.get("shape")
+        whole = self.part[1] > 1 or list(latents.shape) == shape
+        if not isinstance(shape, list) or not whole or about.get("start") != entry.start:
+            what = f"it holds {list(latents.shape)} from frame {about.get('start')} on, {shape} "
+            raise _damaged(entry.latents, what + f"from frame {entry.start} on is expected")
+        text = read_text(entry.text)
+        return {"latents": latents, "shape": shape, "text": text, "id": entry.id}
+
+
+def joined(parts: Tensor, shape: Sequence[int]) -> Tensor:
+    """`[parts, B, numbers]` of a batch to the latents `[B, *shape]`."""
+    numbers = parts.transpose(0, 1).flatten(1)
+    return numbers[:, : torch.Size(shape).numel()].unflatten(1, list(shape))
 
 
 def collate(clips: list[Item]) -> dict[str, Any]:
-    """A batch: `latents [B, C, f, h, w]`, lists of `texts` and `ids`. A function, since workers may
-    have to pickle it."""
+    """A batch: `latents [B, C, f, h, w]`, or of parts, `shape`, lists of `texts` and `ids`."""
+    latents = [clip["latents"] for clip in clips]
     return {
-        "latents": torch.stack([clip["latents"] for clip in clips]),
+        # One clip needs no copy, which would not be pinned.
+        "latents": latents[0][None] if len(clips) == 1 else _stack(latents),
+        "shape": clips[0]["shape"],
         "texts": [clip["text"] for clip in clips],
         "ids": [clip["id"] for clip in clips],
     }
 
 
+def _stack(latents: list[Tensor]) -> Tensor:
+    first = latents[0]
+    out = torch.empty((len(latents), *first.shape), dtype=first.dtype, pin_memory=first.is_pinned())
+    return torch.stack(latents, out=out)
+
+
 def read_text(path: Path) -> dict[str, Tensor]:
     """One caption's embedding, as the text encoder returned it; ValueError if it is damaged."""
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        return read_tensors(path)
+        return read_tensors(path)[0]
     except UNREADABLE as error:
         raise _damaged(path, str(error)) from error
 
@@ -75,14 +98,14 @@ def _damaged(path: Path, what: str) -> ValueError:
 def split(entries: Sequence[Entry], holdout: int) -> tuple[list[Entry], list[Entry]]:
     """(training clips, held-out clips): all clips of `holdout` videos are held out.
 
-    Whole videos, because clips of one video look alike. The choice hashes the names, so it is the
-    same in every run, and an added video changes the set by at most one.
+    Whole videos with all their copies, because clips of one video look alike. The choice hashes the
+    names, so it is the same in every run, and an added video changes the set by at most one.
 
     Raises ValueError if no clip is left to train on.
     """
     if holdout < 0:
         raise ValueError(f"cannot hold out {holdout} videos: give 0 or more")
-    names = sorted({entry.source for entry in entries}, key=_rank)
+    names = sorted({entry.group for entry in entries}, key=_rank)
     if holdout >= len(names):
         raise ValueError(
             f"holding out {holdout} of {len(names)} usable videos leaves none to train on: "
@@ -90,8 +113,8 @@ def split(entries: Sequence[Entry], holdout: int) -> tuple[list[Entry], list[Ent
         )
     held_out = set(names[:holdout])
     return (
-        [entry for entry in entries if entry.source not in held_out],
-        [entry for entry in entries if entry.source in held_out],
+        [entry for entry in entries if entry.group not in held_out],
+        [entry for entry in entries if entry.group in held_out],
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -22,8 +22,10 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
+from . import hdr
 from .files import replacing
-from .manifest import too_short
+from .report import too_short
+from .shots import HEIGHT, WIDTH, CutDetector
 
 # Seconds. Matroska and WebM round timestamps to the millisecond: without the slack a frame that
 # is due exactly at the wanted time would now and then count as late.
@@ -68,27 +70,44 @@ class VideoInfo:
 def probe(path: str | Path) -> VideoInfo:
     """Raises DecodeError where no frame can be decoded."""
     for _, picture in _decode(Path(path)):
-        height, width = picture.frame.height, round(picture.frame.width * picture.pixel_aspect)
-        if picture.turns % 2:
-            height, width = width, height
+        height, width = picture.upright_size
         return VideoInfo(float(picture.rate), picture.stated_duration, width, height)
     raise AssertionError("a stream without frames is a DecodeError")
 
 
-def clip_count_frames(path: str | Path, fps: float, limit: int | None = None) -> int:
-    """How many frames the video has when shown at `fps`, by decoding it; stops at `limit`.
+@dataclass
+class VideoFacts:
+    """What decoding a video told: how many frames it shows at a rate, the size of its upright
+    picture, the frames that begin a shot, and what is wrong with it after `frames`."""
 
-    Raises DecodeError for an unreadable file, and for a damaged one with `frames` set to how many
-    come before the damage.
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    cuts: list[int] = field(default_factory=list)
+    fault: str = ""
+
+
+def examine(
+    path: str | Path, fps: float, limit: int | None = None, *, find_cuts: bool = False
+) -> VideoFacts:
+    """Decodes a video as it is shown at `fps`, up to `limit` frames or to damage.
+
+    I/O errors pass through as OSError, for they say nothing about the content.
     """
-    count = 0
+    facts, detector, scaler = VideoFacts(), CutDetector(), VideoReformatter()
+    latest = None
     try:
-        for _ in islice(_on_display(Path(path), fps), limit):
-            count += 1
+        for picture in islice(shown(Path(path), fps), limit):
+            if latest is None:
+                facts.height, facts.width = picture.upright_size
+            if find_cuts and picture is not latest:
+                detector.see(facts.frames, picture.small(scaler))
+            latest = picture
+            facts.frames += 1
     except DecodeError as error:
-        error.frames = count
-        raise
-    return count
+        facts.fault = error.reason
+    facts.cuts = detector.cuts()
+    return facts
 
 
 def read_clip(
@@ -109,9 +128,9 @@ def read_clips(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(start, clip as `read_clip` gives it) for ascending `starts`, in one pass over the file."""
     path = Path(path)
-    shown = _on_display(path, fps)
+    pictures = shown(path, fps)
     scaler = VideoReformatter()
-    position = 0  # of the next frame of `shown`
+    position = 0  # of the next frame of `pictures`
     latest, pixels = None, np.empty(0)
     clip, end = np.empty(0), 0  # the previous clip, and the position after its last frame
     for start in starts:
@@ -122,7 +141,7 @@ def read_clips(
             clip[:overlap] = previous[-overlap:]
         del previous
         end = start + frames
-        for picture in islice(shown, start + overlap - position, end - position):
+        for picture in islice(pictures, start + overlap - position, end - position):
             if picture is not latest:  # shown again where `fps` is above the video's own
                 try:
                     latest, pixels = picture, picture.pixels(scaler, height, width)
@@ -138,11 +157,17 @@ def read_clips(
         yield start, clip
 
 
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
+def write_video(
+    path: str | Path,
+    frames: Iterable[np.ndarray],
+    fps: float,
+    options: dict[str, str] | None = None,
+) -> None:
     """Writes uint8 RGB frames [height, width, 3] as H.264 (BT.709 4:2:0, faststart) mp4.
 
     Frames are encoded as they come; an odd last row or column is cut, as 4:2:0 needs even sizes.
-    The file appears when it is complete. Raises ValueError for frames that do not fit.
+    options: of libx264. The file appears when it is complete. Raises ValueError for frames that do
+    not fit.
     """
     path, rate = Path(path), Fraction(fps).limit_denominator(1001)
     frames = iter(frames)
@@ -158,7 +183,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
             str(temporary.absolute()), "w", format="mp4", options={"movflags": "+faststart"}
         ) as container,
     ):
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
+        stream = container.add_stream("libx264", rate=rate, options=options or {"crf": "17"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
@@ -191,7 +216,7 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
+class Picture:
     """A decoded frame with what its stream says about it."""
 
     frame: av.VideoFrame
@@ -210,24 +235,48 @@ class _Picture:
         """Quarter turns, counterclockwise, that make the picture upright."""
         return round(self.frame.rotation / 90) % 4
 
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width with square pixels."""
+        height, width = self.frame.height, round(self.frame.width * self.pixel_aspect)
+        return (width, height) if self.turns % 2 else (height, width)
+
+    def small(self, scaler: VideoReformatter) -> np.ndarray:
+        """uint8 YUV [HEIGHT, WIDTH, 3], for finding cuts."""
+        frame = scaler.reformat(
+            self.frame,
+            width=WIDTH,
+            height=HEIGHT,
+            format="yuv444p",
+            interpolation=Interpolation.AREA,
+        )
+        return frame.to_ndarray().transpose(1, 2, 0)
+
     def pixels(self, scaler: VideoReformatter, height: int, width: int) -> np.ndarray:
-        """uint8 RGB [height, width, 3], resized to cover and cropped at the centre."""
+        """uint8 RGB [height, width, 3], resized to cover and cropped at the centre.
+
+        Grey becomes RGB, alpha is left out, and HDR is mapped to the range of other video.
+        """
         if self.turns % 2:
             height, width = width, height
         frame, square_width = self.frame, self.frame.width * self.pixel_aspect
         scale = max(height / frame.height, width / square_width)
         cover_height = max(height, round(frame.height * scale))
         cover_width = max(width, round(square_width * scale))
+        high_range = frame.color_trc in hdr.TRANSFERS
         cover = scaler.reformat(
             frame,
             width=cover_width,
             height=cover_height,
-            format="rgb24",
+            format="rgb48le" if high_range else "rgb24",
             src_colorspace=_colorspace(frame),
             interpolation=SCALING,
         ).to_ndarray()
         top, left = (cover_height - height) // 2, (cover_width - width) // 2
-        return np.rot90(cover[top : top + height, left : left + width], self.turns)
+        picture = cover[top : top + height, left : left + width]
+        if high_range:
+            picture = hdr.tone_map(picture, frame.color_trc)
+        return np.rot90(picture, self.turns)
 
 
 def _colorspace(frame: av.VideoFrame) -> int:
@@ -237,7 +286,7 @@ def _colorspace(frame: av.VideoFrame) -> int:
     return Colorspace.ITU709 if min(frame.height, frame.width) >= 720 else Colorspace.ITU601
 
 
-def _on_display(path: Path, fps: float) -> Iterator[_Picture]:
+def shown(path: Path, fps: float) -> Iterator[Picture]:
     """The picture on display i / fps seconds after the first frame, for i = 0, 1, ..."""
     current, index = None, 0
     origin = now = interval = 0.0
@@ -257,7 +306,7 @@ def _on_display(path: Path, fps: float) -> Iterator[_Picture]:
         index += 1
 
 
-def _in_order(decoded: Iterator[tuple[float, _Picture]]) -> Iterator[tuple[float, _Picture]]:
+def _in_order(decoded: Iterator[tuple[float, Picture]]) -> Iterator[tuple[float, Picture]]:
     """The same with timestamps that fit the order of the pictures.
 
     A decoder puts pictures in order, but AVI numbers them as they are stored, so the timestamps
@@ -265,7 +314,7 @@ def _in_order(decoded: Iterator[tuple[float, _Picture]]) -> Iterator[tuple[float
     changes nothing elsewhere.
     """
     times: list[float] = []
-    pictures: deque[_Picture] = deque()
+    pictures: deque[Picture] = deque()
     damage = None
     try:
         for time, picture in decoded:
@@ -281,7 +330,7 @@ def _in_order(decoded: Iterator[tuple[float, _Picture]]) -> Iterator[tuple[float
         raise damage
 
 
-def _decode(path: Path) -> Iterator[tuple[float, _Picture]]:
+def _decode(path: Path) -> Iterator[tuple[float, Picture]]:
     """(timestamp in seconds, picture) as the decoder gives them, up to the end or to damage.
 
     I/O errors pass through as OSError, for they say nothing about the content.
@@ -313,7 +362,7 @@ def _decode(path: Path) -> Iterator[tuple[float, _Picture]]:
             for frame in _frames(container, stream):
                 time = time + float(1 / rate) if frame.time is None else frame.time
                 first = time if first is None else first
-                yield time, _Picture(frame, rate, aspect, duration)
+                yield time, Picture(frame, rate, aspect, duration)
         except FFmpegError as error:
             if first is None:
                 raise _fault(path, "no frame can be decoded", error) from error

@@ -1,131 +1,31 @@
-"""The cache of latents and text embeddings: built once, looked up ever after.
-
-    <cache>/latents/<video key>/<aa>/<sha1>.safetensors    one clip
-    <cache>/text/<text key>/<aa>/<sha1>.safetensors        one caption
-    <cache>/videos/<fps key>/<aa>/<fingerprint>.json       how many frames a video has, or its fault
-
-A key is the hash of everything that shaped the tensors, so a changed setting never meets a stale
-file. Every file appears whole, by a rename: an interrupted build goes on where it stopped, and
-several processes may build at once. A complete cache is used without PyAV and without encoders.
-"""
+"""Filling the cache: every clip and every caption once, however often it is interrupted."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from shutil import disk_usage
+from typing import TYPE_CHECKING
 
-from .files import UNREADABLE, read_about, replacing, save_tensors
-from .manifest import Dropped, Source, scan, too_short
+from .ahead import ahead
+from .cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry, Intact
+from .captions import CaptionLimit, cut_captions
+from .files import FULL, digest, save_tensors
+from .ledger import Ledger
+from .manifest import Ready, read_ready, state, write_manifest
+from .report import Report, refusal
+from .sources import Dropped, Listing
+from .survey import Progress, Survey, Team, survey
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-SCHEMA = 1  # raise it with any change of what the tensors or the files hold
-NAMED = 5  # reasons that an error message lists
-
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """What the clips are, and which encoders see them.
-
-    `frames` pixel frames of `height` x `width` at `fps` make a clip. "first" takes the first clip
-    of each video; "all" one every `stride` frames (0: every `frames`, that is without overlap) as
-    long as it is whole. `video_encoder` and `text_encoder` identify the encoders: they must change
-    with anything that changes their output.
-    """
-
-    frames: int
-    height: int
-    width: int
-    fps: float
-    windows: Literal["first", "all"]
-    stride: int
-    video_encoder: str
-    text_encoder: str
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "fps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if self.windows not in ("first", "all"):
-            raise ValueError(f"windows is {self.windows!r}: choose 'first' or 'all'")
-        if self.stride < 0:
-            raise ValueError(f"stride is {self.stride}: give frames between clips, 0 for `frames`")
-
-    @property
-    def video_key(self) -> str:
-        """Windows and stride are left out: a clip is the same wherever its neighbours begin."""
-        shape = (self.frames, self.height, self.width, float(self.fps))
-        return _hash(SCHEMA, *shape, self.video_encoder)[:16]
-
-    @property
-    def text_key(self) -> str:
-        return _hash(SCHEMA, self.text_encoder)[:16]
-
-    @property
-    def fps_key(self) -> str:
-        return _hash(SCHEMA, float(self.fps))[:16]
-
-    def starts(self, available: int) -> range:
-        """First frames of the clips of a video with `available` frames."""
-        whole = range(0, available - self.frames + 1, self.stride or self.frames)
-        return whole[:1] if self.windows == "first" else whole
-
-
-@dataclass
-class Encoders:
-    """`video`: uint8 RGB [F, H, W, 3] -> [C, f, h, w]. `text`: caption -> named tensors.
-
-    Tensors are stored in the dtype they come in. All captions are encoded before the first clip,
-    so a text encoder may be loaded at its first call and freed at the first call of `video`.
-    """
-
-    video: Callable[[np.ndarray], Tensor]
-    text: Callable[[str], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A cached clip: frames `start` ... of the video `source`, and its caption's embedding."""
-
-    id: str
-    source: str
-    latents: Path
-    text: Path
-    caption: str
-    start: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """`kept` clips of `sources` videos, of which `encoded` are new and `reused` were there."""
-
-    kept: int
-    sources: int
-    dropped: list[Dropped]
-    encoded: int
-    reused: int
-
-    def lines(self) -> list[str]:
-        kept = f"kept {_count(self.kept, 'clip')} of {_count(self.sources, 'video')}"
-        lines = [f"{kept}: {self.encoded} encoded, {self.reused} from the cache"]
-        if self.dropped:
-            width = min(48, max(len(item.name) for item in self.dropped))
-            lines.append(f"dropped {len(self.dropped)}:")
-            lines += [f"  {item.name:<{width}}  {item.reason}" for item in self.dropped]
-        return lines
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+LEFT_OVER = "another process could not encode it; its log says why"
 
 
 @dataclass(frozen=True)
@@ -138,7 +38,7 @@ class Prepared:
 
 
 def prepare(
-    folder: str | Path,
+    listing: Listing,
     spec: CacheSpec,
     cache_dir: str | Path,
     load_encoders: Callable[[], Encoders],
@@ -146,220 +46,331 @@ def prepare(
     extra_captions: Sequence[str] = (),
     strict: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[Report], None] | None = None,
+    caption_limit: CaptionLimit | None = None,
+    team: Team | None = None,
+    device: str = "",
 ) -> Prepared:
-    """Sees to it that every clip of `folder` and every caption is in the cache; says where.
+    """Sees to it that every clip of `listing` and every caption is in the cache; says where.
 
     `load_encoders` is called at most once, and only if something is missing. `extra_captions` are
     encoded beside the videos' own (validation prompts, the empty prompt). `progress` is called
-    with (done, total, "checking videos" | "encoding text" | "encoding clips").
+    with (done, total, "checking videos" | "encoding text" | "encoding clips"), `announce` with the
+    report before anything is encoded, if something is. device: what measured times are kept by.
+    With a `team` of several processes each encodes its share, and all return the same.
 
     What cannot be used is dropped and reported; with `strict` it is a ValueError, and so is a
-    folder of which nothing is left. Both come before an encoder is loaded: a video that is new to
-    the cache is first decoded as far as it is wanted.
+    listing of which nothing is left, and a disk without room. All come before an encoder is loaded:
+    a video that is new to the cache is first decoded as far as it is wanted. A disk that fills up
+    meanwhile is a ValueError too: what is there stays, and the same call goes on.
     """
-    folder, cache_dir, progress = Path(folder), Path(cache_dir), progress or _silent
-    sources, dropped = scan(folder)
-    entries: list[Entry] = []
-    for index, source in enumerate(sources):
-        progress(index, len(sources), "checking videos")
-        clips, fault = _clips(source, spec, cache_dir)
-        entries += clips
-        if fault:
-            dropped.append(Dropped(source.name, fault))
-    progress(len(sources), len(sources), "checking videos")
-    _refuse(folder, entries, dropped, strict)
+    cache_dir = Path(cache_dir).absolute()
+    with _told_when_full(cache_dir):
+        builder = _Builder(
+            listing, spec, cache_dir, strict, team or Team(), progress or _silent, device
+        )
+        try:
+            return builder.build(load_encoders, extra_captions, announce, caption_limit)
+        finally:
+            builder.close()
 
-    captions = dict.fromkeys([*(entry.caption for entry in entries), *extra_captions])
-    texts = {caption: _text_path(caption, spec, cache_dir) for caption in captions}
-    new_texts = [caption for caption, path in texts.items() if not _is_intact(path)]
-    new_clips = [entry for entry in entries if not _is_intact(entry.latents)]
-    if new_texts or new_clips:
-        encoders = load_encoders()
-        _encode_texts(new_texts, texts, spec, encoders, progress)
-        faults = _encode_clips(new_clips, folder, spec, encoders, progress)
-        if faults:
-            dropped += faults
-            entries = [entry for entry in entries if _is_intact(entry.latents)]
-            _refuse(folder, entries, dropped, strict)
 
-    new = {entry.latents for entry in new_clips}
-    encoded = sum(entry.latents in new for entry in entries)
-    report = Report(
-        kept=len(entries),
-        sources=len({entry.source for entry in entries}),
-        dropped=sorted(dropped, key=_by_name),
-        encoded=encoded,
-        reused=len(entries) - encoded,
-    )
-    return Prepared(entries, texts, report)
+class _Builder:
+    """One call of `prepare`."""
+
+    def __init__(
+        self,
+        listing: Listing,
+        spec: CacheSpec,
+        cache_dir: Path,
+        strict: bool,
+        team: Team,
+        progress: Progress,
+        device: str,
+    ) -> None:
+        self.listing, self.spec, self.cache_dir = listing, spec, cache_dir
+        self.strict, self.team, self.progress = strict, team, progress
+        self.rate_key = f"{spec.video_encoder} on {device}"
+        self._ledger: Ledger | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """Read when first needed: a start with a full cache does not."""
+        if self._ledger is None:
+            self._ledger = Ledger(self.cache_dir)
+        return self._ledger
+
+    @cached_property
+    def intact(self) -> Intact:
+        return Intact(self.cache_dir, self.ledger)
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def build(
+        self,
+        load_encoders: Callable[[], Encoders],
+        extra_captions: Sequence[str],
+        announce: Callable[[Report], None] | None,
+        caption_limit: CaptionLimit | None,
+    ) -> Prepared:
+        spec, team = self.spec, self.team
+        before = state(self.listing)
+        paths = [spec.text_path(self.cache_dir, caption) for caption in extra_captions]
+        ready = read_ready(self.cache_dir, self.listing, spec, paths, before)
+        if team.agree(ready is not None) and ready is not None:
+            return self._as_before(ready, extra_captions)
+        found = survey(self.listing, spec, self.cache_dir, self.ledger, team, self.progress)
+        self._refuse(found.entries, found.dropped)
+        captions = dict.fromkeys([*(entry.caption for entry in found.entries), *extra_captions])
+        texts = {caption: spec.text_path(self.cache_dir, caption) for caption in captions}
+        notes = cut_captions(captions, spec.text_key, self.ledger, caption_limit)
+        new_texts = [caption for caption, path in texts.items() if not self.intact(path)]
+        new_clips = [entry for entry in found.entries if not self.intact(entry.latents)]
+        if new_texts or new_clips:
+            plan = self._report(found.entries, found.dropped, new_clips, notes, done=False)
+            if announce is not None:
+                announce(plan)
+            self._check_room(plan)
+        team.wait()  # all have seen the same before anything is written
+        faults = self._encode(new_texts, new_clips, found, texts, load_encoders)
+        dropped, entries = [*found.dropped, *faults], found.entries
+        if faults or team.size > 1:
+            entries = [entry for entry in entries if self.intact(entry.latents)]
+            there = {entry.source for entry in entries} | {fault.name for fault in dropped}
+            lost = {e.source: None for e in found.entries if e.source not in there}
+            dropped += [Dropped(name, "undecodable", LEFT_OVER) for name in lost]
+            self._refuse(entries, dropped)
+        dropped.sort(key=lambda item: item.name)
+        if team.rank == 0:
+            passing = any("cannot be read" in item.reason for item in dropped)
+            lasting = None if passing or faults else before
+            done = Ready(entries, dropped, notes)
+            write_manifest(self.cache_dir, self.listing, spec, done, texts, lasting)
+            self.ledger.merge()
+        return Prepared(entries, texts, self._report(entries, dropped, new_clips, notes, done=True))
+
+    def _as_before(self, ready: Ready, extra_captions: Sequence[str]) -> Prepared:
+        self._refuse(ready.entries, ready.dropped)
+        texts = {entry.caption: entry.text for entry in ready.entries}
+        for caption in extra_captions:
+            texts[caption] = self.spec.text_path(self.cache_dir, caption)
+        report = Report(
+            kept=len(ready.entries),
+            sources=len({entry.source for entry in ready.entries}),
+            dropped=ready.dropped,
+            encoded=0,
+            reused=len(ready.entries),
+            buckets=_counts(self.spec.buckets, ready.entries),
+            new=dict.fromkeys(self.spec.buckets, 0),
+            notes=ready.notes,
+        )
+        return Prepared(ready.entries, texts, report)
+
+    def _refuse(self, entries: list[Entry], dropped: list[Dropped]) -> None:
+        message = refusal(self.listing.where, len(entries), dropped, self.strict)
+        if message is not None:
+            raise ValueError(message)
+
+    def _report(
+        self,
+        entries: list[Entry],
+        dropped: list[Dropped],
+        new_clips: list[Entry],
+        notes: list[str],
+        *,
+        done: bool,
+    ) -> Report:
+        paths = {entry.latents for entry in new_clips}
+        new = [entry for entry in entries if entry.latents in paths]
+        rate = self.ledger.get("rate", self.rate_key)  # pixels a second
+        pixels = sum(e.bucket.frames * e.bucket.height * e.bucket.width for e in new)
+        return Report(
+            kept=len(entries),
+            sources=len({entry.source for entry in entries}),
+            dropped=sorted(dropped, key=lambda item: item.name),
+            encoded=len(new),
+            reused=len(entries) - len(new),
+            done=done,
+            buckets=_counts(self.spec.buckets, entries),
+            new=_counts(self.spec.buckets, new),
+            seconds=None if rate is None else pixels / rate / self.team.size,
+            notes=notes,
+        )
+
+    def _check_room(self, report: Report) -> None:
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        free = disk_usage(self.cache_dir).free
+        if report.new_bytes > free:
+            raise ValueError(
+                f"cache.dir={self.cache_dir} needs {report.new_bytes / 1e9:.1f} GB for "
+                f"{report.encoded} clips, and its disk has {free / 1e9:.1f} GB free: make room, or "
+                "set cache.dir on another disk."
+            )
+
+    def _encode(
+        self,
+        new_texts: list[str],
+        new_clips: list[Entry],
+        found: Survey,
+        texts: dict[str, Path],
+        load_encoders: Callable[[], Encoders],
+    ) -> list[Dropped]:
+        """Each process its share; the first one then what is still missing, such as the clips of a
+        share that was counted before another run wrote some. Returns what failed here."""
+        team = self.team
+        clips = _share(new_clips, team)
+        encoders = _Once(load_encoders)
+        self._encode_texts(new_texts[team.rank :: team.size], texts, encoders)
+        faults = self._encode_clips(clips, found, encoders)
+        if team.size == 1:
+            return faults
+        team.wait()
+        if team.rank == 0:
+            self.ledger.reload()
+            mine = {id(entry) for entry in clips}
+            rest = [entry for entry in new_clips if id(entry) not in mine]
+            self._encode_texts(new_texts, texts, encoders)
+            faults += self._encode_clips(rest, found, encoders)
+        team.wait()
+        self.ledger.reload()
+        return faults
+
+    def _encode_texts(self, captions: list[str], paths: dict[str, Path], encoders: _Once) -> None:
+        # Another process may have been faster.
+        missing = [caption for caption in captions if not self.intact(paths[caption])]
+        for index, caption in enumerate(missing):
+            self.progress(index, len(missing), "encoding text")
+            about = {"schema": SCHEMA, "caption": caption, "encoder": self.spec.text_encoder}
+            save_tensors(paths[caption], encoders.get().text(caption), about)
+            self.intact(paths[caption])
+        if missing:
+            self.progress(len(missing), len(missing), "encoding text")
+
+    def _encode_clips(self, entries: list[Entry], found: Survey, encoders: _Once) -> list[Dropped]:
+        """Encodes, video by video in one pass each and bucket by bucket; what fails although it was
+        checked is returned."""
+        faults: list[Dropped] = []
+        # Another process may have been faster, or an equal clip may have come before.
+        missing = {e.latents: e for e in entries if not self.intact(e.latents)}
+        if not missing:
+            return []
+        made = ahead(_read(list(missing.values()), found.paths, self.spec, faults))
+        with closing(made):  # also when the disk is full
+            self._encode_each(made, len(missing), encoders)
+        self.progress(len(missing), len(missing), "encoding clips")
+        return faults
+
+    def _encode_each(
+        self, made: Iterator[tuple[Entry, np.ndarray]], total: int, encoders: _Once
+    ) -> None:
+        done = 0
+        for entry, pixels in made:
+            self.progress(done, total, "encoding clips")
+            done += 1
+            if self.intact(entry.latents):
+                continue
+            began = time.perf_counter()
+            latents = encoders.get().video(pixels)
+            _check_latents(latents, entry.id)
+            if done > 1:  # the first waits for the encoder to load
+                seconds = max(time.perf_counter() - began, 1e-9)
+                self.ledger.put("rate", self.rate_key, round(pixels[..., 0].size / seconds))
+            save_tensors(entry.latents, {"latents": latents}, self._about(entry, latents))
+            self.intact(entry.latents)
+
+    def _about(self, entry: Entry, latents: Tensor) -> dict:
+        bucket = entry.bucket
+        return {
+            "schema": SCHEMA,
+            "encoder": self.spec.video_encoder,
+            "source": entry.source,
+            "start": entry.start,
+            "frames": bucket.frames,
+            "fps": self.spec.fps,
+            "height": bucket.height,
+            "width": bucket.width,
+            "shape": list(latents.shape),
+            "sha1": digest(latents),
+        }
+
+
+class _Once:
+    """Encoders, loaded when first needed."""
+
+    def __init__(self, load: Callable[[], Encoders]) -> None:
+        self._load, self._encoders = load, None
+
+    def get(self) -> Encoders:
+        if self._encoders is None:
+            self._encoders = self._load()
+        return self._encoders
 
 
 def _silent(done: int, total: int, stage: str) -> None:
     pass
 
 
-def _by_name(item: Dropped) -> str:
-    return item.name
-
-
-def _clips(source: Source, spec: CacheSpec, cache_dir: Path) -> tuple[list[Entry], str]:
-    """The clips of a video, and why it, or its rest, cannot be used."""
+@contextmanager
+def _told_when_full(cache_dir: Path) -> Iterator[None]:
     try:
-        fingerprint = _fingerprint(source.path)
+        yield
     except OSError as error:
-        return [], _unreadable(error)
-    needed = spec.frames if spec.windows == "first" else None
-    available, fault = _available(source.path, fingerprint, spec, cache_dir, needed)
-    if available < spec.frames and not fault:
-        fault = too_short(available, spec.fps, spec.frames)
-    folder = cache_dir / "latents" / spec.video_key
-    entries = []
-    for start in spec.starts(available):
-        name = _hash(fingerprint, start)
-        entries.append(
-            Entry(
-                id=f"{source.name}@{start}",
-                source=source.name,
-                latents=folder / name[:2] / f"{name}.safetensors",
-                text=_text_path(source.caption, spec, cache_dir),
-                caption=source.caption,
-                start=start,
-            )
-        )
-    return entries, fault
+        if error.errno not in FULL:
+            raise
+        raise ValueError(
+            f"the disk of cache.dir={cache_dir} is full ({error.strerror}). What was encoded stays:"
+            " make room and run the same command again, and it goes on; or set cache.dir on another"
+            " disk."
+        ) from error
 
 
-def _available(
-    path: Path, fingerprint: str, spec: CacheSpec, cache_dir: Path, needed: int | None
-) -> tuple[int, str]:
-    """(frames at the spec's rate, fault): from the cache if it knows enough, else by decoding.
-
-    Frames are counted up to `needed`; None counts all. A fault is believed only under the PyAV
-    that found it, for the next one may read the file.
-    """
-    record_path = cache_dir / "videos" / spec.fps_key / fingerprint[:2] / f"{fingerprint}.json"
-    decoder = _version("av")
-    record = _read_record(record_path)
-    if record is not None:
-        if needed is not None and record["frames"] >= needed:
-            return record["frames"], ""
-        if record["whole"] and (not record["fault"] or record["decoder"] == decoder):
-            return record["frames"], record["fault"]
-
-    from .decode import DecodeError, clip_count_frames
-
-    fault = ""
-    try:
-        frames = clip_count_frames(path, spec.fps, needed)
-    except DecodeError as error:
-        frames, fault = error.frames, error.reason
-    except OSError as error:
-        return 0, _unreadable(error)  # not recorded: it says nothing about the content
-    whole = bool(fault) or needed is None or frames < needed
-    record = {"frames": frames, "whole": whole, "fault": fault, "decoder": decoder}
-    with replacing(record_path) as temporary:
-        temporary.write_text(json.dumps(record | {"name": path.name}), encoding="utf-8")
-    return frames, fault
-
-
-def _unreadable(error: OSError) -> str:
-    return f"cannot be read ({error.strerror or error})"
-
-
-def _read_record(path: Path) -> dict | None:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = isinstance(record, dict) and {"frames", "whole", "fault", "decoder"} <= record.keys()
-    return record if known else None
-
-
-def _refuse(folder: Path, entries: list[Entry], dropped: list[Dropped], strict: bool) -> None:
-    if entries and not (strict and dropped):
-        return
-    named = sorted(dropped, key=_by_name)[:NAMED]
-    reasons = [f"  {item.name}: {item.reason}" for item in named]
-    if len(dropped) > NAMED:
-        reasons.append(f"  and {len(dropped) - NAMED} more")
-    if not entries:
-        first = f"{folder} gives no clip to train on; mend the videos or captions, or ask for less:"
-    else:
-        first = f"{folder}: {len(dropped)} unusable; mend or remove them, or set data.strict=false:"
-    raise ValueError("\n".join([first, *reasons]))
-
-
-def _encode_texts(
-    captions: list[str],
-    paths: dict[str, Path],
-    spec: CacheSpec,
-    encoders: Encoders,
-    progress: Progress,
-) -> None:
-    for index, caption in enumerate(captions):
-        progress(index, len(captions), "encoding text")
-        if not _is_intact(paths[caption]):  # another process may have been faster
-            about = {"schema": SCHEMA, "caption": caption, "encoder": spec.text_encoder}
-            save_tensors(paths[caption], encoders.text(caption), about)
-        progress(index + 1, len(captions), "encoding text")
-
-
-def _encode_clips(
-    entries: list[Entry],
-    folder: Path,
-    spec: CacheSpec,
-    encoders: Encoders,
-    progress: Progress,
-) -> list[Dropped]:
-    """Encodes, video by video in one pass each; what fails although it was checked is returned."""
-    by_source: dict[str, dict[int, Entry]] = {}
+def _counts(buckets: Sequence[Bucket], entries: list[Entry]) -> dict[Bucket, int]:
+    counts = dict.fromkeys(buckets, 0)
     for entry in entries:
-        by_source.setdefault(entry.source, {})[entry.start] = entry
-    faults: list[Dropped] = []
-    done = 0
-    for name, clips in by_source.items():
-        # Another process may have been faster, or an equal file may have come before.
-        missing = [start for start, entry in clips.items() if not _is_intact(entry.latents)]
-        for encoded, (start, pixels) in enumerate(_read(folder, name, missing, spec, faults)):
-            progress(done + encoded, len(entries), "encoding clips")
-            latents = encoders.video(pixels)
-            _check_latents(latents, clips[start].id)
-            about = {
-                "schema": SCHEMA,
-                "encoder": spec.video_encoder,
-                "source": name,
-                "start": start,
-                "frames": spec.frames,
-                "fps": spec.fps,
-                "height": spec.height,
-                "width": spec.width,
-                "shape": list(latents.shape),
-            }
-            save_tensors(clips[start].latents, {"latents": latents}, about)
-        done += len(clips)
-        progress(done, len(entries), "encoding clips")
-    return faults
+        counts[entry.bucket] += 1
+    return counts
+
+
+def _share(entries: list[Entry], team: Team) -> list[Entry]:
+    """The clips of this process: whole videos, the largest first to whoever has least to do."""
+    by_source: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_source.setdefault(entry.source, []).append(entry)
+
+    def pixels(clips: list[Entry]) -> int:
+        return sum(c.bucket.frames * c.bucket.height * c.bucket.width for c in clips)
+
+    load, mine = [0] * team.size, []
+    for clips in sorted(by_source.values(), key=lambda clips: (-pixels(clips), clips[0].source)):
+        least = load.index(min(load))
+        load[least] += pixels(clips)
+        if least == team.rank:
+            mine += clips
+    return sorted(mine, key=lambda entry: entry.source) if team.size > 1 else entries
 
 
 def _read(
-    folder: Path, name: str, starts: list[int], spec: CacheSpec, faults: list[Dropped]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The clips of one video as far as they can be read; a fault is added to `faults`."""
+    entries: list[Entry], paths: dict[str, Path], spec: CacheSpec, faults: list[Dropped]
+) -> Iterator[tuple[Entry, np.ndarray]]:
+    """Clips with their pixels, as far as they can be read; a fault is added to `faults`."""
     from .decode import DecodeError, read_clips
 
-    try:
-        yield from read_clips(
-            folder / name,
-            starts=starts,
-            frames=spec.frames,
-            fps=spec.fps,
-            height=spec.height,
-            width=spec.width,
-        )
-    except DecodeError as error:
-        faults.append(Dropped(name, error.reason))
-    except OSError as error:
-        faults.append(Dropped(name, _unreadable(error)))
+    groups: dict[tuple[Path, Bucket], dict[int, Entry]] = {}
+    for entry in entries:
+        groups.setdefault((paths[entry.source], entry.bucket), {})[entry.start] = entry
+    for (path, bucket), clips in groups.items():
+        size = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+        name = next(iter(clips.values())).source
+        try:
+            for start, pixels in read_clips(path, starts=sorted(clips), fps=spec.fps, **size):
+                yield clips[start], pixels
+        except DecodeError as error:
+            faults.append(Dropped(name, "undecodable", error.reason))
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror or error})"
+            faults.append(Dropped(name, "undecodable", reason))
 
 
 def _check_latents(latents: Tensor, clip: str) -> None:
@@ -367,43 +378,3 @@ def _check_latents(latents: Tensor, clip: str) -> None:
         raise ValueError(f"{clip}: the encoder must return [C, f, h, w], got {list(latents.shape)}")
     if not bool(latents.isfinite().all()):
         raise ValueError(f"{clip}: the encoder returned NaN or infinity; run it in float32")
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        return read_about(path)["schema"] == SCHEMA
-    except UNREADABLE:
-        return False
-
-
-def _text_path(caption: str, spec: CacheSpec, cache_dir: Path) -> Path:
-    name = _hash(caption)
-    return cache_dir / "text" / spec.text_key / name[:2] / f"{name}.safetensors"
-
-
-def _fingerprint(path: Path) -> str:
-    """sha1 of a file's size, first MiB and last MiB."""
-    piece = 1 << 20
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha1(f"{size}:".encode(), usedforsecurity=False)
-        digest.update(file.read(piece))
-        file.seek(max(file.tell(), size - piece))
-        digest.update(file.read(piece))
-    return digest.hexdigest()
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha1(json.dumps(parts).encode(), usedforsecurity=False).hexdigest()
-
-
-def _version(package: str) -> str:
-    """Of an installed package, without importing it."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

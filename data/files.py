@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import uuid
@@ -10,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 HEADER = "longreel"  # one metadata key with one JSON: safetensors orders several keys at random
 UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -37,8 +42,16 @@ def replacing(path: Path) -> Iterator[Path]:
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Writes a safetensors file with `about` as its header; equal contents give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(tensors, metadata={HEADER: json.dumps(about, sort_keys=True)})
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={HEADER: json.dumps(about, sort_keys=True)})
+        temporary.write_bytes(content)  # safetensors' own writing hides the errno of a full disk
+
+
+def digest(tensor: Tensor) -> str:
+    """sha1 of a tensor's numbers as they are stored."""
+    return hashlib.sha1(
+        _bytes(tensor.detach().cpu().contiguous()), usedforsecurity=False
+    ).hexdigest()
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -55,3 +68,52 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})[HEADER])
         return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+
+
+def read_pinned(
+    path: Path, name: str, *, part: tuple[int, int] = (0, 1), pinned: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """(tensor, header), the tensor's bytes read into memory of its own, page-locked if `pinned`.
+
+    part: (i, n) reads the i-th of n parts of its numbers, flat, in the order of the file; all have
+    the same length, with zeros after the end. `safe_open` maps a file into memory instead, so that
+    the disk is waited for later, where the tensor is used. Raises one of UNREADABLE.
+    """
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(_exactly(file, bytearray(8)), "little")
+        size = os.fstat(file.fileno()).st_size
+        if length > size:
+            raise ValueError("its header does not fit in the file")
+        header = json.loads(_exactly(file, bytearray(length)))
+        about = json.loads(header.pop("__metadata__")[HEADER])
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        if 8 + length + max(e["data_offsets"][1] for e in header.values()) != size:
+            raise ValueError("its length is not what its header says")
+        dtype = DTYPES[entry["dtype"]]
+        numbers = (end - begin) // dtype.itemsize
+        each = -(-numbers // part[1])
+        first = min(part[0] * each, numbers)
+        count = min(each, numbers - first)
+        tensor = torch.empty(each, dtype=dtype, pin_memory=pinned)
+        tensor[count:] = 0
+        target = _bytes(tensor)[: count * dtype.itemsize]
+        file.seek(8 + length + begin + first * dtype.itemsize)
+        _exactly(file, target)
+    return tensor.view(entry["shape"]) if part[1] == 1 else tensor, about
+
+
+def _exactly(file: Any, target: Any) -> Any:
+    """Fill `target`; a read may give less than was asked for."""
+    view, done = memoryview(target), 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            raise ValueError("the file ends too early")
+        done += got
+    return target
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    content: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(content)

@@ -1,179 +1,226 @@
-"""What a folder of videos holds: each video with its caption, and what is unusable, and why."""
+"""What a run uses of the cache, written when it is complete.
+
+    <cache>/manifests/<key>.jsonl            a line about the settings, then one a clip
+    <cache>/manifests/<key>.dropped.jsonl    what was dropped, and why
+
+The next start with the same videos and settings takes its clips from here, and only looks whether
+the files of the cache are as they were; `longreel cache` knows by it what is in use.
+"""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-VIDEO_SUFFIXES = frozenset(
-    (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-)
-METADATA = ("metadata.jsonl", "metadata.csv")
-CAPTION_KEYS = ("caption", "text")
+from .cache import SCHEMA, CacheSpec, Entry, short_hash
+from .files import replacing
+from .ledger import stamp
+from .sources import Dropped, Listing
+
+FOLDER = "manifests"
+DROPPED = ".dropped.jsonl"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A captioned video; `name` is its path relative to the folder, with forward slashes."""
+class Clip:
+    """A clip of a manifest; files are relative to the cache."""
+
+    id: str
+    latents: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """path: of its file, whose time is when it was used last. about: the settings in words."""
 
     path: Path
-    caption: str
-    name: str
+    about: dict[str, Any]
+    clips: list[Clip]
+
+    @property
+    def files(self) -> set[str]:
+        """All that it names, relative to the cache."""
+        return {file for clip in self.clips for file in (clip.latents, clip.text)} | set(
+            self.about["texts"]
+        )
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """A video, or a row of a metadata file, that will not be trained on, and the reason."""
+class Ready:
+    """What a start takes from a manifest."""
 
-    name: str
-    reason: str
-
-
-def too_short(frames: int, fps: float, needed: int) -> str:
-    """The reason for dropping a video that shows only `frames` frames at `fps`."""
-    return f"{frames / fps:.1f} s = {frames} frames at {fps:g} fps, {needed} needed"
+    entries: list[Entry]
+    dropped: list[Dropped]
+    notes: list[str]
 
 
-def scan(folder: str | Path) -> tuple[list[Source], list[Dropped]]:
-    """The captioned videos of `folder` and its sub-folders sorted by name, and what was left out.
-
-    A caption comes from the row of a `metadata.jsonl` or `metadata.csv` in the video's folder or
-    one above it (`file_name`, relative to that file, and `caption` or `text`), else from a `.txt`
-    file of the same stem. Hidden files are skipped. No video is opened here.
-
-    Raises ValueError for a missing folder, a folder with no video and a malformed metadata file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {what}: point data.path at a folder of videos with captions")
-    files = _visible_files(folder)
-    rows, dropped = _read_metadata(folder, files)
-    videos = {n for n, path in files.items() if path.suffix.lower() in VIDEO_SUFFIXES}
-    if not videos | rows.keys():
-        raise ValueError(
-            f"{folder} holds no video ({', '.join(sorted(VIDEO_SUFFIXES))}): "
-            "point data.path at a folder of videos with captions"
-        )
-    sources = []
-    for name in sorted(videos | rows.keys()):
-        caption, reason = rows[name] if name in rows else _sidecar(files[name])
-        if caption:
-            sources.append(Source(files[name], caption, name))
-        else:
-            dropped.append(Dropped(name, reason))
-    return sources, sorted(dropped, key=lambda item: item.name)
-
-
-def _visible_files(folder: Path) -> dict[str, Path]:
-    """Every file by its name; sorted, so that nothing later depends on the file system's order."""
-    found, visited = {}, set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:  # a link to a folder above would go round for ever
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if not name.startswith("."):
-                path = Path(parent, name)
-                found[path.relative_to(folder).as_posix()] = path
-    return dict(sorted(found.items()))
-
-
-def _sidecar(video: Path) -> tuple[str, str]:
-    """(caption, reason that there is none) from the text file beside `video`."""
-    path = video.with_suffix(".txt")
-    try:
-        caption = path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        return "", f"no caption: neither a row in {' or '.join(METADATA)} nor a file {path.name}"
-    except (OSError, UnicodeDecodeError) as error:
-        return "", f"no caption: {path.name} cannot be read as UTF-8 text ({error})"
-    return caption, f"no caption: {path.name} is empty"
-
-
-def _read_metadata(
-    folder: Path, files: dict[str, Path]
-) -> tuple[dict[str, tuple[str, str]], list[Dropped]]:
-    """Name of a video -> (caption, reason that there is none), and the rows that were left out."""
-    rows: dict[str, tuple[str, str]] = {}
-    places: dict[str, str] = {}
-    dropped = []
-    for name, path in files.items():
-        if path.name not in METADATA:
-            continue
-        if path.name == METADATA[1] and path.with_name(METADATA[0]).exists():
-            raise ValueError(f"{path.parent} holds both {' and '.join(METADATA)}: keep one of them")
-        for line, row in _rows(path):
-            place = f"{name} line {line}"
-            file_name = row.get("file_name")
-            if not isinstance(file_name, str) or not file_name.strip():
-                raise ValueError(
-                    f"{path} line {line} has no file_name: "
-                    "each row needs file_name (relative to this file) and caption"
-                )
-            target = os.path.relpath(path.parent / file_name.strip(), folder)
-            target = Path(target).as_posix()
-            if target in places:
-                reason = f"{place} repeats {places[target]}, whose caption is used"
-                dropped.append(Dropped(target, reason))
-                continue
-            if target not in files:
-                outside = target.startswith("../")
-                what = f"lies outside {folder}" if outside else "there is no such file"
-                dropped.append(Dropped(target, f"{place}: {what}"))
-                continue
-            places[target] = place
-            rows[target] = (_caption(row), f"no caption: {place} has none")
-    return rows, dropped
-
-
-def _caption(row: dict) -> str:
-    for key in CAPTION_KEYS:
-        if isinstance(row.get(key), str) and row[key].strip():
-            return row[key].strip()
-    return ""
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a metadata file as (line number, row)."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                if "file_name" not in (reader.fieldnames or ()):
-                    raise ValueError(
-                        f"{path} line 1 names no column file_name: "
-                        "the columns file_name and caption are needed"
-                    )
-                yield from ((reader.line_num, row) for row in reader)
-            else:
-                yield from _json_rows(path, file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} is not valid CSV ({error})") from error
-
-
-def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def state(listing: Listing) -> str:
+    """A hash of all that decides which clips the videos give: names, sizes and times of the files,
+    captions, times in them, and the PyAV that says what cannot be decoded."""
+    digest = hashlib.sha1(f"{SCHEMA} {version('av')}".encode(), usedforsecurity=False)
+    for source in listing.sources:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number} is not valid JSON ({error.msg}): mend that line"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path} line {number} is not a JSON object: "
-                'write {"file_name": "a.mp4", "caption": "..."}, one a line'
+            now: object = stamp(source.path)
+        except OSError as error:
+            now = error.errno
+        about = (source.name, source.caption, source.start, source.end, now, str(source.path))
+        digest.update(repr(about).encode())
+    for item in listing.dropped:
+        digest.update(repr((item.name, item.kind, item.reason)).encode())
+    return digest.hexdigest()
+
+
+def write_manifest(
+    cache_dir: Path,
+    listing: Listing,
+    spec: CacheSpec,
+    ready: Ready,
+    texts: dict[str, Path],
+    state: str | None,
+) -> Path:
+    """One file for each source and spec. state: None if a start must look at the videos again, as
+    when one could not be read for a reason that may pass."""
+    entries = ready.entries
+    used = {entry.text for entry in entries}
+    places = {(s.name, s.caption): place for place, s in enumerate(listing.sources)}
+    about = {
+        "where": listing.where,
+        "buckets": [str(bucket) for bucket in spec.buckets],
+        "fps": spec.fps,
+        "windows": spec.windows,
+        "video_encoder": spec.video_encoder,
+        "text_encoder": spec.text_encoder,
+        "clips": len(entries),
+        "dropped": len(ready.dropped),
+        "texts": [_relative(path, cache_dir) for path in texts.values() if path not in used],
+        "state": state,
+        "notes": ready.notes,
+    }
+    lines = [json.dumps(about)]
+    for entry in entries:
+        line = [
+            entry.id,
+            _relative(entry.latents, cache_dir),
+            _relative(entry.text, cache_dir),
+            places[(entry.source, entry.caption)],
+            spec.buckets.index(entry.bucket),
+            entry.start,
+            entry.group,
+            *_size_and_time(entry.latents),
+            *_size_and_time(entry.text),
+        ]
+        lines.append(json.dumps(line))
+    path = _path(cache_dir, listing.where, spec)
+    reasons = [json.dumps([item.name, item.kind, item.reason]) for item in ready.dropped]
+    _write(path.with_suffix(DROPPED), reasons)
+    _write(path, lines)
+    return path
+
+
+def read_ready(
+    cache_dir: Path, listing: Listing, spec: CacheSpec, texts: Sequence[Path], state: str
+) -> Ready | None:
+    """The clips of the last start, if videos, settings and all files of the cache are as they were
+    then, `texts` among them; else None."""
+    path = _path(cache_dir, listing.where, spec)
+    read = _lines(path)
+    if read is None or read[0].get("state") != state:
+        return None
+    about, lines = read
+    others = set(about["texts"])
+    root, entries = str(cache_dir), []
+    try:
+        for name, latents, text, place, bucket, start, group, *times in lines:
+            files = (f"{root}/{latents}", f"{root}/{text}")
+            if [*_size_and_time(files[0]), *_size_and_time(files[1])] != times:
+                return None
+            source = listing.sources[place]
+            shape = spec.buckets[bucket]
+            entries.append(
+                Entry(
+                    name,
+                    source.name,
+                    Path(files[0]),
+                    Path(files[1]),
+                    source.caption,
+                    start,
+                    shape,
+                    group,
+                )
             )
-        yield number, row
+        dropped = [Dropped(*json.loads(line)) for line in _text(path.with_suffix(DROPPED))]
+    except (OSError, ValueError, TypeError, IndexError):
+        return None
+    known = {entry.text for entry in entries}
+    if not all(p in known or (_relative(p, cache_dir) in others and p.is_file()) for p in texts):
+        return None
+    os.utime(path)
+    return Ready(entries, dropped, about["notes"])
+
+
+def _path(cache_dir: Path, where: str, spec: CacheSpec) -> Path:
+    shapes = [str(bucket) for bucket in spec.buckets]
+    chosen = [spec.windows, spec.stride, spec.least_scale, spec.shots, spec.canonical]
+    encoders = [spec.video_encoder, spec.text_encoder]
+    key = short_hash(SCHEMA, where, shapes, spec.fps, encoders, chosen)[:16]
+    return cache_dir / FOLDER / f"{key}.jsonl"
+
+
+def _relative(path: Path, cache_dir: Path) -> str:
+    return str(path).removeprefix(f"{cache_dir}/")
+
+
+def _size_and_time(path: str | Path) -> tuple[int, int]:
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns
+
+
+def version(package: str) -> str:
+    """Of an installed package, without importing it; empty if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def read_manifests(cache_dir: Path) -> list[Manifest]:
+    """All that can be read, the one used last first."""
+    paths = [p for p in (cache_dir / FOLDER).glob("*.jsonl") if not p.name.endswith(DROPPED)]
+    paths.sort(key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    return [manifest for manifest in map(_read, paths) if manifest is not None]
+
+
+def _read(path: Path) -> Manifest | None:
+    read = _lines(path)
+    if read is None or "texts" not in read[0]:
+        return None
+    try:
+        return Manifest(path, read[0], [Clip(*line[:3]) for line in read[1]])
+    except TypeError:
+        return None
+
+
+def _lines(path: Path) -> tuple[dict[str, Any], list[list[Any]]] | None:
+    """The first line and the others, None for a file that is missing or not ours."""
+    try:
+        first, *lines = _text(path)
+        about, rest = json.loads(first), json.loads("[" + ",".join(lines) + "]")
+    except (OSError, ValueError):
+        return None
+    return (about, rest) if isinstance(about, dict) else None
+
+
+def _text(path: Path) -> Iterator[str]:
+    yield from path.read_text(encoding="utf-8").splitlines()
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

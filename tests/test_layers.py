@@ -22,7 +22,7 @@ MAY_IMPORT = {
 THIRD_PARTY = {
     "kernels": {"torch", "triton", "flash_attn"},
     "sparse": {"torch", "matplotlib"},
-    "data": {"torch", "numpy", "safetensors", "av", "datasets"},
+    "data": {"torch", "numpy", "safetensors", "av", "datasets", "pyarrow"},
 }
 MOST_LINES = 500
 

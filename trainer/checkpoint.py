@@ -22,6 +22,7 @@ from .optimizer import moments_of, restore_moments
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
+VERSION = 2  # of the two files
 NAME = re.compile(r"step-\d+")
 NOT_SAVED = (OSError, SafetensorError)  # what a save raises that may succeed later
 
@@ -33,14 +34,14 @@ class Progress:
     step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it,
         of the seed, and of the two below.
     world_size: processes, of which those that share clips count as one. clips: `fingerprint` of
-        the training clips. drawn: clips that all processes together have trained on; None in
-        checkpoints from before it was kept, whose world size was that of their whole run.
+        the training clips. drawn: clips that all processes together have trained on, of each
+        bucket (`SeededBatches.drawn_after`).
     """
 
     step: int
     world_size: int
     clips: str
-    drawn: int | None = None
+    drawn: list[int]
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _write(
     folder: Path, state: State, progress: Progress, extra: Callable[[Path], object] | None
 ) -> None:
     save_file(state.tensors, folder / TENSORS)
-    about = {"version": 1, "progress": asdict(progress), "adam_steps": state.adam_steps}
+    about = {"version": VERSION, "progress": asdict(progress), "adam_steps": state.adam_steps}
     (folder / STATE).write_text(json.dumps(about, indent=1))
     if extra is not None:
         extra(folder)
@@ -133,7 +134,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / STATE).read_text())["progress"])
+    """Raises ConfigError for a checkpoint of another version of longreel."""
+    about = json.loads((path / STATE).read_text())
+    if about["version"] != VERSION:
+        raise ConfigError(
+            f"{path} is a checkpoint of version {about['version']}, this longreel goes on with "
+            f"version {VERSION}: choose another run.dir, or the longreel that began the run."
+        )
+    return Progress(**about["progress"])
 
 
 def check_continues(path: Path, saved: Progress, now: Progress) -> str | None:

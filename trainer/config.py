@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,15 +91,42 @@ class Lora:
 
 @dataclass(frozen=True)
 class Data:
-    """path: folder of videos with captions. windows: clips of a video, `first` or `all` that fit.
+    """Which videos, and which clips of them (docs/data.md).
 
-    stride: frames between the starts of two windows (0: no overlap). strict: stop at the first
-    unusable video instead of reporting and skipping it.
+    source: folder, openvid (OpenVid-1M's layout) or datasets. path: the folder; for `datasets` a
+        name on the Hub or a local copy, and subset, split and revision of it.
+    video, caption: columns of tables (None: `file_name` or `video`, `caption` or `text`).
+    filter: a rule over a table's columns, such as aesthetic > 5.2 and "motion score" > 3.
+    top_k: keep so many videos, those with the greatest top_by, a column (None: all).
+    windows: clips of a video, `first` or `all` that fit. stride: frames between the starts of two
+        windows (0: no overlap).
+    lengths: frames of further, shorter clips, for videos and ends of videos that are too short for
+        `frames`. aspects: such as 16:9; a video is cropped to the nearest one, in at most as many
+        pixels as height x width (none: height x width for all).
+    least_scale: smallest share of a clip's height and width that a video must have; 0.5 lets it be
+        enlarged twice, 0 any number of times.
+    shots: find cuts, and let no clip cross one. canonical: first make a copy of each video of
+        constant frame rate in the cache, and use that.
+    strict: stop at unusable videos instead of reporting and skipping them.
     """
 
+    source: str = "folder"
     path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    video: str | None = None
+    caption: str | None = None
+    filter: str = ""
+    top_k: int | None = None
+    top_by: str | None = None
     windows: Literal["first", "all"] = "first"
     stride: int = 0
+    lengths: list[int] = field(default_factory=list)
+    aspects: list[str] = field(default_factory=list)
+    least_scale: float = 0.5
+    shots: bool = False
+    canonical: bool = False
     strict: bool = False
 
 
@@ -126,7 +154,8 @@ class Sigma:
 class Train:
     """steps: optimizer updates. batch: clips per process and forward. clip: of the gradient norm.
 
-    A clip of 0 does not clip. warmup: steps of linear warm-up. workers: that read the cache.
+    A clip of 0 does not clip. warmup: steps of linear warm-up. workers: threads that read the
+    cache, each a batch ahead; 0 reads a batch when its step begins.
     caption_dropout: share of clips that train with the empty caption, which keeps classifier-free
     guidance alive. guidance: what a guidance-distilled model (HunyuanVideo) is told in training;
     None for the family's, which differs from what samples are told. max_skips: updates in a row
@@ -316,6 +345,7 @@ def problems(config: Config) -> Iterator[str]:
     }
     not_negative = {
         "data.stride": config.data.stride,
+        "data.least_scale": config.data.least_scale,
         "train.weight_decay": train.weight_decay,
         "train.warmup": train.warmup,
         "train.clip": train.clip,
@@ -338,6 +368,7 @@ def problems(config: Config) -> Iterator[str]:
         "rope.k": config.rope.k,
         "lora.alpha": config.lora.alpha,
         "train.guidance": train.guidance,
+        "data.top_k": config.data.top_k,
         "validate.frames": validate.frames,
     }
     for key in ("dense_layers", "dense_steps"):
@@ -388,6 +419,7 @@ def problems(config: Config) -> Iterator[str]:
         for sigma in validate.sigmas
         if not 0 < sigma <= 1
     )
+    yield from _data_problems(config.data)
     if validate.clips and not validate.sigmas:
         yield "validate.sigmas is empty: name noise levels, or hold none out (validate.clips=0)."
 
@@ -406,3 +438,17 @@ def engine_problems(config: Config) -> Iterator[str]:
             "parallel.engine=zero3 knows no float8 weights: use fsdp2, or another memory."
             "base_dtype."
         )
+
+
+def _data_problems(data: Data) -> Iterator[str]:
+    if data.least_scale > 1:
+        yield f"data.least_scale={data.least_scale} is a share: give 0 to 1."
+    if (data.top_k is None) != (data.top_by is None):
+        given, missing = ("top_k", "top_by") if data.top_by is None else ("top_by", "top_k")
+        yield f"data.{given} is set and data.{missing} is not: they work together."
+    yield from (f"data.lengths: {n} must be positive." for n in data.lengths if n <= 0)
+    yield from (
+        f"data.aspects: {text} is not of the form WIDTH:HEIGHT, such as 16:9."
+        for text in data.aspects
+        if not re.fullmatch(r"0*[1-9]\d*:0*[1-9]\d*", text)
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import exp, log, prod, sqrt
 from pathlib import Path
 from typing import Any
 
+from ..data.cache import Bucket
 from ..kernels.block_sparse.op import HEAD_DIMS
 from ..sparse.attention import SparseAttention
 from ..sparse.density import with_density
@@ -32,6 +34,7 @@ FREE_KEYS = (
     "checkpoint",
     *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk", "probe")),
     "data.path",
+    "data.revision",
     "data.strict",
     "parallel",
     "train.workers",
@@ -65,8 +68,10 @@ class Job:
                 f"family={config.family} is unknown. Families: {', '.join(FAMILIES)}."
             )
         family = FAMILIES[config.family]
-        if config.data.path is not None and not Path(config.data.path).is_dir():
-            raise ConfigError(f"data.path={config.data.path} is not a folder.")
+        data = config.data
+        on_disk = data.source in ("folder", "openvid")
+        if on_disk and data.path is not None and not Path(data.path).is_dir():
+            raise ConfigError(f"data.path={data.path} is not a folder.")
         path = config.model.path or family.default_path
         model_path = family.resolve(path, config.cache.dir)
         revision = config.model.revision
@@ -74,7 +79,9 @@ class Job:
         geometry = geometry or family.geometry(model_path, revision)
         config = replace(config, model=replace(config.model, path=path))
         config = _settle(config, family, geometry)
-        return cls(config, family, geometry, model_path)
+        job = cls(config, family, geometry, model_path)
+        job.buckets()
+        return job
 
     def check_trainable(self) -> None:
         """Raise ConfigError if there is no data to train on, or the run folder is another run's."""
@@ -108,6 +115,56 @@ class Job:
         """The tokens of a clip of so many frames, with a caption of the greatest length."""
         shape, text = self.latent_shape(frames), self.family.text_tokens
         return self.family.grid(shape, self.geometry.patch, text)
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The shapes of training clips, by `data.lengths` and `data.aspects`.
+
+        None has more tokens than `frames` x `height` x `width`, which memory is planned for. Raises
+        ConfigError for lengths that the model does not take or that are too long.
+        """
+        config = self.config
+        sizes = [self._size_of(aspect) for aspect in config.data.aspects]
+        found = []
+        for frames in sorted({self.frames, *config.data.lengths}, reverse=True):
+            _check_frames("data.lengths", frames, self.family, self.geometry, self.rope)
+            if frames > self.frames:
+                raise ConfigError(
+                    f"data.lengths: {frames} is more than the {self.frames} frames that memory, "
+                    "density and positions are set for: make it frames, and this a length."
+                )
+            for height, width in sizes or [(config.height, config.width)]:
+                shape = self.family.latent_shape(frames, height, width, self.geometry, self.rope)
+                tokens = self.family.grid(shape, self.geometry.patch).video
+                found.append(Bucket(frames, height, width, tokens, self._latent_bytes(shape)))
+        return tuple(dict.fromkeys(found))
+
+    def _latent_bytes(self, shape: tuple[int, int, int, int]) -> int:
+        each = 4 if self.config.memory.base_dtype == "float32" else 2
+        return each * prod(shape)
+
+    def _size_of(self, aspect: str) -> tuple[int, int]:
+        """Height and width on the model's grid for an aspect `W:H`, in height x width pixels at
+        most."""
+        wide, high = map(int, aspect.split(":"))
+        down, right = (self.geometry.spatial * patch for patch in self.geometry.patch[1:])
+        area = self.config.height * self.config.width
+        least = int(sqrt(area * high / wide)) // down * down
+        sizes = []
+        for height in (h for h in (least, least + down) if h):
+            column = int(height * wide / high) // right * right
+            sizes += [(height, w) for w in (column, column + right) if w and height * w <= area]
+        if not sizes:
+            raise ConfigError(
+                f"data.aspects: {aspect} does not fit in {self.config.height} x "
+                f"{self.config.width} pixels on the model's grid of {down} x {right}."
+            )
+
+        def used(size: tuple[int, int]) -> float:
+            """Pixels, less by what of the picture is cropped."""
+            height, width = size
+            return height * width * exp(-abs(log(width * high / (height * wide))))
+
+        return max(sizes, key=used)
 
     @cached_property
     def pattern(self) -> SparsePattern:

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..data.dataset import LatentDataset, read_text
+from ..data.dataset import LatentDataset, joined, read_text
 from ..kernels.block_sparse import resolve_backend
 from ..sparse.grid import TokenGrid
 from . import float8, flow, lora
@@ -144,6 +144,11 @@ class Learner:
             dtype=self.dtype,
         )
 
+    @property
+    def clip_part(self) -> tuple[int, int]:
+        """Of a clip, which part of how many this process is given in a batch."""
+        return self.sequence.rank, self.sequence.size
+
     def dense_kernels(self) -> AbstractContextManager[None]:
         """Around forward and backward: what dense attention runs on."""
         return fastest_dense()
@@ -238,7 +243,9 @@ class Learner:
         # LoRA dropout draws from the global generator, for tokens of this process alone.
         torch.manual_seed(seed + self.sequence.rank)
         generator = torch.Generator().manual_seed(seed)
-        clean = batch["latents"].to(self.device)
+        clean = batch["latents"].to(self.device, non_blocking=True)
+        if self.sequence.size > 1:
+            clean = joined(self.sequence.collect(clean), batch["shape"])
         noise, sigma = flow.sample(clean, train.sigma, generator)
         texts = batch["texts"]
         if train.caption_dropout:

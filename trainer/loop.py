@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from ..data.dataset import LatentDataset, collate, read_text, split
+from ..data.dataset import LatentDataset, read_text, split
 from ..data.encode import Prepared
+from ..data.loader import Loader
 from ..data.sampler import SeededBatches
 from ..sparse.draw import draw_pattern
 from . import checkpoint, lora, report
@@ -127,9 +127,8 @@ class Trainer:
             report.save_figure(figure, self.run_dir / "mask.png")
 
     def _prepare_data(self) -> Prepared:
-        """One process fills the cache; the others then find it complete."""
-        with self.accelerator.main_process_first():
-            prepared = prepare_data(self.job, self.learner.device, self.learner.dtype)
+        """All processes fill the cache, each its share."""
+        prepared = prepare_data(self.job, self.accelerator, self.learner.dtype)
         self.console.print(str(prepared.report), markup=False, highlight=False)
         return prepared
 
@@ -139,11 +138,13 @@ class Trainer:
         except ValueError as error:
             raise ConfigError(f"validate.clips={self.config.validate.clips}: {error}") from error
         log.info(f"{len(train)} clips to train on, {len(heldout)} held out.")
-        return LatentDataset(train), LatentDataset(heldout)
+        # Processes that share a clip read a part each; held-out clips are few, and read whole.
+        part, pinned = self.learner.clip_part, self.learner.device.type == "cuda"
+        return LatentDataset(train, part=part, pinned=pinned), LatentDataset(heldout)
 
     def _restore(self) -> int:
         self._clips = checkpoint.fingerprint(entry.id for entry in self.dataset.entries)
-        self._start, self._drawn = 0, 0
+        self._start, self.sampler = 0, self._make_sampler(None)
         newest = checkpoint.latest(self.run_dir / "checkpoints")
         if newest is None:
             return 0
@@ -151,10 +152,8 @@ class Trainer:
         changed = checkpoint.check_continues(newest, progress, self._progress(progress.step))
         if changed is not None:
             log.warning(changed)
-        self._start, drawn = progress.step, progress.drawn
-        self._drawn = progress.step * self._clips_a_step(progress.world_size)
-        if drawn is not None:
-            self._drawn = drawn
+        self._start = progress.step
+        self.sampler = self._make_sampler(progress.drawn)
         recorded, pattern = lora.read_entry(newest)["pattern"], pattern_to_dict(self.job.pattern)
         if recorded != pattern:
             raise ConfigError(
@@ -177,12 +176,20 @@ class Trainer:
         return progress.step
 
     def _progress(self, step: int) -> checkpoint.Progress:
-        size = self.sequence.data_size
-        drawn = self._drawn + (step - self._start) * self._clips_a_step(size)
-        return checkpoint.Progress(step, size, self._clips, drawn)
+        drawn = self.sampler.drawn_after((step - self._start) * self.config.train.accumulate)
+        return checkpoint.Progress(step, self.sequence.data_size, self._clips, drawn)
 
-    def _clips_a_step(self, data_size: int) -> int:
-        return self.config.train.batch * self.config.train.accumulate * data_size
+    def _make_sampler(self, drawn: list[int] | None) -> SeededBatches:
+        train = self.config.train
+        return SeededBatches(
+            len(self.dataset),
+            train.batch,
+            train.seed,
+            drawn=drawn,
+            rank=self.sequence.data_rank,
+            num_ranks=self.sequence.data_size,
+            buckets=[entry.bucket for entry in self.dataset.entries],
+        )
 
     def _probe_step(self) -> None:
         """Try a step of the longest shape; the run is as it was, or ends if it does not fit."""
@@ -264,19 +271,7 @@ class Trainer:
         return True
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        train = self.config.train
-        sampler = SeededBatches(
-            len(self.dataset),
-            train.batch,
-            train.seed,
-            drawn=self._drawn,
-            rank=self.sequence.data_rank,
-            num_ranks=self.sequence.data_size,
-        )
-        workers = train.workers
-        return iter(
-            DataLoader(self.dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
-        )
+        return iter(Loader(self.dataset, self.sampler, self.config.train.workers))
 
     # Beside training
 

@@ -152,6 +152,12 @@ class SequenceGroup:
         copies = torch.cat([x.transpose(0, 1)] * self.size)
         return self._exchange(copies, [x.shape[1]] * self.size, counts).transpose(0, 1)
 
+    def collect(self, part: Tensor) -> Tensor:
+        """`[size, *part.shape]`: what each process has, by rank; without gradients."""
+        whole = part.new_empty(self.size, *part.shape)
+        dist.all_gather_into_tensor(whole.flatten(0, 1), part.contiguous(), group=self.group)
+        return whole
+
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         result: Any = _AllToAll.apply(x, self.group, sent, received)
         return result

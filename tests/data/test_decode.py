@@ -13,12 +13,20 @@ from videos import gaps, make_video, noise, numbers, on_show, painted, steady
 from longreel.data.decode import (
     DecodeError,
     VideoInfo,
-    clip_count_frames,
+    examine,
     probe,
     read_clip,
     read_clips,
     write_video,
 )
+
+
+def clip_count_frames(path, fps, limit=None) -> int:
+    facts = examine(path, fps, limit)
+    if facts.fault:
+        raise DecodeError(path.name, facts.fault, facts.frames)
+    return facts.frames
+
 
 SMALL = {"height": 48, "width": 64}
 
@@ -230,7 +238,7 @@ def test_files_that_are_no_video(tmp_path):
 def test_short_video(tmp_path):
     path = steady(tmp_path / "a.mp4", 25)
     error = failure(read_clip, path, start=8, frames=9, fps=16, **SMALL)
-    assert str(error) == "a.mp4: 1.0 s = 16 frames at 16 fps, 17 needed"
+    assert str(error) == "a.mp4: 1 frames (0.1 s) missing: 1.0 s = 16 frames at 16 fps, 17 needed"
     assert error.frames == 16
 
 
@@ -313,3 +321,56 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
             write_video(path, frames, 16)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_grey_and_transparent_video_become_rgb(tmp_path):
+    grey = [painted(index) for index in range(4)]
+    path = steady(tmp_path / "grey.mkv", 4, frames=grey, codec="ffv1", pix_fmt="gray")
+    assert numbers(read_clip(path, start=0, frames=4, fps=25, **SMALL)) == [0, 1, 2, 3]
+    alpha = steady(tmp_path / "alpha.mkv", 4, frames=grey, codec="ffv1", pix_fmt="yuva420p")
+    clip = read_clip(alpha, start=0, frames=4, fps=25, **SMALL)
+    assert clip.shape == (4, 48, 64, 3) and numbers(clip) == [0, 1, 2, 3]
+
+
+def pq(light: float) -> float:
+    """SMPTE ST 2084: the code, 0 to 1, of so many cd/m2."""
+    y = (light / 10000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+def hlg(scene: float) -> float:
+    """ARIB STD-B67: the code, 0 to 1, of a scene's light, 0 to 1."""
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    return (3 * scene) ** 0.5 if scene <= 1 / 12 else a * np.log(12 * scene - b) + c
+
+
+@pytest.mark.parametrize(
+    ("transfer", "codes"),
+    [
+        (16, [pq(light) for light in (0, 1, 20, 203, 1000, 4000)]),
+        (18, [hlg(scene) for scene in (0, 0.001, 0.05, 0.26, 1.0, 1.0)]),
+    ],
+)
+def test_hdr_is_brought_to_the_range_of_other_video(tmp_path, transfer, codes):
+    """Greys stay grey and in order, diffuse white (203 cd/m2, 75 % of HLG) near white; without
+    this, PQ's would be at 58 %, 148."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p10le"
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace = transfer, 9, 9
+        for code in codes:
+            planes = np.full((72, 64), 512, np.uint16)
+            planes[:48] = round(64 + 876 * code)
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p10le")
+            frame.color_trc = transfer
+            frame.colorspace = 9
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    clip = read_clip(path, start=0, frames=len(codes), fps=25, **SMALL)
+    greys = clip[:, 24, 32].astype(int)
+    assert np.ptp(greys, axis=1).max() <= 2
+    levels = greys[:, 1].tolist()
+    assert levels == sorted(levels) and levels[0] <= 2
+    assert 205 <= levels[3] <= 245 and levels[4] >= 250

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,22 +14,21 @@ import pytest
 import torch
 from videos import noise, numbers, steady
 
+from longreel.data import encode
+from longreel.data.cache import Bucket, CacheSpec, Encoders, Entry
 from longreel.data.dataset import LatentDataset, read_text, split
 from longreel.data.decode import read_clip, write_video
-from longreel.data.encode import CacheSpec, Encoders, Entry, Prepared, Report, prepare
-from longreel.data.files import read_about, read_tensors
-from longreel.data.manifest import Dropped
+from longreel.data.encode import Prepared
+from longreel.data.files import digest, read_about, read_tensors
+from longreel.data.report import Report
+from longreel.data.sources import Dropped, SourceSpec, list_videos
 
-SPEC = CacheSpec(
-    frames=9,
-    height=32,
-    width=48,
-    fps=16,
-    windows="first",
-    stride=0,
-    video_encoder="tiny-vae",
-    text_encoder="tiny-text",
-)
+BUCKET = Bucket(9, 32, 48)
+SPEC = CacheSpec((BUCKET,), fps=16, video_encoder="tiny-vae", text_encoder="tiny-text")
+
+
+def prepare(folder: Path, *arguments, **options) -> Prepared:
+    return encode.prepare(list_videos(SourceSpec(path=str(folder))), *arguments, **options)
 
 
 class Tiny:
@@ -82,7 +82,7 @@ def cache(tmp_path) -> Path:
 
 def content(cache: Path) -> dict[str, tuple[int, bytes]]:
     """Every file of the cache with its time of writing."""
-    files = (path for path in cache.rglob("*") if path.is_file())
+    files = (path for path in cache.rglob("*.*") if path.parent.name != "manifests")
     return {path.as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
@@ -100,7 +100,9 @@ def test_what_is_built(folder, cache):
     assert tiny.clips == [list(range(9))] * 3
     assert tiny.captions == ["a dog", "a cat", "", "a bird"]
     assert [entry.id for entry in prepared.entries] == ["a.mp4@0", "b.mp4@0", "deep/c.mp4@0"]
-    assert prepared.report == Report(kept=3, sources=3, dropped=[], encoded=3, reused=0)
+    report = Report(kept=3, sources=3, dropped=[], encoded=3, reused=0)
+    shapes = {"buckets": {BUCKET: 3}, "new": {BUCKET: 3}}
+    assert prepared.report == replace(report, **shapes, seconds=prepared.report.seconds)
     assert str(prepared.report) == "kept 3 clips of 3 videos: 3 encoded, 0 from the cache"
     assert set(prepared.texts) == {"a dog", "a cat", "", "a bird"}
     assert read_text(prepared.texts[""])["embeds"].shape == (0, 2)
@@ -121,10 +123,11 @@ def test_what_is_built(folder, cache):
         "height": 32,
         "width": 48,
         "shape": [3, 9, 4, 6],
+        "sha1": digest(tensors["latents"]),
     }
     assert read_about(first.text) == {"schema": 1, "encoder": "tiny-text", "caption": "a dog"}
     relative = first.latents.relative_to(cache)
-    assert relative.parts[:2] == ("latents", SPEC.video_key)
+    assert relative.parts[:2] == ("latents", SPEC.video_key(BUCKET))
     assert relative.parts[2] == relative.name[:2]
     assert stages == [
         *((done, 3, "checking videos") for done in range(4)),
@@ -147,7 +150,7 @@ def test_all_windows(tmp_path, cache, stride, starts):
     assert prepared.report.kept == len(starts) and prepared.report.sources == 1
     again = prepare(tmp_path / "videos", spec, cache, never)
     assert again.entries == prepared.entries
-    assert again.report == replace(prepared.report, encoded=0, reused=len(starts))
+    assert (again.report.encoded, again.report.reused) == (0, len(starts))
 
 
 def test_a_complete_cache_is_only_read(folder, cache):
@@ -161,17 +164,19 @@ def test_a_complete_cache_is_only_read(folder, cache):
 
 READY = """
 import sys
-sys.modules["av"] = None  # importing it fails
-from pathlib import Path
-from torch.utils.data import DataLoader
+sys.modules["av"] = sys.modules["datasets"] = None  # importing them fails
 from longreel.data.dataset import LatentDataset
-from longreel.data.encode import CacheSpec, prepare
+from longreel.data.cache import Bucket, CacheSpec
+from longreel.data.encode import prepare
+from longreel.data.loader import Loader
 from longreel.data.sampler import SeededBatches
-spec = CacheSpec(9, 32, 48, 16, "first", 0, "tiny-vae", "tiny-text")
-prepared = prepare(sys.argv[1], spec, sys.argv[2], load_encoders=None)
+from longreel.data.sources import SourceSpec, list_videos
+spec = CacheSpec((Bucket(9, 32, 48),), 16, "tiny-vae", "tiny-text")
+listing = list_videos(SourceSpec(path=sys.argv[1]))
+prepared = prepare(listing, spec, sys.argv[2], load_encoders=None)
 data = LatentDataset(prepared.entries)
-batch = next(iter(DataLoader(data, batch_sampler=SeededBatches(len(data), 2, 0), collate_fn=list)))
-print([list(item["latents"].shape) for item in batch])
+batch = next(iter(Loader(data, SeededBatches(len(data), 2, 0), workers=1)))
+print(list(batch["latents"].shape))
 print(prepared.report)
 """
 
@@ -189,19 +194,23 @@ def test_a_complete_cache_needs_no_decoder(folder, cache):
     done = run(READY, folder, cache)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "[[3, 9, 4, 6], [3, 9, 4, 6]]"
+    assert lines[0] == "[2, 3, 9, 4, 6]"
     assert lines[1] == "kept 3 clips of 3 videos: 0 encoded, 3 from the cache"
-    assert lines[2] == "dropped 2:"
-    assert lines[3] == "  short.mp4  0.2 s = 3 frames at 16 fps, 9 needed"
-    assert lines[4].startswith("  text.mp4   not a readable video (Invalid data")
+    assert lines[2] == "dropped 2: 1 too short, 1 undecodable"
+    assert (
+        lines[3]
+        == "  short.mp4  too short: 6 frames (0.4 s) missing: 0.2 s = 3 frames at 16 fps, 9 needed"
+    )
+    assert lines[4].startswith("  text.mp4   undecodable: not a readable video (Invalid data")
 
 
 @pytest.mark.parametrize(
     ("change", "clips", "texts"),
     [
-        ({"frames": 8}, 3, 0),
-        ({"height": 40}, 3, 0),
-        ({"width": 40}, 3, 0),
+        ({"buckets": (Bucket(8, 32, 48),)}, 3, 0),
+        ({"buckets": (Bucket(9, 40, 48),)}, 3, 0),
+        ({"buckets": (Bucket(9, 32, 40),)}, 3, 0),
+        ({"canonical": True}, 3, 0),
         ({"fps": 15}, 3, 0),
         ({"video_encoder": "other"}, 3, 0),
         ({"text_encoder": "other"}, 0, 2),
@@ -241,8 +250,14 @@ def test_a_renamed_video_is_reused_and_a_copy_is_encoded_once(folder, cache):
     (folder / "copy.txt").write_text("a dog")
     tiny = Tiny()
     copied = prepare(folder, replace(SPEC, video_encoder="other"), cache, tiny)
-    assert len(copied.entries) == 4 and len(tiny.clips) == 3
-    assert LatentDataset(copied.entries)[3]["id"] == "z.mp4@0"
+    assert len(copied.entries) == 3 and len(tiny.clips) == 3
+    reason = "frame 0 on: the same pictures and caption as copy.mp4@0"
+    assert copied.report.dropped == [Dropped("z.mp4", "repeated", reason)]
+    (folder / "copy.txt").write_text("another dog")
+    other = prepare(folder, replace(SPEC, video_encoder="other"), cache, Tiny())
+    assert LatentDataset(other.entries)[3]["id"] == "z.mp4@0"
+    train, heldout = split(other.entries, 2)  # copies go together
+    assert len({entry.group for entry in heldout}) == 2 and len(train) + len(heldout) == 4
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "foreign"])
@@ -265,13 +280,62 @@ def test_a_torn_file_is_encoded_again(folder, cache, damage):
     assert [path.read_bytes() for path in victims] == good
 
 
-@pytest.mark.parametrize("record", ["", "[]", "{}", '{"frames": 5'])
-def test_a_torn_record_of_a_video_is_made_again(folder, cache, record):
+@pytest.mark.parametrize("damage", ["gone", "torn", "garbage"])
+def test_the_ledger_is_made_again(folder, cache, damage):
     first = prepare(folder, SPEC, cache, Tiny())
-    for path in cache.rglob("*.json"):
-        path.write_text(record)
+    for path in (cache / "ledger").iterdir():
+        content = path.read_bytes()
+        torn = {"torn": content[: len(content) // 2], "garbage": b"\xff{}\n[1]\n"}
+        path.unlink() if damage == "gone" else path.write_bytes(torn[damage])
+    shutil.rmtree(cache / "manifests")
     assert prepare(folder, SPEC, cache, never).entries == first.entries
-    assert all("frames" in json.loads(path.read_text()) for path in cache.rglob("*.json"))
+    before = content_of_ledger(cache)
+    shutil.rmtree(cache / "manifests")
+    assert prepare(folder, SPEC, cache, never).entries == first.entries
+    assert content_of_ledger(cache) == before and len(before) >= 3
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn", "garbage", "foreign"])
+def test_the_manifest_is_made_again(folder, cache, damage):
+    first = prepare(folder, SPEC, cache, Tiny(), extra_captions=[""])
+    (path,) = (p for p in (cache / "manifests").iterdir() if "dropped" not in p.name)
+    good = path.read_bytes()
+    bad = {"torn": good[:-9], "garbage": b"\xff", "foreign": b"[1]\n{}\n"}
+    path.unlink() if damage == "gone" else path.write_bytes(bad[damage])
+    again = prepare(folder, SPEC, cache, never, extra_captions=[""])
+    assert (again.entries, again.texts) == (first.entries, first.texts)
+    assert path.read_bytes() == good
+
+
+def test_a_full_cache_is_opened_by_its_manifest_alone(folder, cache, monkeypatch):
+    first = prepare(folder, SPEC, cache, Tiny(), extra_captions=[""])
+    shutil.rmtree(cache / "ledger")
+
+    def looks(*arguments):
+        raise AssertionError("the videos are looked at")
+
+    monkeypatch.setattr(encode, "survey", looks)
+    again = prepare(folder, SPEC, cache, never, extra_captions=[""])
+    assert (again.entries, again.texts) == (first.entries, first.texts)
+    assert not (cache / "ledger").exists()
+    for change in ("a video", "a caption", "latents", "an extra caption"):
+        extra = ["", "new"] if change == "an extra caption" else [""]
+        path = {"a video": folder / "a.mp4", "latents": first.entries[1].latents}.get(change)
+        if path is not None:
+            os.utime(path)
+        caption = folder / "b.txt"
+        caption.write_text("a fish" if change == "a caption" else "a cat")
+        with pytest.raises(AssertionError, match="are looked at"):
+            prepare(folder, SPEC, cache, never, extra_captions=extra)
+        monkeypatch.undo()
+        caption.write_text("a cat")
+        prepare(folder, SPEC, cache, Tiny(), extra_captions=[""])
+        monkeypatch.setattr(encode, "survey", looks)
+
+
+def content_of_ledger(cache: Path) -> set[str]:
+    paths = (cache / "ledger").iterdir()
+    return {line for p in paths for line in p.read_text(errors="replace").splitlines()}
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(folder, cache):
@@ -288,22 +352,23 @@ def test_an_interrupted_build_goes_on_where_it_stopped(folder, cache):
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-import safetensors.torch
-from longreel.data import files
-from longreel.data.encode import CacheSpec, Encoders, prepare
-spec = CacheSpec(9, 32, 48, 16, "first", 0, "tiny-vae", "tiny-text")
+from longreel.data.cache import Bucket, CacheSpec, Encoders
+from longreel.data.encode import prepare
+from longreel.data.sources import SourceSpec, list_videos
+spec = CacheSpec((Bucket(9, 32, 48),), 16, "tiny-vae", "tiny-text")
 written = 0
-def save_half(tensors, path, metadata):
+write_bytes = Path.write_bytes
+def write_half(self, content):
     global written
-    safetensors.torch.save_file(tensors, path, metadata=metadata)
     written += 1
-    if written == int(sys.argv[3]):
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-files.save_file = save_half
+    if written < int(sys.argv[3]):
+        return write_bytes(self, content)
+    write_bytes(self, content[: len(content) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.write_bytes = write_half
 latents, embeds = torch.zeros(3, 9, 4, 6), torch.ones(2)
 encoders = Encoders(lambda pixels: latents, lambda caption: {"embeds": embeds})
-prepare(sys.argv[1], spec, sys.argv[2], lambda: encoders)
+prepare(list_videos(SourceSpec(path=sys.argv[1])), spec, sys.argv[2], lambda: encoders)
 """
 
 
@@ -314,6 +379,7 @@ def test_a_build_killed_in_the_middle_of_a_write_goes_on(folder, cache):
     prepared = prepare(folder, SPEC, cache, tiny)
     assert (len(tiny.clips), tiny.captions) == (2, [])
     assert (prepared.report.encoded, prepared.report.reused) == (2, 1)
+    assert len(list(cache.rglob("*.tmp"))) == 1  # half a file, for `longreel cache gc`
 
 
 def test_builds_at_the_same_time_do_not_disturb_each_other(folder, cache):
@@ -351,16 +417,16 @@ def test_faults_are_reported_and_the_rest_is_used(poor, cache):
     assert dropped.pop("cut.mp4").startswith("damaged after 1.")
     assert dropped == {
         "empty.mp4": "the file is empty",
-        "mute.mp4": "no caption: neither a row in metadata.jsonl or metadata.csv "
+        "mute.mp4": "neither a row in metadata.jsonl, metadata.csv or metadata.parquet "
         "nor a file mute.txt",
-        "short.mp4": "0.5 s = 8 frames at 16 fps, 9 needed",
+        "short.mp4": "1 frames (0.1 s) missing: 0.5 s = 8 frames at 16 fps, 9 needed",
     }
     sources = {entry.source for entry in prepared.entries}
     assert sources == {"a.mp4", "b.mp4", "deep/c.mp4", "long_enough.mp4", "cut.mp4"}
     assert "a fish" not in prepared.texts
     lines = prepared.report.lines()
     assert lines[0] == "kept 10 clips of 5 videos: 10 encoded, 0 from the cache"
-    assert lines[1] == "dropped 5:" and len(lines) == 7
+    assert lines[1] == "dropped 5: 3 undecodable, 1 no caption, 1 too short" and len(lines) == 7
     again = prepare(poor, spec, cache, never).report
     assert again.dropped == prepared.report.dropped
 
@@ -370,7 +436,7 @@ def test_strict_refuses_faults_before_anything_is_loaded(poor, cache):
         prepare(poor, SPEC, cache, never, strict=True)
     first, *rest = str(caught.value).splitlines()
     assert first == f"{poor}: 4 unusable; mend or remove them, or set data.strict=false:"
-    assert rest[0] == "  empty.mp4: the file is empty" and len(rest) == 4
+    assert rest[0] == "  empty.mp4  undecodable: the file is empty" and len(rest) == 4
 
 
 def test_nothing_left_is_refused_before_anything_is_loaded(tmp_path, cache):
@@ -381,11 +447,11 @@ def test_nothing_left_is_refused_before_anything_is_loaded(tmp_path, cache):
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'videos'} gives no clip to train on; "
         "mend the videos or captions, or ask for less:",
-        "  0.mp4: 0.2 s = 4 frames at 16 fps, 9 needed",
-        "  1.mp4: 0.3 s = 5 frames at 16 fps, 9 needed",
-        "  2.mp4: 0.2 s = 4 frames at 16 fps, 9 needed",
-        "  3.mp4: 0.3 s = 5 frames at 16 fps, 9 needed",
-        "  4.mp4: 0.2 s = 4 frames at 16 fps, 9 needed",
+        "  0.mp4  too short: 5 frames (0.3 s) missing: 0.2 s = 4 frames at 16 fps, 9 needed",
+        "  1.mp4  too short: 4 frames (0.2 s) missing: 0.3 s = 5 frames at 16 fps, 9 needed",
+        "  2.mp4  too short: 5 frames (0.3 s) missing: 0.2 s = 4 frames at 16 fps, 9 needed",
+        "  3.mp4  too short: 4 frames (0.2 s) missing: 0.3 s = 5 frames at 16 fps, 9 needed",
+        "  4.mp4  too short: 5 frames (0.3 s) missing: 0.2 s = 4 frames at 16 fps, 9 needed",
         "  and 2 more",
     ]
 
@@ -394,10 +460,12 @@ def test_a_fault_is_not_believed_after_an_upgrade_of_the_decoder(folder, cache):
     (folder / "text.mp4").write_text("no video")
     (folder / "text.txt").write_text("a dog")
     assert len(prepare(folder, SPEC, cache, Tiny()).report.dropped) == 1
-    records = {path: json.loads(path.read_text()) for path in cache.rglob("*.json")}
-    (faulty,) = (path for path, record in records.items() if record["fault"])
-    old = {"frames": 0, "whole": True, "fault": "there is no decoder", "decoder": "1.0"}
-    faulty.write_text(json.dumps(old))
+    for path in (cache / "ledger").iterdir():
+        facts = [json.loads(line) for line in path.read_text().splitlines()]
+        for kind, _, value in facts:
+            if kind.startswith("video") and value[5]:  # frames, whole, size, cuts, fault, decoder
+                value[5:] = ["there is no decoder", "1.0"]
+        path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     assert prepare(folder, SPEC, cache, never).report.dropped[0].reason.startswith("not a readable")
 
 
@@ -409,20 +477,41 @@ def test_a_video_that_goes_away_after_the_check_is_dropped(folder, cache):
     prepared = prepare(folder, SPEC, cache, load)
     assert [entry.source for entry in prepared.entries] == ["a.mp4", "deep/c.mp4"]
     reason = "cannot be read (No such file or directory)"
-    assert prepared.report.dropped == [Dropped("b.mp4", reason)]
+    assert prepared.report.dropped == [Dropped("b.mp4", "undecodable", reason)]
 
 
-@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-def test_a_full_disk_is_not_blamed_on_the_videos(folder, cache, monkeypatch, suffix):
+def test_a_disk_that_fills_up_ends_the_build_and_it_goes_on(folder, cache, monkeypatch):
+    written = []
+
     def full(source, target):
-        if Path(target).suffix == suffix:
+        if len(written) == 3:  # two captions and a clip
             raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(target)
         os.rename(source, target)
 
     monkeypatch.setattr("longreel.data.files.os.replace", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(ValueError, match=f"the disk of cache.dir={cache} is full .* goes on"):
         prepare(folder, SPEC, cache, Tiny())
     assert not list(cache.rglob("*.tmp"))
+    monkeypatch.undo()
+    tiny = Tiny()
+    assert prepare(folder, SPEC, cache, tiny).report.dropped == []
+    assert (len(tiny.clips), tiny.captions) == (2, [])
+
+
+def test_a_disk_that_is_full_for_the_ledger_is_not_blamed_on_the_videos(folder, cache, monkeypatch):
+    def full(self, kind, key, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("longreel.data.ledger.Ledger.put", full)
+    with pytest.raises(ValueError, match="is full"):
+        prepare(folder, SPEC, cache, never)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_loaded(folder, cache):
+    huge = replace(SPEC, buckets=(replace(BUCKET, bytes=10**15, tokens=1),))
+    with pytest.raises(ValueError, match=r"needs 3000000.0 GB for 3 clips, and its disk has"):
+        prepare(folder, huge, cache, never)
 
 
 def test_a_video_that_cannot_be_opened_is_dropped_but_not_remembered(folder, cache, tmp_path):
@@ -430,9 +519,11 @@ def test_a_video_that_cannot_be_opened_is_dropped_but_not_remembered(folder, cac
     (folder / "a.mp4").rename(tmp_path / "moved.mp4")
     (folder / "a.mp4").symlink_to(tmp_path / "disk.mp4")
     dropped = prepare(folder, SPEC, cache, Tiny()).report.dropped
-    assert dropped == [Dropped("a.mp4", "cannot be read (No such file or directory)")]
+    reason = "cannot be read (No such file or directory)"
+    assert dropped == [Dropped("a.mp4", "undecodable", reason)]
     (tmp_path / "moved.mp4").rename(tmp_path / "disk.mp4")
-    assert prepare(folder, SPEC, cache, Tiny()).report == Report(3, 3, [], encoded=1, reused=2)
+    report = prepare(folder, SPEC, cache, Tiny()).report
+    assert (report.kept, report.encoded, report.reused, report.dropped) == (3, 1, 2, [])
 
 
 def test_damage_after_the_first_clip_matters_only_if_all_are_wanted(poor, cache):
@@ -460,7 +551,7 @@ def test_bad_latents_are_not_stored(folder, cache, latents, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": 0}, "frames is 0: it must be above 0"),
+        ({"buckets": ()}, "buckets is empty"),
         ({"fps": -1.0}, "fps is -1.0: it must be above 0"),
         ({"windows": "some"}, "windows is 'some': choose 'first' or 'all'"),
         ({"stride": -3}, "stride is -3"),
@@ -476,7 +567,7 @@ def test_dataset_items(folder, cache):
     data = LatentDataset(prepared.entries)
     assert len(data) == 3
     item = data[1]
-    assert set(item) == {"latents", "text", "id"} and item["id"] == "b.mp4@0"
+    assert set(item) == {"latents", "shape", "text", "id"} and item["id"] == "b.mp4@0"
     assert item["latents"].shape == (3, 9, 4, 6) and item["latents"].dtype == torch.bfloat16
     assert item["text"]["embeds"].shape == (5, 2) and item["text"]["mask"].shape == (5,)
 
@@ -499,7 +590,9 @@ def test_dataset_refuses_damaged_files(folder, cache):
 def entries(*names: str) -> list[Entry]:
     path = Path("x")
     return [
-        Entry(f"{name}@{start}", name, path, path, "", start) for name in names for start in (0, 9)
+        Entry(f"{name}@{start}", name, path, path, "", start, BUCKET, name)
+        for name in names
+        for start in (0, 9)
     ]
 
 

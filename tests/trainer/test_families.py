@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from runs import arguments_of
 from tiny import AllBlocks, forward_backward, make_inputs, make_text, randomise
 from torch.nn import Module
@@ -22,6 +23,7 @@ from longreel.trainer import lora
 from longreel.trainer.caching import prepare_data
 from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES, installed_attention, norm_rope
+from longreel.trainer.families.codec import scaled
 from longreel.trainer.flow import add_noise
 from longreel.trainer.job import Job
 from longreel.trainer.recipe import load
@@ -235,7 +237,7 @@ def test_text_encoder_and_vae_are_never_both_in_memory(family, videos, tmp_path,
         return pipe
 
     monkeypatch.setattr(family, "load_pipeline", recording)
-    assert len(prepare_data(job, torch.device("cpu"), FP32).entries) == 3
+    assert len(prepare_data(job, Accelerator(cpu=True), FP32).entries) == 3
     text = {name for name in family.text_components if name.startswith("text_encoder")}
     assert seen == [text, {"vae"}] and not any(part() for part in loaded)
 
@@ -293,6 +295,39 @@ def test_latents_are_normalised_and_repeatable(family):
     assert latents.shape == shape and latents.dtype == FP32
     assert 0.3 < latents.std() < 3 and latents.mean().abs() < 1
     assert torch.equal(latents, family.encode_video(pipe, pixels))
+
+
+def test_encoding_in_chunks_equals_encoding_at_once(family):
+    """Lengths within a chunk, at its end and past it; sizes with and without tiles in space."""
+    vae = tiny.load_pipeline(family).vae
+    generator = torch.Generator().manual_seed(0)
+    step = family.frame_step(family.geometry(tiny.folder(family)))
+    for frames in (1, step + 1, 16 + 1, 24 + 1, 37):
+        frames = (frames - 1) // step * step + 1
+        pixels = torch.randint(0, 256, (frames, *SIZE, 3), dtype=torch.uint8, generator=generator)
+        with torch.no_grad():
+            chunks = list(family.encode_chunks(vae, pixels))
+            whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
+        assert len(chunks) > 1 or frames <= 17 or family.name == "mochi"
+        torch.testing.assert_close(torch.cat(chunks, dim=2), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_captions_are_cut_where_the_text_encoder_stops_reading(family):
+    """What comes after `caption_tokens` changes nothing, what comes before it does."""
+    pipe = tiny.load_pipeline(family)
+    tokenizer = family.caption_tokenizer(tiny.folder(family), None)
+    caption = "a red fox runs " * 60
+    ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
+    limit = family.caption_tokens
+    assert len(ids) > limit + 8
+    kept, rest = tokenizer.decode(ids[:limit]), tokenizer.decode(ids[limit:])
+    assert kept + rest == caption
+
+    def embedding(text: str) -> torch.Tensor:
+        return family.encode_text(pipe, text)["prompt_embeds"]
+
+    assert torch.equal(embedding(caption), embedding(kept + rest.upper()))
+    assert not torch.equal(embedding(caption), embedding(kept[:-8] + "blue sky" + rest))
 
 
 def test_normalising_is_undone_before_decoding(family):

@@ -245,7 +245,7 @@ def test_four_processes_in_two_pairs_are_two(name, videos, cache, tmp_path):
     assert_the_same_run(tmp_path / "pairs", tmp_path / "two")
     train(settings, "train.steps=5")  # one goes on with what two have learnt
     saved = checkpoint.load_progress(tmp_path / "two/checkpoints/step-000005")
-    assert (saved.world_size, saved.drawn) == (1, 4 * 2 * 2 + 2)
+    assert (saved.world_size, saved.drawn) == (1, [4 * 2 * 2 + 2])
 
 
 # What cannot be shared

@@ -6,20 +6,20 @@ import inspect
 import json
 import os
 import tempfile
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
 from ..config import ConfigError
+from .codec import VideoCodec
 from .hub import hub_file
 from .rope import NATIVE, RopePolicy, TemporalAxis, stock_rope
 
@@ -55,7 +55,7 @@ class Geometry:
         return self.latent_frames(frames) // self.patch[0]
 
 
-class ModelFamily(ABC):
+class ModelFamily(VideoCodec):
     """One video diffusion model in its diffusers form: files, shapes, conventions, attention.
 
     Stateless, so one instance serves every model of the family. `path` is a folder in the layout of
@@ -75,6 +75,7 @@ class ModelFamily(ABC):
     text_tokens: int = 0  # at most, in the sequence beside the video's
     joins_guidance: bool = False  # the pipeline runs both forwards of guidance as one batch
     context_tokens: int = 0  # that the video's attend to beside the sequence, by cross-attention
+    caption_tokens: int  # of a caption that the text encoder reads; the rest is cut
     # Regexes of whole module names by the names that `lora.targets` takes; the first is the default
     lora_targets: Mapping[str, str]
     # The layers of the published checkpoint, as ComfyUI names them, each with the diffusers layers
@@ -184,6 +185,16 @@ class ModelFamily(ABC):
     def load_tokenizers(self, path: str, revision: str | None) -> dict[str, Any]:
         """Tokenizers that the pipeline would not load right by itself, by component."""
         return {}
+
+    def caption_tokenizer(self, path: str, revision: str | None) -> Any:
+        """The tokenizer that cuts captions at `caption_tokens`."""
+        from transformers import AutoTokenizer
+
+        with self._fetching(path):
+            own = self.load_tokenizers(path, revision).get("tokenizer")
+            return own or AutoTokenizer.from_pretrained(
+                path, subfolder="tokenizer", revision=revision or "main"
+            )
 
     @property
     def pipeline_class(self) -> Any:
@@ -344,7 +355,7 @@ class ModelFamily(ABC):
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         """A module for the place of `stock`, the RoPE of a transformer with this config."""
 
-    # Text and pixels
+    # Text
 
     @abstractmethod
     def encode_text(self, pipe: Any, caption: str) -> Text:
@@ -367,55 +378,6 @@ class ModelFamily(ABC):
 
         negative: None unless `uses_negative`.
         """
-
-    def encode_video(self, pipe: Any, pixels: Tensor) -> Tensor:
-        """Latents `[C, f, h, w]` fp32, as the transformer is fed, of uint8 `[F, H, W, 3]` frames.
-
-        The mode of the VAE's posterior, so the same clip always gives the same latents.
-        """
-        vae = pipe.vae
-        self.limit_memory(vae, len(pixels))
-        # As bytes to the device, and scaled in place: 509 frames of 720 x 1280 are 5.2 GiB in fp32.
-        scaled = pixels.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype).div_(127.5).sub_(1)
-        with torch.no_grad():
-            latents = vae.encode(scaled).latent_dist.mode().float()
-        return self.normalise(vae, latents)[0]
-
-    def decode_video(self, pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
-        """uint8 frames `[H, W, 3]`, one after another, of the transformer's latents `[C, f, h, w]`.
-
-        A few latent frames are decoded at a time: memory does not grow with the video's length.
-        """
-        vae = pipe.vae
-        self.limit_memory(vae)
-        chunks = self.decode_chunks(vae, self.denormalise(vae, latents[None].to(vae.device)))
-        while True:
-            with torch.no_grad():  # not across the yield: it would reach the caller
-                pixels = next(chunks, None)
-            if pixels is None:
-                return
-            pixels = (pixels[0] / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-            yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
-
-    def limit_memory(self, vae: Any, frames: int = 1) -> None:
-        """Let the VAE take large frames in spatial tiles where whole ones need too much memory.
-
-        frames: of pixels, that it will be given at once.
-        """
-        vae.enable_tiling()
-
-    @abstractmethod
-    def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
-        """Pixels `[1, 3, frames, H, W]` in [-1, 1], some frames at a time: together, those of
-        `vae.decode(latents)`."""
-
-    @abstractmethod
-    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        """VAE latents `[B, C, f, h, w]` to the transformer's scale."""
-
-    @abstractmethod
-    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`, in the VAE's dtype."""
 
     # Flow matching; sigma is the noise level in [0, 1], noisy = (1 - sigma) clean + sigma noise
 

@@ -15,6 +15,7 @@ from ...sparse.attention import SparseAttention
 from ..config import ConfigError
 from .base import Geometry, Text, diffusers_class
 from .chunked import ChunkedFeedForward, chunked
+from .codec import mode, scaled
 from .joint import JointFamily, pad, trim
 from .norm_rope import norm_and_rotate, rotate
 from .rope import RopePolicy, TemporalAxis, TemporalRope
@@ -162,6 +163,27 @@ class Hunyuan(JointFamily):
             return inputs | {"guidance_scale": guidance}
         inputs |= {f"negative_{name}": x for name, x in _pipeline_text(negative).items()}
         return inputs | {"true_cfg_scale": guidance, "guidance_scale": 1.0}
+
+    def encode_chunks(self, vae: Any, pixels: Tensor) -> Iterator[Tensor]:
+        # As `vae.encode`: tiles of some frames and one before them, each faded into the next. Only
+        # the last one is kept.
+        step, size = vae.tile_sample_stride_num_frames, vae.tile_sample_min_num_frames
+        if not vae.use_framewise_encoding or len(pixels) <= size:
+            yield mode(_encode_tile(vae, scaled(vae, pixels)))
+            return
+        ratio = vae.temporal_compression_ratio
+        left, before = (len(pixels) - 1) // ratio + 1, None
+        for start in range(0, len(pixels), step):
+            tile = _encode_tile(vae, scaled(vae, pixels[start : start + size + 1]))
+            if before is None:
+                chunk = tile[:, :, : step // ratio + 1]
+            else:
+                tile = vae.blend_t(before, tile[:, :, 1:], (size - step) // ratio)
+                chunk = tile[:, :, : step // ratio]
+            chunk = chunk[:, :, :left]
+            before, left = tile, left - chunk.shape[2]
+            if chunk.shape[2]:  # a last tile may hold just the frame before it
+                yield mode(chunk)
 
     def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
         # As `vae.decode`: tiles of some latent frames and one before them, each faded into the
@@ -396,6 +418,15 @@ def _pipeline_text(text: Text) -> dict[str, Tensor]:
         "prompt_attention_mask": mask,
         "pooled_prompt_embeds": text["pooled_prompt_embeds"][None],
     }
+
+
+def _encode_tile(vae: Any, pixels: Tensor) -> Tensor:
+    height, width = pixels.shape[-2:]
+    if vae.use_tiling and (
+        height > vae.tile_sample_min_height or width > vae.tile_sample_min_width
+    ):
+        return vae.tiled_encode(pixels)
+    return vae.quant_conv(vae.encoder(pixels))
 
 
 def _decode_tile(vae: Any, latents: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class JointFamily(ModelFamily):
     """
 
     text_tokens = 256
+    caption_tokens = 256
 
     def extended_frames(self, native: int, factor: int, geometry: Geometry) -> int:
         # By latent frames: 125 at a compression of 4 are 32, and 64 of them are 253.

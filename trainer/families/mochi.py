@@ -52,6 +52,7 @@ class Mochi(JointFamily):
             "blocks.{}.mlp_y.w2": ("ff_context.net.2",),
         }.items()
     }
+    caption_tokens = 255  # and </s>
     fp32_components = ("vae", "text_encoder")
     tiny_version = 2
 
@@ -127,7 +128,8 @@ class Mochi(JointFamily):
 
     def limit_memory(self, vae: Any, frames: int = 1) -> None:
         """Tiles small enough for the encoder, which takes all frames of one at once, for its
-        attention spans them.
+        attention spans them: to go on from chunk to chunk it would have to keep keys and values of
+        all frames, which for 667 frames of a tile are 46 GB, more than the tile takes at once.
 
         CUDA's replication padding takes fewer than 2^31 elements: with 64 channels that is 502
         padded frames of the usual 256 x 256, and 889 of 192 x 192.

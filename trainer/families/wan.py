@@ -13,6 +13,7 @@ from ...sparse.grid import TokenGrid
 from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
 from .chunked import ChunkedFeedForward
+from .codec import mode, scaled
 from .norm_rope import norm_and_rotate, rotate
 from .rope import RopePolicy, TemporalAxis, TemporalRope
 from .tiny import latent_statistics, let_attention_speak
@@ -34,6 +35,7 @@ class Wan(ModelFamily):
     guidance = 5.0
     steps = 50
     context_tokens = TEXT_TOKENS
+    caption_tokens = TEXT_TOKENS - 1  # and </s>
     lora_targets = {
         "attention": r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
         "attention+text": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
@@ -132,6 +134,22 @@ class Wan(ModelFamily):
 
     def limit_memory(self, vae: Any, frames: int = 1) -> None:
         """Nothing: the VAE takes four frames at a time anyway, and whole ones fit."""
+
+    def encode_chunks(self, vae: Any, pixels: Tensor) -> Iterator[Tensor]:
+        # As `vae.encode` without tiles, which keeps what came before in its caches and drops a rest
+        # of fewer than four frames; here the pixels come to the device as they are needed.
+        assert vae.config.patch_size is None, "Wan 2.1's VAE takes pixels as they are"
+        vae.clear_cache()
+        try:
+            for start in range(-3, len(pixels) - 3, 4):
+                chunk = scaled(vae, pixels[max(start, 0) : start + 4])
+                vae._enc_conv_idx = [0]
+                moments = vae.encoder(
+                    chunk, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx
+                )
+                yield mode(vae.quant_conv(moments))
+        finally:
+            vae.clear_cache()
 
     def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
         # As `vae.decode` without tiles, which keeps what came before in its caches.

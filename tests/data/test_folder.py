@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from longreel.data.manifest import Dropped, Source, scan
+from longreel.data.sources import Dropped, Source, SourceSpec, list_videos
 
 
 def write(folder, files: dict[str, str | bytes]):
@@ -11,6 +11,11 @@ def write(folder, files: dict[str, str | bytes]):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
+
+
+def scan(folder) -> tuple[list[Source], list[Dropped]]:
+    listing = list_videos(SourceSpec(path=str(folder)))
+    return listing.sources, listing.dropped
 
 
 def rows(*entries: dict) -> str:
@@ -85,15 +90,15 @@ def test_what_is_left_out_is_told(tmp_path):
     sources, dropped = scan(write(tmp_path, files))
     assert names(sources) == {"a.mp4": "first"}
     by_name = {item.name: item.reason for item in dropped}
-    assert by_name.pop("bin.mp4").startswith("no caption: bin.txt cannot be read as UTF-8 text (")
+    assert by_name.pop("bin.mp4").startswith("bin.txt cannot be read as UTF-8 text (")
     assert by_name == {
         "../b.mp4": f"metadata.jsonl line 4: lies outside {tmp_path}",
         "a.mp4": "metadata.jsonl line 2 repeats metadata.jsonl line 1, whose caption is used",
-        "d.mp4": "no caption: metadata.jsonl line 5 has none",
+        "d.mp4": "metadata.jsonl line 5 has none",
         "gone.mp4": "metadata.jsonl line 3: there is no such file",
-        "none.mp4": "no caption: neither a row in metadata.jsonl or metadata.csv "
+        "none.mp4": "neither a row in metadata.jsonl, metadata.csv or metadata.parquet "
         "nor a file none.txt",
-        "void.mp4": "no caption: void.txt is empty",
+        "void.mp4": "void.txt is empty",
     }
     assert [item.name for item in dropped] == sorted(item.name for item in dropped)
 

@@ -1,0 +1,46 @@
+"""Captions longer than the model reads: which, and what of them is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .cache import short_hash
+from .ledger import Ledger
+
+SHOWN = 60  # characters of what is cut
+
+
+@dataclass(frozen=True)
+class CaptionLimit:
+    """How many tokens of a caption the model reads. `measure`: caption -> (its tokens, the text
+    past the limit). Captions of so many bytes or fewer are not: a token is a byte or more."""
+
+    tokens: int
+    measure: Callable[[str], tuple[int, str]]
+
+
+def cut_captions(
+    captions: Iterable[str], text_key: str, ledger: Ledger, limit: CaptionLimit | None
+) -> list[str]:
+    """A line for each caption that is cut."""
+    notes = []
+    for caption in captions:
+        if limit is None or len(caption.encode()) <= limit.tokens:
+            continue
+        key = f"{text_key}/{short_hash(caption)}"
+        known = ledger.get("caption", key)
+        tokens, rest = limit.measure(caption) if known is None else known
+        if known is None:
+            ledger.put("caption", key, [tokens, rest])
+        if tokens > limit.tokens:
+            notes.append(
+                f"caption {_shortened(caption)} has {tokens} tokens, of which the model reads "
+                f"{limit.tokens}; cut: {_shortened(rest)}"
+            )
+    return notes
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

@@ -1,0 +1,96 @@
+"""What is known of files, so that 100,000 of them need not be opened at every start.
+
+    <cache>/ledger/<any name>.jsonl    a fact a line: [kind, key, value]
+
+Each process appends to a file of its own, and no lock is needed: facts are true whoever found them.
+The ledger is never the truth itself. A fact names the size and time of the file that it is about, a
+line torn by a kill is passed over, and without the folder everything is found out again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, TextIO
+
+from .files import replacing
+
+FOLDER = "ledger"
+MOST_FILES = 8  # more are merged at the next start
+
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: str | Path) -> Stamp:
+    """Size, and the times of the last change of content and of anything, in ns."""
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+class Ledger:
+    """The facts of a cache; a value is plain JSON."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self.folder = cache_dir / FOLDER
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+        self.reload()
+
+    def get(self, kind: str, key: str) -> Any:
+        """The newest value, None if there is none."""
+        return self._facts.get(kind, {}).get(key)
+
+    def put(self, kind: str, key: str, value: Any) -> None:
+        """Remember, and append to this process's file."""
+        self._facts.setdefault(kind, {})[key] = value
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = self.folder / f"{uuid.uuid4().hex}.jsonl"
+            self._file = name.open("w", encoding="utf-8", buffering=1)
+        self._file.write(json.dumps([kind, key, value]) + "\n")
+
+    def reload(self) -> None:
+        """Take in what other processes have written."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for fact in _read(path):
+                if isinstance(fact, list) and len(fact) == 3:
+                    kind, key, value = fact
+                    self._facts.setdefault(kind, {})[key] = value
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def merge(self) -> None:
+        """Put all files into one, if they are many. A process that writes meanwhile loses nothing
+        but time: what it found is found again."""
+        self.close()
+        before = list(self.folder.glob("*.jsonl"))
+        if len(before) <= MOST_FILES:
+            return
+        with (
+            replacing(self.folder / f"{uuid.uuid4().hex}.jsonl") as temporary,
+            temporary.open("w", encoding="utf-8") as file,
+        ):
+            for kind, facts in self._facts.items():
+                file.writelines(json.dumps([kind, key, facts[key]]) + "\n" for key in facts)
+        for path in before:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> list[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):  # another process has merged it; or it is not ours
+        return []
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads("[" + ",".join(line for line in lines if line) + "]")  # in one go
+    facts = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            facts.append(json.loads(line))
+    return facts
