@@ -42,7 +42,7 @@ def test_the_readme_names_every_pattern():
     [
         "README.md",
         "CONTRIBUTING.md",
-        *(f"docs/{x}.md" for x in ("memory", "parallel", "patterns", "rope")),
+        *(f"docs/{x}.md" for x in ("memory", "parallel", "patterns", "rope", "synthetic")),
     ],
 )
 def test_links_lead_somewhere(page):

@@ -14,6 +14,7 @@ from .config import Config, ConfigError
 from .families.base import Text
 from .job import Job
 from .progress import StageLog
+from .source import clips_folder
 
 
 def prepare_data(job: Job, device: torch.device, dtype: torch.dtype) -> Prepared:
@@ -23,7 +24,6 @@ def prepare_data(job: Job, device: torch.device, dtype: torch.dtype) -> Prepared
     captions leave nothing to train on.
     """
     config = job.config
-    assert config.data.path is not None
     identity = f"{job.family.name}:{config.model.path}@{config.model.revision}"
     identity += f":{Path(job.model_path).name}:{dtype}"
     spec = CacheSpec(
@@ -39,7 +39,7 @@ def prepare_data(job: Job, device: torch.device, dtype: torch.dtype) -> Prepared
     encoders = _FamilyEncoders(job, device, dtype)
     try:
         return prepare(
-            config.data.path,
+            clips_folder(job),
             spec,
             config.cache.dir,
             lambda: Encoders(encoders.video, encoders.text),

@@ -88,14 +88,30 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Synthetic:
+    """clips: how many are drawn for data.source=synthetic:NAME, at the training length and size.
+
+    seed: of what they show; the clips of a seed are the same in every run.
+    """
+
+    clips: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Data:
     """path: folder of videos with captions. windows: clips of a video, `first` or `all` that fit.
+
+    source: in place of a folder: `synthetic:` and bounce, occlude, cross, spin, pan, clock or mix,
+        clips whose coherence can be measured (docs/synthetic.md).
 
     stride: frames between the starts of two windows (0: no overlap). strict: stop at the first
     unusable video instead of reporting and skipping it.
     """
 
     path: str | None = None
+    source: str | None = None
+    synthetic: Synthetic = field(default_factory=Synthetic)
     windows: Literal["first", "all"] = "first"
     stride: int = 0
     strict: bool = False
@@ -281,6 +297,7 @@ def problems(config: Config) -> Iterator[str]:
         "width": config.width,
         "sparse.block": config.sparse.block,
         "lora.rank": config.lora.rank,
+        "data.synthetic.clips": config.data.synthetic.clips,
         "train.steps": train.steps,
         "train.batch": train.batch,
         "train.accumulate": train.accumulate,
@@ -296,6 +313,7 @@ def problems(config: Config) -> Iterator[str]:
     }
     not_negative = {
         "data.stride": config.data.stride,
+        "data.synthetic.seed": config.data.synthetic.seed,
         "train.weight_decay": train.weight_decay,
         "train.warmup": train.warmup,
         "train.clip": train.clip,
