@@ -12,14 +12,20 @@ while cells are left.
 
 import sys
 
-from length_extension.run import Options, run
 
-from longreel.trainer.config import ConfigError
-from longreel.trainer.recipe import parse
+def main() -> None:
+    """Imports wait until here: the processes that measure clips begin with this file too."""
+    from length_extension.run import Options, run
 
-if __name__ == "__main__":
+    from longreel.trainer.config import ConfigError
+    from longreel.trainer.recipe import parse
+
     try:
         done = run(parse(Options, sys.argv[1:]))
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     sys.exit(0 if done else 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ Colours count from 0 to 1, lengths in shorter sides of the picture, so that size
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +80,8 @@ def measure(name: str, clip: np.ndarray, native: int) -> dict[str, float]:
             f"{name} clip {clip.dtype} {list(clip.shape)}: give a clip of one set, uint8 "
             "[frames, height, width, 3]"
         )
-    arena = Arena(*clip.shape[:3], native)
+    frames, height, width, _ = clip.shape
+    arena = Arena(frames, height, width, native)
     pixels = clip.astype(np.float32) / 255
     ground = np.median(pixels.reshape(len(pixels), -1, 3), 1)  # objects cover less than half
     found = {
@@ -252,8 +252,8 @@ def _identity(seen: Track, native: int) -> dict[str, float]:
 
 def _usual(values: np.ndarray) -> int:
     """The most frequent value but -1; -1 without any."""
-    counts: Sequence[int] = np.bincount(values[values >= 0], minlength=1)
-    return int(np.argmax(counts)) if max(counts) else -1
+    counts = np.bincount(values[values >= 0], minlength=1)
+    return int(counts.argmax()) if counts.any() else -1
 
 
 def _same_shape(seen: Track) -> float:

@@ -17,6 +17,7 @@ from ..trainer.job import Job
 from ..trainer.lora import check_fits, read_entry
 from ..trainer.recipe import load, parse, pattern_from_dict
 from ..trainer.sampling import base_model
+from .analyze_command import ANALYZE_USAGE, analyze
 from .draw_command import DRAW_USAGE, draw
 from .plan_command import PLAN_USAGE, plan
 
@@ -27,6 +28,7 @@ longreel train recipe=NAME [key=value ...]              train on one process; on
                                                         accelerate launch train.py ...
 {PLAN_USAGE}
 {DRAW_USAGE}
+{ANALYZE_USAGE}
 
 Keys of `sample`: lora, prompt, out, negative, frames, height, width, steps, guidance, seed, fps,
 model (folder or repository, if the base model has moved), cache (folder of tiny models), device,
@@ -36,7 +38,10 @@ Keys of `export`: lora, out (unset: RUN_comfyui.safetensors in the run's folder)
 bfloat16), model, cache.
 
 Keys of `plan` beside a recipe's: gpu (h200, h100, a100, a100_40), gpus, memory (GiB of one, if
-another), price (of one for an hour), clips (in the cache)."""
+another), price (of one for an hour), clips (in the cache).
+
+Keys of `analyze` beside a recipe's: masks, sigmas, layers, clips, rows, positions, out; see
+docs/analyze.md."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "plan": plan,
     "draw": draw,
+    "analyze": analyze,
 }
 
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from functools import cache
 from typing import Any, Literal
 
-from longreel.sparse.density import layer_density, with_density
+from longreel.sparse.density import layer_density, nearest_density
 from longreel.sparse.patterns import (
     PATTERNS,
     Cube,
@@ -77,13 +77,7 @@ def solved(cell: Cell, scale: Scale) -> tuple[SparsePattern, float]:
     if isinstance(pattern, Dense) or pattern.width is None or cell.near is None:
         return pattern, layer_density(pattern, *given)
     target = layer_density(Radial(near=cell.near), *given)
-    try:
-        return with_density(pattern, grid, target, scale.block, scale.heads)
-    except ValueError:
-        ends = [pattern.with_width(w, grid, scale.block) for w in pattern.widths(grid, scale.block)]
-        found = {end: layer_density(end, *given) for end in [pattern, *ends]}
-        nearest = min(found, key=lambda end: abs(found[end] - target))
-        return nearest, found[nearest]
+    return nearest_density(pattern, grid, target, scale.block, scale.heads)[:2]
 
 
 def pattern_of(row: str) -> SparsePattern:

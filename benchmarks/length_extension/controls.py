@@ -123,6 +123,9 @@ def _other_captions(store: Store) -> Check:
     base, other = store.of_row("base", 1), store.of_row("base-other-captions", 1)
     if not base or not other:
         return Check(name, None, "not measured yet")
+    shown = interval(base, "bounce", "visible")
+    if shown is None or shown.mean < 0.5:
+        return Check(name, False, f"samples show too few objects to tell: {shown}")
     found, passed = [], True
     for task, metric in (
         ("bounce", "visible"),

@@ -56,7 +56,8 @@ def agreement_by_lag(store: Store, scale: Scale) -> Figure | None:
         axis.set_title(task)
         axis.set_xlabel("frames between")
     figure.axes[0].set_ylabel("same colour (dotted: chance)")
-    figure.axes[0].legend()
+    if figure.axes[0].has_data() and figure.axes[0].get_legend_handles_labels()[1]:
+        figure.axes[0].legend()
     return figure
 
 

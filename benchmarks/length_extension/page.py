@@ -9,6 +9,7 @@ from pathlib import Path
 from longreel.data.files import replacing
 from longreel.sparse.patterns import PATTERNS
 
+from . import attention
 from .cells import MAIN, question_cells
 from .controls import checks
 from .results import Interval, Result, Store, difference, interval
@@ -44,10 +45,13 @@ CANNOT = (
 )
 
 
-def write(store: Store, scale: Scale, path: Path = PAGE) -> Path:
+def write(store: Store, scale: Scale, out: Path, path: Path = PAGE) -> Path:
     """Fill the marked places of the page from all results that are there."""
     text = path.read_text(encoding="utf-8")
-    for name, body in (("findings", findings(store, scale)), ("results", results(store, scale))):
+    for name, body in (
+        ("findings", findings(store, scale)),
+        ("results", results(store, scale, out)),
+    ):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
@@ -92,11 +96,11 @@ def _comparison(radial: list[Result], against: list[Result], other: str, factor:
     )
 
 
-def results(store: Store, scale: Scale) -> str:
-    return "\n\n".join(_sections(store, scale))
+def results(store: Store, scale: Scale, out: Path) -> str:
+    return "\n\n".join(_sections(store, scale, out))
 
 
-def _sections(store: Store, scale: Scale) -> Iterator[str]:
+def _sections(store: Store, scale: Scale, out: Path) -> Iterator[str]:
     yield "## Controls"
     marks = {True: "holds", False: "**fails**", None: "not yet"}
     lines = ["| control | | what was found |", "|---|---|---|"]
@@ -117,6 +121,10 @@ def _sections(store: Store, scale: Scale) -> Iterator[str]:
         names = dict.fromkeys(c.row for c in question_cells() if c.factor == factor)
         rows = [_row(store, row, factor) for row in names]
         yield "All weights, RoPE, dense layers, densities:\n\n" + _table(rows)
+    analysis = attention.section(out / "analysis")
+    if analysis:
+        yield "## What the trained models attend to, and what masks leave of it"
+        yield analysis
     figures = sorted((PAGE.parent / "length_extension").glob("*"))
     if figures:
         yield "## Curves and samples"
@@ -155,6 +163,7 @@ def _table(rows: Sequence[list[str] | None]) -> str:
 
 def _made_on(store: Store) -> str:
     """The machines that the results are of."""
-    names = {store.folder / path.name for path in store.folder.glob("*.json")}
-    loaded = (store.load(path.stem) for path in sorted(names))
+    loaded = [store.load(path.stem) for path in sorted(store.folder.glob("*.json"))]
+    if not loaded:
+        return "Nothing has been measured yet."
     return "Measured on " + "; ".join(sorted({r.about["measured_on"] for r in loaded if r})) + "."

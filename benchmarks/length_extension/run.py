@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,14 +14,16 @@ from report import measured_on
 from longreel.trainer.config import ConfigError
 
 from . import estimate, figures, page
+from .attention import ANALYSED, analyse
 from .cells import Cell, plan, solved
-from .clips import PRETRAINED, TRAINED, Bank, measure_all
+from .clips import PRETRAINED, TRAINED, Bank
 from .controls import checks
 from .pixels import PixelWan
 from .results import Result, Store
 from .sampling import sample, save_strip
 from .settings import SCALES, SET_NAMES, Scale
 from .training import OutOfTime, pretrain, tuned
+from .workers import Workers
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def run(options: Options) -> bool:
             print(f"    {check.found}")
     if options.page != "no":
         figures.draw(store, scale, out / "strips", page.PAGE.with_suffix(""))
-        print(page.write(store, scale))
+        print(page.write(store, scale, out))
     return done
 
 
@@ -72,13 +73,19 @@ class Experiment:
         self.scale, self.out, self.store = scale, out, Store(out)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.family = PixelWan(scale)
+        self.workers, self.banks = Workers(), dict[int, Bank]()
         self.deadline = time.monotonic() + seconds if seconds else float("inf")
         self._check_scale()
 
     def run(self, cells: list[Cell]) -> bool:
         try:
-            bank = lambda: Bank(self.scale, 1, PRETRAINED, self.device)  # noqa: E731
-            base = pretrain(self.scale, self.out, self.device, self.deadline, bank)
+            base = pretrain(
+                self.scale,
+                self.out,
+                self.device,
+                self.deadline,
+                lambda: Bank(self.scale, 1, PRETRAINED, self.device, self.workers),
+            )
             for index, cell in enumerate(cells, 1):
                 started = time.monotonic()
                 if self._cell(cell, base):
@@ -103,9 +110,12 @@ class Experiment:
             self.out,
             self.device,
             self.deadline,
-            cache(lambda: self._bank(cell.factor)),
+            lambda: self._bank(cell.factor),
             self._budget(cell),
         )
+        if cell.name in ANALYSED:
+            path = self.out / "analysis" / f"{cell.name}.json"
+            analyse(cell, model, self.family, path, self.device)
         if result is None:
             about = {"cell": cell.describe(), "measured_on": measured_on()}
             grid = self.scale.grid(cell.factor)
@@ -128,7 +138,7 @@ class Experiment:
             other_captions=cell.other_captions,
             device=self.device,
         )
-        result.sets[name] = measure_all(name, clips, self.scale.native)
+        result.sets[name] = self.workers.measure(name, clips, self.scale.native)
         save_strip(self.out / "strips" / f"{cell.name}-{name}.png", clips)
         self.store.save(cell.name, result)
 
@@ -150,13 +160,10 @@ class Experiment:
         return None
 
     def _bank(self, factor: int) -> Bank:
-        """One length's at a time: the longest takes gigabytes of the GPU."""
-        if getattr(self, "_held", (0, None))[0] != factor:
-            self._held = (factor, None)
-            self._held = (factor, Bank(self.scale, factor, TRAINED, self.device))
-        bank = self._held[1]
-        assert bank is not None
-        return bank
+        """Each length's is drawn once a call, and kept: some gigabytes of the GPU."""
+        if factor not in self.banks:
+            self.banks[factor] = Bank(self.scale, factor, TRAINED, self.device, self.workers)
+        return self.banks[factor]
 
     def _check_scale(self) -> None:
         """Results of another scale in the same folder would be taken for this one's."""

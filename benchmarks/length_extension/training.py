@@ -103,8 +103,11 @@ def trainable(transformer: Any, family: PixelWan, regime: Regime) -> dict[str, n
     if regime.method == "full":
         transformer.requires_grad_(True)
         return dict(transformer.named_parameters())
-    scale = family.scale
-    return dict(lora.attach(transformer, family, rank=scale.rank, seed=regime.seed))
+    products = "bfloat16" if transformer.dtype == torch.bfloat16 else "float32"
+    rank = family.scale.rank
+    return dict(
+        lora.attach(transformer, family, rank=rank, compute_dtype=products, seed=regime.seed)
+    )
 
 
 class Training:
