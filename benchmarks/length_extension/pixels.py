@@ -98,8 +98,10 @@ class Bf16Attention(SparseAttention):
     def attention(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type != "cuda":
             return super().attention(layer_index, q, k, v)
-        half = (x.to(torch.bfloat16) for x in (q, k, v))
-        return super().attention(layer_index, *half).to(q.dtype)
+        # Out of autocast's reach, which would go on inside of the operator.
+        with torch.autocast(q.device.type, enabled=False):
+            half = (x.to(torch.bfloat16) for x in (q, k, v))
+            return super().attention(layer_index, *half).to(q.dtype)
 
 
 def to_latents(pixels: Tensor, squeeze: int) -> Tensor:
