@@ -97,6 +97,26 @@ def interval(results: list[Result], name: str, metric: str) -> Interval | None:
     return bootstrap(values)
 
 
+def summary(store: Store) -> dict[str, Any]:
+    """Every complete cell by name: what it is, and each figure as [mean, low, high, told]."""
+    cells = {}
+    for path in sorted(store.folder.glob("*.json")):
+        result = store.load(path.stem)
+        if result is None or not result.complete:
+            continue
+        figures: dict[str, dict[str, list[float]]] = {}
+        for name, rows in result.sets.items():
+            found = {metric: interval([result], name, metric) for metric in rows[0]}
+            figures[name] = {
+                metric: [float(f"{x:.4g}") for x in (i.mean, i.low, i.high, i.told)]
+                for metric, i in found.items()
+                if i is not None
+            }
+        about = result.about | {"density": round(result.density, 5), "train": result.train}
+        cells[path.stem] = about | {"figures": figures}
+    return cells
+
+
 def difference(
     first: list[Result], second: list[Result], name: str, metric: str
 ) -> Interval | None:

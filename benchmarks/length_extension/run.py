@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from report import measured_on
+from report import RESULTS, measured_on, write
 
 from longreel.trainer.config import ConfigError
 
@@ -19,7 +19,7 @@ from .cells import Cell, plan, solved
 from .clips import PRETRAINED, TRAINED, Bank
 from .controls import checks
 from .pixels import PixelWan
-from .results import Result, Store
+from .results import Result, Store, summary
 from .sampling import sample, save_strip
 from .settings import SCALES, SET_NAMES, Scale
 from .training import OutOfTime, pretrain, tuned
@@ -33,7 +33,8 @@ class Options:
     scale: full, or tiny for a CPU. out: folder of the base, results, and what runs resume from.
     only: rows or cells, with * and commas. seeds: of the main rows. seconds: after which a call
     ends where the next can go on (0: never). dry: say what it would take. page: fill
-    docs/length_extension.md from the results there are; `only` ends there.
+    docs/length_extension.md and benchmarks/results/length-extension.json from the results there
+    are; `only` does nothing else.
     """
 
     scale: Literal["full", "tiny"] = "full"
@@ -63,6 +64,9 @@ def run(options: Options) -> bool:
     if options.page != "no":
         figures.draw(store, scale, out / "strips", page.PAGE.with_suffix(""))
         print(page.write(store, scale, out))
+        path = RESULTS / "length-extension.json"
+        write(path, json.dumps(summary(store), indent=1) + "\n")
+        print(path)
     return done
 
 
@@ -151,6 +155,9 @@ class Experiment:
             return None
         radial = self.store.of_row("radial", cell.factor)
         if radial:
+            timed_on = radial[0].about["measured_on"]
+            if cell.mark == "seconds" and timed_on != measured_on():
+                print(f"note: radial's seconds are of {timed_on}; this is {measured_on()}.")
             return radial[0].train["seconds"] if cell.row in ("dense", "spatial") else None
         if cell.mark == "seconds":
             raise ConfigError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ class Training:
         newest = checkpoint.latest(folder)
         if newest is not None:
             checkpoint.restore(newest, self.parameters, self.optimizer)
-            self.record = Record(**json.loads((newest / RECORD).read_text()))
+            self.record = _read_record(newest)
         self._bank, self._saved, self._recent = bank, time.monotonic(), []
 
     def run(self, reached: Callable[[Record], bool], deadline: float) -> None:
@@ -298,7 +299,10 @@ def tuned(
     snapshots, steps = Snapshots(out), family.scale.steps
     regime = regime_of(cell, family.scale)
     if not snapshots.path(cell).is_file():
-        training = Training(family, model, regime, bank, out / "runs" / cell.run, device)
+        folder = out / "runs" / cell.run
+        if _is_past(cell, folder, steps, budget):
+            shutil.rmtree(folder)
+        training = Training(family, model, regime, bank, folder, device)
         marks: dict[str, Callable[[Record], bool]] = {"steps": lambda r: r.step >= steps}
         if budget is not None:
             marks["seconds"] = lambda r: r.seconds >= budget
@@ -313,3 +317,19 @@ def tuned(
         return model, training.record
     parameters = trainable(model, family, regime)
     return model, snapshots.load(cell, parameters)
+
+
+def _is_past(cell: Cell, folder: Path, steps: int, budget: float | None) -> bool:
+    """Whether a run went by a cell's mark when nobody asked for it: it must begin anew."""
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        return False
+    record = _read_record(newest)
+    if cell.mark == "steps":
+        return record.step > steps
+    assert budget is not None
+    return record.seconds >= budget
+
+
+def _read_record(checkpointed: Path) -> Record:
+    return Record(**json.loads((checkpointed / RECORD).read_text(encoding="utf-8")))

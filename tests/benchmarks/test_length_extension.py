@@ -16,7 +16,7 @@ from length_extension.cells import Cell, plan, solved
 from length_extension.clips import Bank
 from length_extension.controls import checks
 from length_extension.pixels import PixelWan, to_latents, to_pixels
-from length_extension.results import Result, Store, bootstrap, difference, interval
+from length_extension.results import Result, Store, bootstrap, difference, interval, summary
 from length_extension.run import Experiment, Options, run
 from length_extension.sampling import captions_of, sample
 from length_extension.settings import FULL, SET_NAMES, TINY
@@ -164,6 +164,16 @@ def test_one_run_serves_both_marks(base, tmp_path):
         assert (made["seconds"].step < MICRO.steps) == (budget < 1e-6)
 
 
+def test_a_run_that_went_past_a_mark_unasked_begins_anew(base, tmp_path):
+    """Radial's seconds may be known only after dense has had its steps."""
+    folder, bank = base
+    family, cell = PixelWan(MICRO), Cell("dense", 2, pattern=Dense())
+    _, whole = tuned(cell, family, folder, tmp_path, CPU, FOREVER, bank, None)
+    timed, budget = dataclasses.replace(cell, mark="seconds"), 1e-9
+    _, record = tuned(timed, family, folder, tmp_path, CPU, FOREVER, bank, budget)
+    assert (whole.step, record.step) == (MICRO.steps, 1)
+
+
 def test_a_model_that_is_loaded_samples_as_the_one_that_was_trained(base, tmp_path):
     folder, bank = base
     family, cell = PixelWan(MICRO), Cell("radial", 2, pattern=Radial())
@@ -298,6 +308,8 @@ def test_the_page_says_what_was_found_and_whether_to_believe_it(tmp_path):
     assert "better bounce: path RMSE" not in text.split("against the window")[0]
     assert "better bounce: same colour at both ends" in text.split("against the window")[1]
     assert re.search(r"\| `radial` \| 3 \| 16.0% \| 5 in 2 s \| 0\.(6|59\d) \(0.59", text)
+    figures_of = summary(store)["radial-4x-seed1"]["figures"]["occlude"]["ends"]
+    assert figures_of[0] == pytest.approx(0.6, abs=0.01) and figures_of[3] == 1
     once = text
     page.write(store, FULL, tmp_path, path)
     assert path.read_text() == once
