@@ -2,6 +2,7 @@
 #                        FAMILY=hunyuan or mochi for the others, ARGS="key=value ..." for settings
 # make test              everything that runs on a CPU, but the slow tests
 # make test-slow         the slow ones; make test-gpu: the ones for an NVIDIA GPU
+# make experiment-tiny   benchmarks/extend.py in miniature: train, extend, sample, measure, report
 # make check             ruff and pyright
 #
 # Each sets up first: a virtual environment in .venv with the versions of constraints.txt.
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.longreel-setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check clean
+.PHONY: help setup demo experiment-tiny test test-slow test-gpu check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m longreel.launch.demo $(FAMILY) $(ARGS)
+
+experiment-tiny: $(STAMP)
+	$(BIN)/python benchmarks/extend.py scale=tiny out=runs/experiment-tiny seeds=0,1 $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) -q -n 2 $(ARGS)

@@ -25,7 +25,7 @@ from torch.nn.attention import sdpa_kernel
 from longreel.kernels.block_sparse import block_sparse_attention
 from longreel.kernels.block_sparse.op import Backend
 from longreel.sparse.attention import SparseAttention
-from longreel.sparse.density import layer_density, with_density
+from longreel.sparse.density import layer_density, nearest_density
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import PATTERNS, Radial, SparsePattern
@@ -61,13 +61,7 @@ def at_radials_density(
 ) -> tuple[SparsePattern, float, bool]:
     """The pattern at the width that comes nearest, its density, and whether that is near."""
     target = layer_density(Radial(), grid, BLOCK, heads)
-    try:
-        return *with_density(pattern, grid, target, BLOCK, heads), True
-    except ValueError:
-        ends = (pattern.with_width(w, grid, BLOCK) for w in pattern.widths(grid, BLOCK))
-        found = {end: layer_density(end, grid, BLOCK, heads) for end in ends}
-        nearest = min(found, key=lambda end: abs(found[end] - target))
-        return nearest, found[nearest], False
+    return nearest_density(pattern, grid, target, BLOCK, heads)
 
 
 # On a CPU

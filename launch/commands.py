@@ -17,6 +17,7 @@ from ..trainer.job import Job
 from ..trainer.lora import check_fits, read_entry
 from ..trainer.recipe import load, parse, pattern_from_dict
 from ..trainer.sampling import base_model
+from .analyze_command import ANALYZE_USAGE, analyze
 from .cache_command import CACHE_USAGE, cache
 from .draw_command import DRAW_USAGE, draw
 from .plan_command import PLAN_USAGE, plan
@@ -29,6 +30,7 @@ longreel train recipe=NAME [key=value ...]              train on one process; on
 {PLAN_USAGE}
 {DRAW_USAGE}
 {CACHE_USAGE}
+{ANALYZE_USAGE}
 
 Keys of `sample`: lora, prompt, out, negative, frames, height, width, steps, guidance, seed, fps,
 model (folder or repository, if the base model has moved), cache (folder of tiny models), device,
@@ -41,7 +43,10 @@ Keys of `plan` beside a recipe's: gpu (h200, h100, a100, a100_40), gpus, memory 
 another), price (of one for an hour), clips (in the cache).
 
 Keys of `cache`: dir (the cache), delete (verify: damaged files; gc: unused ones), days (gc: a run
-started within so many keeps its files), out, model, device (show)."""
+started within so many keeps its files), out, model, device (show).
+
+Keys of `analyze` beside a recipe's: masks, sigmas, layers, clips, rows, positions, out; see
+docs/analyze.md."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan,
     "draw": draw,
     "cache": cache,
+    "analyze": analyze,
 }
 
 

@@ -94,6 +94,26 @@ def with_density(
     return best, density(best)
 
 
+def nearest_density(
+    pattern: SparsePattern,
+    grid: TokenGrid,
+    target: float,
+    block: int = 128,
+    heads: int | None = None,
+) -> tuple[SparsePattern, float, bool]:
+    """As `with_density`, but the end of a pattern's widths that is nearest where none reaches the
+    target, and a pattern without a width as it is; and whether the target was within reach."""
+    ends = [pattern]
+    if pattern.width is not None:
+        try:
+            return *with_density(pattern, grid, target, block, heads), True
+        except ValueError:
+            ends += [pattern.with_width(w, grid, block) for w in pattern.widths(grid, block)]
+    found = {end: layer_density(end, grid, block, heads) for end in ends}
+    nearest = min(found, key=lambda end: abs(found[end] - target))
+    return nearest, found[nearest], False
+
+
 def _saturates(pattern: SparsePattern, change: str) -> str:
     return (
         f" It saturates: {change} no block; the rest is up to the other settings of "

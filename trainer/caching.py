@@ -21,6 +21,7 @@ from .config import Config, ConfigError
 from .families.base import Text
 from .job import Job
 from .progress import StageLog
+from .source import clips_folder, is_drawn
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,12 @@ def prepare_data(job: Job, accelerator: Accelerator, dtype: torch.dtype) -> Prep
         return bool(answers.all())
 
     team = Team(accelerator.process_index, accelerator.num_processes, wait, agree)
+    with accelerator.main_process_first():
+        spec = source_spec(job)
     encoders = _FamilyEncoders(job, device, dtype)
     try:
         return prepare(
-            list_videos(source_spec(config)),
+            list_videos(spec),
             cache_spec(job, dtype),
             config.cache.dir,
             lambda: Encoders(encoders.video, encoders.text),
@@ -61,9 +64,11 @@ def prepare_data(job: Job, accelerator: Accelerator, dtype: torch.dtype) -> Prep
         encoders.free()
 
 
-def source_spec(config: Config) -> SourceSpec:
-    """Where the videos come from, and which of them."""
-    data = config.data
+def source_spec(job: Job) -> SourceSpec:
+    """Where the videos come from, and which of them; synthetic ones are drawn."""
+    config, data = job.config, job.config.data
+    if is_drawn(config):
+        return SourceSpec(path=str(clips_folder(job)))
     assert data.path is not None
     return SourceSpec(
         source=data.source,

@@ -90,11 +90,25 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Synthetic:
+    """clips: how many are drawn for data.source=synthetic:NAME, at the training length and size.
+
+    seed: of what they show; the clips of a seed are the same in every run.
+    """
+
+    clips: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Data:
     """Which videos, and which clips of them (docs/data.md).
 
-    source: folder, openvid (OpenVid-1M's layout) or datasets. path: the folder; for `datasets` a
-        name on the Hub or a local copy, and subset, split and revision of it.
+    source: folder, openvid (OpenVid-1M's layout) or datasets; or `synthetic:` and bounce, occlude,
+        cross, spin, pan, clock or mix: clips whose coherence can be measured, drawn for the run
+        (docs/synthetic.md).
+    path: the folder; for `datasets` a name on the Hub or a local copy, and subset, split and
+        revision of it.
     video, caption: columns of tables (None: `file_name` or `video`, `caption` or `text`).
     filter: a rule over a table's columns, such as aesthetic > 5.2 and "motion score" > 3.
     top_k: keep so many videos, those with the greatest top_by, a column (None: all).
@@ -120,6 +134,7 @@ class Data:
     filter: str = ""
     top_k: int | None = None
     top_by: str | None = None
+    synthetic: Synthetic = field(default_factory=Synthetic)
     windows: Literal["first", "all"] = "first"
     stride: int = 0
     lengths: list[int] = field(default_factory=list)
@@ -329,6 +344,7 @@ def problems(config: Config) -> Iterator[str]:
         "width": config.width,
         "sparse.block": config.sparse.block,
         "lora.rank": config.lora.rank,
+        "data.synthetic.clips": config.data.synthetic.clips,
         "train.steps": train.steps,
         "train.batch": train.batch,
         "train.accumulate": train.accumulate,
@@ -346,6 +362,7 @@ def problems(config: Config) -> Iterator[str]:
     not_negative = {
         "data.stride": config.data.stride,
         "data.least_scale": config.data.least_scale,
+        "data.synthetic.seed": config.data.synthetic.seed,
         "train.weight_decay": train.weight_decay,
         "train.warmup": train.warmup,
         "train.clip": train.clip,

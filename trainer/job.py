@@ -23,6 +23,7 @@ from .families.rope import NATIVE, RopePolicy
 from .parallel import check_sequence
 from .recipe import config_hash, load_file, pattern_to_dict, to_dict
 from .settings import flatten
+from .source import check_clips, check_source, is_drawn
 
 # A resumed run may differ from the one that it continues in these alone: they do not change what
 # is learnt, or what held-out losses are compared with. The clips are compared by themselves.
@@ -68,10 +69,7 @@ class Job:
                 f"family={config.family} is unknown. Families: {', '.join(FAMILIES)}."
             )
         family = FAMILIES[config.family]
-        data = config.data
-        on_disk = data.source in ("folder", "openvid")
-        if on_disk and data.path is not None and not Path(data.path).is_dir():
-            raise ConfigError(f"data.path={data.path} is not a folder.")
+        check_source(config)
         path = config.model.path or family.default_path
         model_path = family.resolve(path, config.cache.dir)
         revision = config.model.revision
@@ -85,8 +83,13 @@ class Job:
 
     def check_trainable(self) -> None:
         """Raise ConfigError if there is no data to train on, or the run folder is another run's."""
-        if self.config.data.path is None:
-            raise ConfigError("data.path is not set: the folder of videos with captions.")
+        data = self.config.data
+        if data.path is None and not is_drawn(self.config):
+            raise ConfigError(
+                "data.path is not set: the folder of videos with captions; or set data.source="
+                "synthetic:NAME."
+            )
+        check_clips(self)
         _check_resumable(self.config, self.config.run_dir)
 
     @property

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse.toys import Scattered, Slashes
 
-from longreel.sparse.density import layer_density, with_density
+from longreel.sparse.density import layer_density, nearest_density, with_density
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
-from longreel.sparse.patterns import PATTERNS, Dense, Radial
+from longreel.sparse.patterns import PATTERNS, Dense, Radial, Spatial
 
 GRID = TokenGrid(16, 12, 10, text=37)
 
@@ -106,3 +106,15 @@ def test_impossible_targets_are_named(target):
 def test_a_pattern_without_a_width_says_so():
     with pytest.raises(ValueError, match="Dense has no width"):
         with_density(Dense(), GRID, 0.5, 16)
+
+
+def test_the_nearest_density_where_the_target_is_out_of_reach():
+    grid = TokenGrid(12, 8, 12)
+    reached = nearest_density(Spatial(), grid, 0.4, 32)
+    assert reached == (*with_density(Spatial(), grid, 0.4, 32), True)
+    radial, density, met = nearest_density(Radial(), grid, 0.01, 32)
+    assert not met and density == layer_density(radial, grid, 32)
+    assert density == min(
+        layer_density(Radial().with_width(w, grid, 32), grid, 32) for w in radial.widths(grid, 32)
+    )
+    assert nearest_density(Dense(), grid, 0.4, 32) == (Dense(), 1.0, False)

@@ -1,0 +1,119 @@
+"""Wan's architecture on pixels: squares of pixels take the place of the VAE's latents, and words
+with fixed random vectors that of the text encoder."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longreel.sparse.attention import SparseAttention
+from longreel.trainer.families.base import Geometry, Text, diffusers_class
+from longreel.trainer.families.rope import TemporalAxis
+from longreel.trainer.families.wan import ROPE_THETA, Wan
+
+from .settings import Scale
+
+# About the mean and the spread of the sets' pixels in [0, 1]; most are background.
+CENTRE, SPREAD = 0.25, 0.35
+
+
+class PixelWan(Wan):
+    """The Wan family at one scale of the experiment, without pipelines and files of the Hub."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.native_frames = scale.native
+        self.context_tokens = scale.context
+
+    @property
+    def axis(self) -> TemporalAxis:
+        dim = self.scale.head_dim
+        return TemporalAxis(dim - 4 * (dim // 6), ROPE_THETA, torch.float64)
+
+    @property
+    def shape(self) -> Geometry:
+        scale = self.scale
+        return Geometry(
+            temporal=1,
+            spatial=scale.squeeze,
+            patch=(1, 1, 1),
+            latent_channels=scale.channels,
+            layers=scale.layers,
+            heads=scale.heads,
+            head_dim=scale.head_dim,
+            rope=self.axis,
+        )
+
+    def build(self, seed: int) -> Any:
+        """A transformer of random weights, fp32."""
+        scale = self.scale
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return diffusers_class(self.transformer_name)(
+                patch_size=(1, 1, 1),
+                num_attention_heads=scale.heads,
+                attention_head_dim=scale.head_dim,
+                in_channels=scale.channels,
+                out_channels=scale.channels,
+                text_dim=scale.text_dim,
+                freq_dim=scale.freq,
+                ffn_dim=scale.ffn,
+                num_layers=scale.layers,
+            )
+
+    def save_base(self, transformer: Any, folder: Path) -> None:
+        """In bf16, as frozen bases are, in files of at most 12 MB. Rounds the transformer too."""
+        # Past diffusers' own `to`, which warns of modules that it keeps in fp32 when loading.
+        nn.Module.to(transformer, torch.bfloat16)
+        transformer.save_pretrained(folder, max_shard_size="12MB")
+
+    def load_base(self, folder: Path, dtype: torch.dtype) -> Any:
+        return diffusers_class(self.transformer_name).from_pretrained(folder, dtype=dtype)
+
+    def encode_caption(self, caption: str) -> Text:
+        """Each word a random vector of its own, the same in every run."""
+        rows = []
+        for word in caption.split():
+            generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+            rows.append(torch.randn(self.scale.text_dim, generator=generator))
+        return {"prompt_embeds": torch.stack(rows)}
+
+    def collate_text(self, texts: Sequence[Text]) -> Text:
+        size = self.scale.context
+        embeds = [text["prompt_embeds"] for text in texts]
+        padded = [F.pad(x, (0, 0, 0, size - len(x))) for x in embeds]
+        return {"encoder_hidden_states": torch.stack(padded)}
+
+
+class Bf16Attention(SparseAttention):
+    """Attention whose products are bf16 on a GPU whatever the model computes in around it: norms
+    and RoPE give fp32 under autocast, which no kernel of ours takes."""
+
+    def attention(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type != "cuda":
+            return super().attention(layer_index, q, k, v)
+        # Out of autocast's reach, which would go on inside of the operator.
+        with torch.autocast(q.device.type, enabled=False):
+            half = (x.to(torch.bfloat16) for x in (q, k, v))
+            return super().attention(layer_index, *half).to(q.dtype)
+
+
+def to_latents(pixels: Tensor, squeeze: int) -> Tensor:
+    """uint8 `[B, T, H, W, 3]` to fp32 `[B, 3 * squeeze^2, T, H / squeeze, W / squeeze]`."""
+    x = (pixels.float() / 255 - CENTRE) / SPREAD
+    x = F.pixel_unshuffle(x.permute(0, 1, 4, 2, 3).flatten(0, 1), squeeze)
+    return x.unflatten(0, pixels.shape[:2]).transpose(1, 2)
+
+
+def to_pixels(latents: Tensor, squeeze: int) -> Tensor:
+    """The inverse of `to_latents`, rounded to uint8."""
+    batch, _, frames = latents.shape[:3]
+    x = F.pixel_shuffle(latents.float().transpose(1, 2).flatten(0, 1), squeeze)
+    x = (x * SPREAD + CENTRE).clamp(0, 1) * 255 + 0.5
+    return x.to(torch.uint8).unflatten(0, (batch, frames)).permute(0, 1, 3, 4, 2)

@@ -1,0 +1,185 @@
+"""The whole experiment, cell by cell; what is there already is not done again."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from report import RESULTS, measured_on, write
+
+from longreel.trainer.config import ConfigError
+
+from . import estimate, figures, page
+from .attention import ANALYSED, analyse
+from .cells import Cell, plan, solved
+from .clips import PRETRAINED, TRAINED, Bank
+from .controls import checks
+from .pixels import PixelWan
+from .results import Result, Store, summary
+from .sampling import sample, save_strip
+from .settings import SCALES, SET_NAMES, Scale
+from .training import OutOfTime, pretrain, tuned
+from .workers import Workers
+
+
+@dataclass(frozen=True)
+class Options:
+    """`key=value` of benchmarks/extend.py.
+
+    scale: full, or tiny for a CPU. out: folder of the base, results, and what runs resume from.
+    only: rows or cells, with * and commas. seeds: of the main rows. seconds: after which a call
+    ends where the next can go on (0: never). dry: say what it would take. page: fill
+    docs/length_extension.md and benchmarks/results/length-extension.json from the results there
+    are; `only` does nothing else.
+    """
+
+    scale: Literal["full", "tiny"] = "full"
+    out: str = "runs/length_extension"
+    only: str = "*"
+    seeds: str = "0,1,2"
+    seconds: float = 0.0
+    dry: bool = False
+    page: Literal["no", "too", "only"] = "no"
+
+
+def run(options: Options) -> bool:
+    """Whether all cells that were asked for are done. Raises ConfigError for what cannot be."""
+    scale, out = SCALES[options.scale], Path(options.out)
+    if not all(text.strip().isdigit() for text in options.seeds.split(",")):
+        raise ConfigError(f"seeds={options.seeds} must be numbers with commas between.")
+    cells = plan([int(text) for text in options.seeds.split(",")], options.only)
+    if options.dry:
+        print(estimate.table(cells, scale))
+        return True
+    store, done = Store(out), True
+    if options.page != "only":
+        done = Experiment(scale, out, options.seconds).run(cells)
+        for check in checks(store, scale):
+            print({True: "holds:", False: "FAILS:", None: "open:"}[check.passed], check.name)
+            print(f"    {check.found}")
+    if options.page != "no":
+        figures.draw(store, scale, out / "strips", page.PAGE.with_suffix(""))
+        print(page.write(store, scale, out))
+        path = RESULTS / "length-extension.json"
+        write(path, json.dumps(summary(store), indent=1) + "\n")
+        print(path)
+    return done
+
+
+class Experiment:
+    """One call: the device, the base, and the banks of clips, made when first needed."""
+
+    def __init__(self, scale: Scale, out: Path, seconds: float) -> None:
+        self.scale, self.out, self.store = scale, out, Store(out)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.family = PixelWan(scale)
+        self.workers, self.banks = Workers(), dict[int, Bank]()
+        self.deadline = time.monotonic() + seconds if seconds else float("inf")
+        self._check_scale()
+
+    def run(self, cells: list[Cell]) -> bool:
+        try:
+            base = pretrain(
+                self.scale,
+                self.out,
+                self.device,
+                self.deadline,
+                lambda: Bank(self.scale, 1, PRETRAINED, self.device, self.workers),
+            )
+            for index, cell in enumerate(cells, 1):
+                started = time.monotonic()
+                if self._cell(cell, base):
+                    taken = time.monotonic() - started
+                    print(f"{index}/{len(cells)} {cell.name}: {taken:.0f} s", flush=True)
+        except OutOfTime as stopped:
+            print(f"time is up: {stopped}; the same command goes on.")
+            return False
+        return True
+
+    def _cell(self, cell: Cell, base: Path) -> bool:
+        """Train, sample and measure; whether there was anything left to do."""
+        result = self.store.load(cell.name)
+        if result is not None and result.complete:
+            return False
+        if time.monotonic() > self.deadline:
+            raise OutOfTime(f"{cell.name} is not begun")
+        model, record = tuned(
+            cell,
+            self.family,
+            base,
+            self.out,
+            self.device,
+            self.deadline,
+            lambda: self._bank(cell.factor),
+            self._budget(cell),
+        )
+        if cell.name in ANALYSED:
+            path = self.out / "analysis" / f"{cell.name}.json"
+            analyse(cell, model, self.family, path, self.device)
+        if result is None:
+            about = {"cell": cell.describe(), "measured_on": measured_on()}
+            grid = self.scale.grid(cell.factor)
+            result = Result(solved(cell, self.scale)[1], len(grid), about, vars(record))
+        for name in SET_NAMES:
+            if name in result.sets:
+                continue
+            if time.monotonic() > self.deadline:
+                raise OutOfTime(f"{cell.name} is trained, and {name} not sampled")
+            self._measure(cell, model, name, result)
+        return True
+
+    def _measure(self, cell: Cell, model: torch.nn.Module, name: str, result: Result) -> None:
+        clips = sample(
+            model,
+            self.family,
+            cell.factor,
+            name,
+            seed=cell.seed,
+            other_captions=cell.other_captions,
+            device=self.device,
+        )
+        result.sets[name] = self.workers.measure(name, clips, self.scale.native)
+        save_strip(self.out / "strips" / f"{cell.name}-{name}.png", clips)
+        self.store.save(cell.name, result)
+
+    def _budget(self, cell: Cell) -> float | None:
+        """GPU seconds that radial's steps took at this length, with the first seed that has them.
+
+        Also for cells marked by steps, whose run may pass both marks. None where no cell asks.
+        """
+        if cell.method == "none" or cell.row == "radial":
+            return None
+        radial = self.store.of_row("radial", cell.factor)
+        if radial:
+            timed_on = radial[0].about["measured_on"]
+            if cell.mark == "seconds" and timed_on != measured_on():
+                print(f"note: radial's seconds are of {timed_on}; this is {measured_on()}.")
+            return radial[0].train["seconds"] if cell.row in ("dense", "spatial") else None
+        if cell.mark == "seconds":
+            raise ConfigError(
+                f"{cell.name} trains for as long as radial's steps took: run only=radial-"
+                f"{cell.factor}x-seed0 first."
+            )
+        return None
+
+    def _bank(self, factor: int) -> Bank:
+        """Each length's is drawn once a call, and kept: some gigabytes of the GPU."""
+        if factor not in self.banks:
+            self.banks[factor] = Bank(self.scale, factor, TRAINED, self.device, self.workers)
+        return self.banks[factor]
+
+    def _check_scale(self) -> None:
+        """Results of another scale in the same folder would be taken for this one's."""
+        path = self.out / "scale.json"
+        now = json.dumps(vars(self.scale), indent=1)
+        if path.is_file() and path.read_text() != now:
+            raise ConfigError(
+                f"out={self.out} holds an experiment of other sizes ({path}): choose another out, "
+                "or delete it."
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(now)
