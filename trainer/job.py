@@ -155,7 +155,8 @@ class Job:
         sizes = []
         for height in (h for h in (least, least + down) if h):
             column = int(height * wide / high) // right * right
-            sizes += [(height, w) for w in (column, column + right) if w and height * w <= area]
+            widths = {column, column + right, area // height // right * right}
+            sizes += [(height, w) for w in sorted(widths) if w and height * w <= area]
         if not sizes:
             raise ConfigError(
                 f"data.aspects: {aspect} does not fit in {self.config.height} x "
