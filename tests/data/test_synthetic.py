@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from longreel.data.coherence import measure
-from longreel.data.decode import clip_count_frames, read_clip
+from longreel.data.decode import examine, read_clip
 from longreel.data.sources import SourceSpec, list_videos
 from longreel.data.synthetic import CAPTIONS, SETS, Arena, Source, shown, write_folder
 
@@ -92,7 +92,7 @@ def test_an_interrupted_folder_goes_on_where_it_stopped(tmp_path):
     (folder / "metadata.jsonl").unlink()
     assert write_folder(source, 3, 8, tmp_path) == folder
     assert (folder / "clock-00000.mp4").stat().st_mtime_ns == kept
-    assert clip_count_frames(folder / "clock-00001.mp4", 8) == 8
+    assert examine(folder / "clock-00001.mp4", 8).frames == 8
     assert write_folder(source, 4, 8, tmp_path) != folder
     assert write_folder(Source("clock", Arena(8, 24, 24, 8), seed=1), 3, 8, tmp_path) != folder
 
