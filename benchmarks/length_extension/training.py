@@ -27,7 +27,7 @@ from longreel.sparse.patterns import Dense, SparsePattern
 from longreel.trainer import checkpoint, flow, lora
 from longreel.trainer.config import Rope, RopeName, Sigma
 from longreel.trainer.families.rope import RopePolicy
-from longreel.trainer.loop import lr_factor
+from longreel.trainer.learner import lr_factor
 from longreel.trainer.optimizer import build_optimizer
 
 from .cells import Cell, solved
@@ -131,7 +131,8 @@ class Training:
         self.record = Record()
         newest = checkpoint.latest(folder)
         if newest is not None:
-            checkpoint.restore(newest, self.parameters, self.optimizer)
+            state = checkpoint.load(newest, self.parameters)
+            checkpoint.scatter(state, self.parameters, self.optimizer)
             self.record = _read_record(newest)
         self._bank, self._saved, self._recent = bank, time.monotonic(), []
 
@@ -152,12 +153,12 @@ class Training:
                 raise OutOfTime(f"{self.folder.name} stands at step {self.record.step}")
 
     def save(self) -> None:
-        progress = checkpoint.Progress(self.record.step, 1, "")
+        step = self.record.step
+        progress = checkpoint.Progress(step, 1, "", [step * self.regime.batch])
         record = json.dumps(vars(self.record))
         checkpoint.save(
             self.folder,
-            self.parameters,
-            self.optimizer,
+            checkpoint.gather(self.parameters, self.optimizer),
             progress,
             keep_last=1,
             extra=lambda folder: (folder / RECORD).write_text(record),

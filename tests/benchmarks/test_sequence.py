@@ -22,6 +22,7 @@ def test_both_ways_are_compared_and_timed(tmp_path):
     assert efficiency == pytest.approx(float(each[3]) / clip, rel=0.02)
 
 
+@pytest.mark.slow
 def test_one_process_is_told_how_to_start(tmp_path):
     ((code, said),) = finish(start(1, "benchmarks/sequence.py", "recipe=tiny_wan"))
     assert code == 1 and "accelerate launch" in said

@@ -180,7 +180,7 @@ def test_a_run_saves_an_adapter_that_stock_diffusers_loads(arguments, tmp_path):
     assert trainer.learner.transformer.dtype == BF16
     assert load_file(trainer.run_dir / "config.yaml").memory.base_dtype == "float8"
     plain = train(arguments, "memory.base_dtype=bfloat16", f"run.dir={tmp_path / 'bf16'}")
-    ours, stock = (lora.state_dict(t.transformer) for t in (trainer, plain))
+    ours, stock = (lora.state_dict(t.learner.transformer) for t in (trainer, plain))
     assert {n: (x.shape, x.dtype) for n, x in ours.items()} == {
         n: (x.shape, x.dtype) for n, x in stock.items()
     }

@@ -76,6 +76,7 @@ def test_what_a_run_leaves_behind(arguments, tmp_path):
     assert tuple(table[0]) == tuple(c for c in metrics.COLUMNS if c not in TIMES)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path, monkeypatch, caplog):
     """Data parallel over gloo, with workers that read the cache. The run that stops tries a step
     each time, the other none. One process goes on with the clips that come next."""

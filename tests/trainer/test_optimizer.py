@@ -67,7 +67,7 @@ def test_moments_are_saved_and_restored_exactly(name, tmp_path):
     first = build_optimizer(name, stopped.values(), 1e-2, 0.1)
     update(first, stopped, range(3))
     folder = checkpoint.save(
-        tmp_path, checkpoint.gather(stopped, first), Progress(3, 1, ""), keep_last=1
+        tmp_path, checkpoint.gather(stopped, first), Progress(3, 1, "", [3]), keep_last=1
     )
     kinds = {key.partition(".")[0] for key in load_file(folder / "state.safetensors")}
     small = {"state1", "state2"} if name == "adamw8bit" else set()
@@ -95,7 +95,7 @@ def test_moments_of_another_optimizer_are_refused(name, tmp_path):
     first = build_optimizer(name, own.values(), 1e-2, 0.0)
     update(first, own, range(1))
     folder = checkpoint.save(
-        tmp_path, checkpoint.gather(own, first), Progress(1, 1, ""), keep_last=1
+        tmp_path, checkpoint.gather(own, first), Progress(1, 1, "", [1]), keep_last=1
     )
     content = load_file(folder / "state.safetensors")
     renamed = {key.replace(MOMENTS[name][0], "another"): x for key, x in content.items()}

@@ -299,7 +299,13 @@ def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [("ddp", None), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("cpu", None)],
+    [
+        ("fsdp2", "fsdp2"),
+        pytest.param("zero2", "zero2", marks=pytest.mark.slow),
+        pytest.param("zero3", "zero3", marks=pytest.mark.slow),
+        pytest.param("ddp", None, marks=pytest.mark.slow),
+        pytest.param("cpu", None, marks=pytest.mark.slow),
+    ],
 )
 def test_launch_files_name_their_engine(name, engine, monkeypatch):
     """Through what accelerate itself makes of the file."""

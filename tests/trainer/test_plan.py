@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import tiny
@@ -368,8 +368,8 @@ def saved(tmp_path):
     """A checkpoint of step 7, as far as messages go."""
     folder = tmp_path / "step-000007"
     folder.mkdir()
-    progress = {"step": 7, "world_size": 1, "clips": ""}
-    (folder / checkpoint.STATE).write_text(json.dumps({"progress": progress}))
+    about = {"version": checkpoint.VERSION, "progress": asdict(checkpoint.Progress(7, 1, "", [7]))}
+    (folder / checkpoint.STATE).write_text(json.dumps(about))
     return folder
 
 
