@@ -437,7 +437,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(configs)
 @example(Config(recipe="null", frames=5, validate=Validate(prompts=["null", "~", "", "yes"])))
 def test_a_saved_config_loads_back_equal(tmp_path_factory, config):
