@@ -23,7 +23,8 @@ from .draw_command import DRAW_USAGE, draw
 from .plan_command import PLAN_USAGE, plan
 
 USAGE = f"""\
-longreel sample lora=RUN prompt="..." [key=value ...]   generate a video with a trained adapter
+longreel sample lora=RUN prompt="..." [key=value ...]   generate a video with a trained adapter;
+                                                        by several GPUs: see docs/parallel.md
 longreel export lora=RUN [key=value ...]                write the adapter for ComfyUI
 longreel train recipe=NAME [key=value ...]              train on one process; on more:
                                                         accelerate launch train.py ...
@@ -72,7 +73,8 @@ class Sample:
 
 
 def sample(argv: list[str]) -> None:
-    """Generate one video and write it as an mp4."""
+    """Generate one video and write it as an mp4; several processes do it together, and the first
+    of them decodes and writes."""
     options = parse(Sample, argv)
     _check(options)
     entry = read_entry(options.lora)
@@ -83,24 +85,25 @@ def sample(argv: list[str]) -> None:
     family = family_of(entry)
     steps = family.steps if options.steps is None else options.steps
     base = base_model(entry, options.model, options.cache)
-    family.latent_shape(**size, geometry=family.geometry(*base), rope=RopePolicy.recorded(entry))
+    geometry = family.geometry(*base)
+    family.latent_shape(**size, geometry=geometry, rope=RopePolicy.recorded(entry))
     family.check_steps("steps", steps)
     check_fits(family.blank_transformer(*base), options.lora)
     pattern_from_dict(entry["pattern"])
 
     from ..data.decode import write_video
+    from ..trainer.parallel import join_all
     from ..trainer.progress import quiet_libraries
-    from ..trainer.sampling import encode_captions, generate, load_pipeline
+    from ..trainer.sampling import encode_captions, generate, load_pipeline, share_tokens
 
+    group, device = join_all(geometry.heads, options.device)
     quiet_libraries()
-    model: Any = {
-        "model_path": options.model,
-        "device": options.device,
-        "cache_dir": options.cache,
-    }
+    model: Any = {"model_path": options.model, "device": device, "cache_dir": options.cache}
     # Text encoders and transformer are never in memory together.
     prompt, negative = encode_captions(options.lora, [options.prompt, options.negative], **model)
     pipe = load_pipeline(options.lora, sparse=not options.dense, text=False, **model)
+    if group.size > 1:
+        share_tokens(pipe, group)
     frames = generate(
         pipe,
         prompt=prompt,
@@ -109,10 +112,13 @@ def sample(argv: list[str]) -> None:
         steps=steps,
         guidance=options.guidance,
         seed=options.seed,
-        progress=True,
+        progress=group.rank == 0,
     )
-    write_video(Path(options.out), frames, options.fps or entry["fps"])
-    print(options.out)
+    if group.size > 1:
+        torch.distributed.destroy_process_group()  # nothing is exchanged from here on
+    if group.rank == 0:
+        write_video(Path(options.out), frames, options.fps or entry["fps"])  # decodes as it writes
+        print(options.out)
 
 
 def _check(options: Sample) -> None:
@@ -194,3 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[name](rest)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -102,7 +102,7 @@ def save(
         temporary.mkdir()
         _write(temporary, state, progress, extra)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         os.rename(temporary, target)
     except NOT_SAVED:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,8 +111,16 @@ def save(
     older = [path for path in _by_age(folder) if path != target]
     kept = [path for path in older if _readable(path) and _step(path) < progress.step]
     for path in set(older) - set(kept[len(kept) - keep_last + 1 :]):
-        shutil.rmtree(path)
+        _remove(path)
     return target
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint's name away first, so that a process that dies here leaves no part of one
+    under it; the next save clears what is left."""
+    nameless = path.with_name(f".tmp-removed-{path.name}")
+    os.rename(path, nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _write(

@@ -23,20 +23,49 @@ from torch import Tensor
 
 from ..sparse.attention import SparseAttention
 from ..sparse.grid import TokenGrid
-from .config import ConfigError
+from .config import ConfigError, Parallel
 from .families.base import ModelFamily
 
 
-def check_sequence(sequence: int, heads: int, processes: int | None = None) -> None:
-    """Raise ConfigError unless so many processes can share a clip. processes: None if not known."""
+def check_sequence(
+    sequence: int, heads: int, processes: int | None = None, name: str = "parallel.sequence"
+) -> None:
+    """Raise ConfigError unless so many processes can share a clip. processes: None if not known.
+    name: of what was set to `sequence`."""
     counts = range(1, heads + 1)
     allowed = [n for n in counts if heads % n == 0 and (processes is None or processes % n == 0)]
     if sequence not in allowed:
         both = "" if processes is None else f" and the number of processes, {processes}"
         raise ConfigError(
-            f"parallel.sequence={sequence} must divide the model's {heads} heads{both}; what does: "
+            f"{name}={sequence} must divide the model's {heads} heads{both}; what does: "
             f"{', '.join(map(str, allowed))}."
         )
+
+
+def join_all(heads: int, device: str | None = None) -> tuple[SequenceGroup, str | None]:
+    """All processes that a launcher started, as one group, and the device of this one; for what has
+    no clips to divide, such as sampling.
+
+    heads: of the model. device: as asked for. One process alone keeps it, of several each has a GPU
+    of its own or, with "cpu", none. Raises ConfigError for another, and for a number of processes
+    that does not divide the heads.
+    """
+    from accelerate import PartialState
+
+    timeout = timedelta(minutes=Parallel.timeout)
+    # Left to itself, accelerate takes processes that find no GPU for one alone each.
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=timeout)
+    processes = state.num_processes
+    if processes == 1:
+        return SequenceGroup(), device
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f"device={device} is one device, but each of {processes} processes has its own: leave "
+            "the setting out."
+        )
+    check_sequence(processes, heads, name="--num_processes")
+    return SequenceGroup.create(processes, heads, timeout), str(state.device)
 
 
 def any_process(device: torch.device, *choices: bool) -> list[bool]:

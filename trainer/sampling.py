@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.block_sparse.op import Backend
 from ..sparse.attention import SparseAttention, Step
+from ..sparse.patterns import Dense
 from . import lora
 from .config import Cache, ConfigError
 from .families import (
@@ -25,6 +26,7 @@ from .families import (
     installed_rope,
 )
 from .families.base import Text
+from .parallel import SequenceGroup
 from .recipe import pattern_from_dict
 from .validate import evaluating
 
@@ -131,6 +133,21 @@ def apply_sparse_attention(
     attention.schedule = _step_of(pipe)
     family.install(pipe.transformer, attention)
     return attention
+
+
+def share_tokens(pipe: Any, group: SequenceGroup) -> None:
+    """Let the processes of a group compute each video together; without an adapter's attention,
+    dense.
+
+    Each process then calls the pipeline with the same arguments and noise, and each has all of the
+    latents that come of it. After everything else that changes the pipeline.
+    """
+    family = next(f for f in FAMILIES.values() if f.pipeline_name == type(pipe).__name__)
+    attention = installed_attention(pipe.transformer)
+    if attention is None:  # the stock processors know nothing of other processes
+        attention = SparseAttention(Dense())
+        family.install(pipe.transformer, attention)
+    group.attach(family, pipe.transformer, attention)
 
 
 def apply_rope(pipe: Any, entry: dict[str, Any]) -> None:

@@ -4,8 +4,11 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
+import processes
 import pytest
 import tiny
 import torch
@@ -16,6 +19,8 @@ from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import COMMANDS, main
 from longreel.sparse.patterns import Radial
 from longreel.trainer import lora, sampling
+from longreel.trainer.config import ConfigError
+from longreel.trainer.parallel import join_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +85,39 @@ def test_dense_sampling_differs(sample):
     size = {"start": 0, "frames": 17, "fps": 16, "height": 64, "width": 48}
     sparse, dense = (read_clip(sample(*o), **size).astype(float) for o in ([], ["dense=true"]))
     assert np.abs(sparse - dense).mean() > 2
+
+
+def test_two_processes_sample_one_video(sample, run, tmp_path):
+    """By the command, the first of them writes it; as near to one process's as one that samples
+    twice is to itself, for x264 does not encode equal frames alike."""
+    size = {"start": 0, "frames": 9, "fps": 16, "height": 64, "width": 48}
+    settings = ["frames=9", "steps=2", "seed=1", "prompt=a cat: #1, on = a mat"]
+    both = tmp_path / "both.mp4"
+    options = [f"lora={run}", f"cache={tmp_path}", f"out={both}", *settings]
+    ended = processes.finish(
+        processes.start(2, "-m", "longreel.launch.commands", "sample", *options)
+    )
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert [str(both) in said for _, said in ended] == [True, False]
+    together = read_clip(both, **size).astype(float)
+    alone, other = (read_clip(sample("frames=9", s), **size) for s in ("seed=1", "seed=0"))
+    same, different = (np.abs(together - video).mean() for video in (alone, other))
+    assert same < 2 and different > 5 * same
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (None, "^--num_processes=3 must divide the model's 4 heads; what does: 1, 2, 4.$"),
+        ("cuda:1", "^device=cuda:1 is one device, but each of 3 processes has its own"),
+    ],
+)
+def test_processes_that_cannot_sample_together(device, message, monkeypatch):
+    monkeypatch.setattr(
+        accelerate, "PartialState", lambda **given: SimpleNamespace(num_processes=3)
+    )
+    with pytest.raises(ConfigError, match=message):
+        join_all(4, device)
 
 
 def test_export_writes_a_file_for_comfyui(run, tmp_path, capsys):

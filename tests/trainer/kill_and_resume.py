@@ -3,16 +3,18 @@
     python tests/trainer/kill_and_resume.py [FOLDER] [kills=20] [seed=0] [processes=2] [key=...]
 
 A tiny run of several processes over gloo is killed (kill -9 of one process, or of all) at moments
-drawn at random: between steps, in a step, and in the middle of a save, whose files are then written
-in slow pieces so that it is met. After each kill every checkpoint in the run's folder must load
-whole, and the next start must go on from the newest. The adapter, the moments and the metrics at
-the end equal those of a run that was left alone, bit for bit. Other keys are settings of the run,
-as `parallel.sequence=2`.
+drawn at random: in a step, in the middle of a save, whose files are written in slow pieces so that
+it is met, and while it starts. Kills are spread evenly over the run's steps, and over places and
+processes; where in its share of the steps, of a step and of a save each falls is drawn. After each
+kill every checkpoint in the run's folder must load whole, and the next start must go on from the
+newest. The adapter, the moments and the metrics at the end equal those of a run that was left
+alone, bit for bit. Other keys are settings of the run, as `parallel.sequence=2`.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import itertools
 import os
 import random
 import signal
@@ -20,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +36,38 @@ from safetensors.torch import load_file  # noqa: E402
 from videos import write_waves  # noqa: E402
 
 from longreel.trainer import checkpoint, lora  # noqa: E402
+from longreel.trainer.metrics import column, read_rows  # noqa: E402
 
 STEPS, EVERY = 120, 2
+SAVE = 0.15  # seconds that a slow save takes, about
+
+
+@dataclass(frozen=True)
+class Kill:
+    """place: `step`, `save`, or `start`, before the first step. victim: a process, None for all.
+    after: the step whose line of metrics.csv must be there first. wait: from then on, as a share of
+    what a step, a save or a start takes."""
+
+    place: str
+    victim: int | None
+    after: int
+    wait: float
+
+    def __str__(self) -> str:
+        return "all" if self.victim is None else f"process {self.victim}"
+
+
+def draw_kills(kills: int, steps: int, count: int, draw: random.Random) -> list[Kill]:
+    """One in each of so many equal shares of the steps; places and victims in turn, shuffled."""
+    places = ("step", "save", "step", "save", "start")
+    chosen = list(itertools.product(places, [*range(count), None]))
+    chosen = list(itertools.islice(itertools.cycle(chosen), kills))
+    draw.shuffle(chosen)
+    share = (steps - 2 * EVERY) / kills  # the last step's save would end the run
+    return [
+        Kill(*where, after=int(draw.uniform(i, i + 1) * share), wait=draw.random())
+        for i, where in enumerate(chosen)
+    ]
 
 
 def start(count: int, arguments: list[str], folder: Path) -> list[subprocess.Popen]:
@@ -41,36 +75,40 @@ def start(count: int, arguments: list[str], folder: Path) -> list[subprocess.Pop
     return processes.start(count, "tests/slow_saves.py", *arguments, folder=folder)
 
 
-def state_of(run: Path) -> str:
-    """Where a run is, by its files."""
-    if list((run / "checkpoints").glob(".tmp-*")):
-        return "save"
-    return "step" if (run / "checkpoints").is_dir() else "start"
+def saving(run: Path, since: float) -> bool:
+    """Whether a save is under way; a folder from before `since` is what an earlier kill left."""
+    for path in (run / "checkpoints").glob(".tmp-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime > since:
+                return True
+    return False
 
 
-def kill(started: list[subprocess.Popen], run: Path, draw: random.Random) -> str | None:
-    """Wait for a random moment and kill; what was killed, or None for a run that ended first."""
-    moment, victims = draw.choice(["step", "save", "save", "any"]), draw.choice(["one", "all"])
-    delay = draw.uniform(0, 0.6)
-    before = time.monotonic()
-    newest = checkpoint.latest(run / "checkpoints")
-    while True:
+def newest_step(run: Path) -> int:
+    """The last that metrics.csv has."""
+    return max((int(row["step"]) for row in read_rows(run / "metrics.csv")), default=0)
+
+
+def strike(kill: Kill, started: list[subprocess.Popen], run: Path, typical: dict) -> str | None:
+    """Wait for a moment and kill; where that was, or None for a run that ended first."""
+    metrics, since = run / "metrics.csv", time.time()
+    before = metrics.stat().st_ino if metrics.exists() else None
+    while kill.place != "start":
         if any(process.poll() is not None for process in started):
             return None
-        moved = checkpoint.latest(run / "checkpoints") != newest
-        here = state_of(run)
-        if moment == "any" and time.monotonic() - before > 3 + 10 * delay:
+        # A start replaces the file, and in it the lines of steps that it makes again.
+        begun = metrics.exists() and metrics.stat().st_ino != before
+        met = kill.place == "step" or saving(run, since)
+        if begun and newest_step(run) > kill.after and met:
             break
-        if moment == here and (moved or here == "save"):
-            time.sleep(delay if moment == "step" else delay / 6)
-            break
-        time.sleep(0.005)
-    where = state_of(run)
-    chosen = started if victims == "all" else [draw.choice(started)]
-    for process in chosen:
+        time.sleep(0.002)
+    time.sleep(kill.wait * typical[kill.place])
+    step, in_save = newest_step(run), saving(run, since)
+    for process in started if kill.victim is None else [started[kill.victim]]:
         process.send_signal(signal.SIGKILL)
-    ranks = "all" if victims == "all" else f"process {started.index(chosen[0])}"
-    return f"{ranks} in a {where}"
+    if kill.place == "start":
+        return "a start"
+    return f"{'a save' if in_save else 'a step'} after step {step}"
 
 
 def end(started: list[subprocess.Popen], timeout: float) -> float:
@@ -95,12 +133,12 @@ def check_whole(run: Path) -> int:
     return max(steps)
 
 
-def compare(run: Path, whole: Path) -> None:
+def compare(run: Path, whole: Path, steps: int) -> None:
     """The adapters by their tensors, for each file's header names the settings of its run."""
     one, two = (load_file(folder / lora.WEIGHTS) for folder in (run, whole))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one), "the adapters differ"
-    name = f"checkpoints/step-{STEPS:06d}/{checkpoint.TENSORS}"
+    name = f"checkpoints/step-{steps:06d}/{checkpoint.TENSORS}"
     assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert rows(run) == rows(whole), "metrics differ"
 
@@ -128,45 +166,49 @@ def main(argv: list[str]) -> None:
     def command(run: Path) -> list[str]:
         return [f"{key}={value}" for key, value in (settings | {"run.dir": run}).items()]
 
-    whole, run = folder / "whole", folder / "run"
-    end(start(count, command(whole), folder / "whole-log"), 600)
-    assert check_whole(whole) == STEPS, (folder / "whole-log/rank-0.log").read_text()[-3000:]
-    killed, starts = 0, 0
-    while True:
-        starts += 1
+    steps, whole, run = int(settings["train.steps"]), folder / "whole", folder / "run"
+    spent = end(start(count, command(whole), folder / "whole-log"), 600)
+    assert check_whole(whole) == steps, (folder / "whole-log/rank-0.log").read_text()[-3000:]
+    times = column(read_rows(whole / "metrics.csv"), "seconds_per_step").values()
+    typical = {"step": sum(times) / steps, "save": SAVE}
+    typical["start"] = spent - sum(times) - SAVE * steps / EVERY
+    print(f"left alone: {spent:.0f} s, of a step {typical['step']:.2f} s", flush=True)
+    waiting = draw_kills(kills, steps, count, draw)
+    killed: Counter[str] = Counter()
+    for starts in itertools.count(1):
         log = folder / f"log-{starts}"
         before = check_whole(run)
         started = start(count, command(run), log)
-        what = kill(started, run, draw) if killed < kills else None
+        kill = waiting.pop(0) if waiting else None
+        where = strike(kill, started, run, typical) if kill else None
         joined = "Attention backend" in (log / "rank-0.log").read_text()
-        if what is not None and not joined:  # no process knows the others yet: the launcher's part
+        if where is not None and not joined:  # no process knows the others yet: the launcher's part
             for process in started:
                 process.kill()
-        spent = end(started, 600 if what is None else 60)
-        if before:
-            wanted = [before] if check_whole(run) > before else [before, None]
-            assert resumed_at(log) in wanted, f"{log}: not from step {before}"
-        if what is None:
-            codes = [process.returncode for process in started]
-            assert codes == [0] * count, (log / "rank-0.log").read_text()[-3000:]
-            break
-        killed += 1
+        spent = end(started, 600 if where is None else 60)
         now = check_whole(run)
+        if before:
+            wanted = [before] if now > before else [before, None]
+            assert resumed_at(log) in wanted, f"{log}: not from step {before}"
+        if where is None:
+            break
+        killed[where.partition(" after")[0]] += 1
         print(
-            f"{killed}: from step {before}, killed {what}; newest whole checkpoint {now}; the "
-            f"rest ended in {spent:.0f} s",
+            f"{killed.total()}: from step {before}, {kill} killed in {where}; newest whole "
+            f"checkpoint {now}; the rest ended in {spent:.0f} s",
             flush=True,
         )
-    assert check_whole(run) == STEPS
-    compare(run, whole)
-    with (run / "metrics.csv").open() as file:
-        losses = [row["loss"] for row in csv.DictReader(file) if row["loss"]]
+    codes = [process.returncode for process in started]
+    assert codes == [0] * count, (log / "rank-0.log").read_text()[-3000:]
+    assert check_whole(run) == steps
+    compare(run, whole, steps)
+    places = ", ".join(f"{number} in {place}" for place, number in sorted(killed.items()))
     print(
-        f"{killed} kills, {starts} starts, {len(losses)} steps: adapter, moments and metrics equal "
-        "the undisturbed run's bit for bit"
+        f"{killed.total()} kills ({places}), {starts} starts, {steps} steps: adapter, moments and "
+        "metrics equal the undisturbed run's bit for bit"
     )
-    if killed < kills:
-        raise SystemExit(f"error: the run was complete after {killed} of {kills} kills.")
+    if killed.total() < kills:
+        raise SystemExit(f"error: the run was complete after {killed.total()} of {kills} kills.")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -281,18 +282,17 @@ def spoil_a_clip(cache: Path) -> str:
 
 
 def test_two_processes_agree(arguments, tmp_path):
-    """On skipping a clip of NaNs that one of them meets, data parallel and sharing clips; then on
+    """On skipping a clip of NaNs that one of them meets, sharing clips and data parallel; then on
     a signal that one of them gets."""
     settings = with_settings(arguments, f"cache.dir={tmp_path / 'cache'}", "train.max_skips=9")
     settings = with_settings(settings, "validate.clips=0")
     train(settings, "train.steps=1", f"run.dir={tmp_path / 'first'}")
     spoil_a_clip(tmp_path / "cache")
     runs = [
-        with_settings(settings, f"run.dir={tmp_path / 'data'}", "train.steps=6"),
         with_settings(settings, f"run.dir={tmp_path / 'shared'}", "parallel.sequence=2"),
-        with_settings(settings, f"run.dir={tmp_path / 'stopped'}", "checkpoint.every=100"),
+        with_settings(settings, f"run.dir={tmp_path / 'data'}", "train.steps=9"),
     ]
-    failure = json.dumps({"kind": "signal", "rank": 1, "step": 3})
+    failure = json.dumps({"kind": "signal", "rank": 1, "step": 7})
     started = processes.start(2, "tests/failing_runs.py", failure, json.dumps(runs))
     ended = processes.finish(started)
     assert [code for code, _ in ended] == [signals.REQUEUE] * 2, ended
@@ -304,7 +304,7 @@ def test_two_processes_agree(arguments, tmp_path):
         assert all(tensor.isfinite().all() for tensor in tensors.values())
     said = " ".join(ended[0][1].split())
     assert "No update at step" in said and "on process 1" in said and "on process 0" in said
-    assert saved_steps(tmp_path / "stopped") == [3]
+    assert saved_steps(tmp_path / "data")[-1] == 7
 
 
 # Processes and networks that are gone
@@ -331,6 +331,16 @@ def test_a_run_with_a_lost_process_ends_within_a_minute(arguments, tmp_path, kin
     assert other == (-signal.SIGKILL if kind == "kill" else 1)
     assert spent < 60
     assert checkpoint.latest(checkpoints).name == "step-000002"
+
+
+@pytest.mark.slow
+def test_killed_anywhere_a_run_goes_on_as_if_it_had_not_been():
+    """A few kills of what `kill_and_resume.py` does 20 times."""
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, str(script), "kills=5", "train.steps=30"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 kills" in done.stdout and "bit for bit" in done.stdout
 
 
 @pytest.mark.slow  # wandb tries for a minute

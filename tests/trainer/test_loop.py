@@ -290,6 +290,24 @@ def test_a_torn_checkpoint_is_passed_over(arguments):
     assert checkpoint.latest(run_dir / "checkpoints").name == "step-000002"
 
 
+def test_a_removal_that_is_cut_short_leaves_no_torn_checkpoint(tmp_path, monkeypatch):
+    def save(step):
+        state = checkpoint.State({"lora.a": torch.ones(2)}, {})
+        checkpoint.save(tmp_path, state, checkpoint.Progress(step, 1, "", [0]), keep_last=1)
+
+    def cut_short(folder, **options):
+        (folder / checkpoint.TENSORS).unlink()
+        raise Interrupted
+
+    save(1)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(checkpoint.shutil, "rmtree", cut_short)
+        save(2)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
+    save(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_a_run_out_of_memory_loses_no_step(arguments, tmp_path, monkeypatch, kind):
     """It ends with its last whole step saved and names what helps, with which it goes on."""

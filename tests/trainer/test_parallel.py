@@ -8,7 +8,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import processes
 import pytest
+import sampled_together
 import tiny
 import torch
 from parallel_cases import PATTERNS, Case, build, update_alone
@@ -207,7 +210,8 @@ def assert_alike(*videos: Path) -> None:
 
 
 def test_a_run_of_two_processes_that_share_clips(arguments, tmp_path):
-    """As of one process, samples included; resumed, by either number of them, as if never stopped.
+    """As of one process, samples included, with a base that is whole in each and one in shards;
+    resumed, by either number of them, as if never stopped.
 
     153 tokens; captions dropped and noise drawn alike in both processes; each run tries a step.
     """
@@ -216,20 +220,24 @@ def test_a_run_of_two_processes_that_share_clips(arguments, tmp_path):
     settings += ["validate.prompts=a wave", "validate.frames=9", "validate.every=2"]
     alone = train(arguments, *settings, f"run.dir={tmp_path / 'alone'}").run_dir
     shared = with_settings(arguments, *settings, "parallel.sequence=2")
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole, halves, shards = (tmp_path / name for name in ("whole", "halves", "shards"))
+    sharded = with_settings(shared, f"run.dir={shards}", "parallel.engine=fsdp2")
     launch(
         2,
         with_settings(shared, f"run.dir={whole}"),
         with_settings(shared, f"run.dir={halves}", "train.steps=2"),
         with_settings(shared, f"run.dir={halves}"),
+        with_settings(sharded, "train.steps=2"),
+        sharded,
     )
     assert_the_same_run(whole, alone)
+    assert_the_same_run(shards, alone)
     assert rows(whole) == rows(halves)
     states = [run / "checkpoints/step-000004/state.safetensors" for run in (whole, halves)]
     assert states[0].read_bytes() == states[1].read_bytes()
 
-    train(arguments, *settings, f"run.dir={halves}", "train.steps=5")
-    assert checkpoint.latest(halves / "checkpoints").name == "step-000005"
+    train(arguments, *settings, f"run.dir={shards}", "train.steps=5")
+    assert checkpoint.latest(shards / "checkpoints").name == "step-000005"
 
 
 @pytest.mark.slow
@@ -246,6 +254,24 @@ def test_four_processes_in_two_pairs_are_two(name, videos, cache, tmp_path):
     train(settings, "train.steps=5")  # one goes on with what two have learnt
     saved = checkpoint.load_progress(tmp_path / "two/checkpoints/step-000005")
     assert (saved.world_size, saved.drawn) == (1, [4 * 2 * 2 + 2])
+
+
+# Sampling
+
+
+@pytest.mark.slow
+def test_every_family_is_sampled_together(tmp_path):
+    file = tmp_path / "videos.npz"
+    ended = processes.finish(processes.start(2, "tests/sampled_together.py", str(file)))
+    assert [code for code, _ in ended] == [0, 0], ended
+    together = np.load(file)
+    alone = sampled_together.videos(SequenceGroup())
+    for family in FAMILIES:
+        assert (alone[f"{family}, sparse"] != alone[f"{family}, dense"]).any()
+    for name, video in alone.items():
+        off = np.abs(together[name].astype(int) - video)
+        print(f"{name}: of 255 at most {off.max()} off, {off.mean():.1e} on average")
+        assert off.max() <= 1 and off.mean() < 1e-2 < 1 < video.std(), name
 
 
 # What cannot be shared
@@ -267,9 +293,10 @@ def test_sizes_that_do_not_divide_are_refused(arguments):
 # Engines
 
 
+@pytest.mark.slow
 def test_a_run_under_fsdp2_is_a_run(arguments, tmp_path):
-    """Validation, samples, the step that is tried and checkpoints with a base in shards; one
-    process without them goes on from what it saved."""
+    """Data parallel: validation, samples, the step that is tried and checkpoints with a base in
+    shards; one process without them goes on from what it saved."""
     settings = ["train.lr=0.01", "train.accumulate=2", "memory.probe=true", "validate.every=2"]
     settings += ["validate.prompts=a wave", "validate.frames=9"]
     plain = with_settings(arguments, *settings, f"run.dir={tmp_path / 'plain'}")
