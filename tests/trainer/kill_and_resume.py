@@ -39,7 +39,7 @@ from longreel.trainer import checkpoint, lora  # noqa: E402
 from longreel.trainer.metrics import column, read_rows  # noqa: E402
 
 STEPS, EVERY = 120, 2
-SAVE = 0.15  # seconds that a slow save takes, about
+SAVE = 0.1  # seconds that a slow save takes, about
 
 
 @dataclass(frozen=True)
