@@ -105,7 +105,7 @@ class Caption:
 class StockLearner(Learner):
     """Its dense attention is what torch picks by itself."""
 
-    def dense_kernels(self) -> AbstractContextManager[None]:
+    def dense_kernels(self) -> AbstractContextManager[object]:
         return nullcontext()
 
 

@@ -16,7 +16,7 @@ DENSE_BACKENDS = (
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def fastest_dense() -> AbstractContextManager[None]:
+def fastest_dense() -> AbstractContextManager[object]:
     """Under it SDPA takes the first of DENSE_BACKENDS that can, in all threads, and plain products
     where none can."""
     return sdpa_kernel([*DENSE_BACKENDS, SDPBackend.MATH], set_priority=True)

@@ -149,7 +149,7 @@ class Learner:
         """Of a clip, which part of how many this process is given in a batch."""
         return self.sequence.rank, self.sequence.size
 
-    def dense_kernels(self) -> AbstractContextManager[None]:
+    def dense_kernels(self) -> AbstractContextManager[object]:
         """Around forward and backward: what dense attention runs on."""
         return fastest_dense()
 
