@@ -285,14 +285,14 @@ def test_two_processes_agree(arguments, tmp_path):
     """On skipping a clip of NaNs that one of them meets, sharing clips and data parallel; then on
     a signal that one of them gets."""
     settings = with_settings(arguments, f"cache.dir={tmp_path / 'cache'}", "train.max_skips=9")
-    settings = with_settings(settings, "validate.clips=0")
+    settings = with_settings(settings, "validate.clips=0", "height=48", "width=48")
     train(settings, "train.steps=1", f"run.dir={tmp_path / 'first'}")
     spoil_a_clip(tmp_path / "cache")
     runs = [
         with_settings(settings, f"run.dir={tmp_path / 'shared'}", "parallel.sequence=2"),
-        with_settings(settings, f"run.dir={tmp_path / 'data'}", "train.steps=9"),
+        with_settings(settings, f"run.dir={tmp_path / 'data'}", "train.steps=6"),
     ]
-    failure = json.dumps({"kind": "signal", "rank": 1, "step": 7})
+    failure = json.dumps({"kind": "signal", "rank": 1, "step": 5})
     started = processes.start(2, "tests/failing_runs.py", failure, json.dumps(runs))
     ended = processes.finish(started)
     assert [code for code, _ in ended] == [signals.REQUEUE] * 2, ended
@@ -304,7 +304,7 @@ def test_two_processes_agree(arguments, tmp_path):
         assert all(tensor.isfinite().all() for tensor in tensors.values())
     said = " ".join(ended[0][1].split())
     assert "No update at step" in said and "on process 1" in said and "on process 0" in said
-    assert saved_steps(tmp_path / "data")[-1] == 7
+    assert saved_steps(tmp_path / "data")[-1] == 5
 
 
 # Processes and networks that are gone
