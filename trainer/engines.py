@@ -54,9 +54,20 @@ def launched_engine() -> EngineName | None:
 def open_engine(config: Config, timeout: timedelta) -> Engine:
     """The engine that the config asks for, or else the launcher; starts the process group.
 
-    timeout: of collectives. Raises ConfigError where config and launcher differ, and for what the
-    engine cannot do.
+    timeout: of collectives. Raises ConfigError where config and launcher differ, for what the
+    engine cannot do, and where accelerate knows nothing of the other processes.
     """
+    engine = _open(config, timeout)
+    started, known = int(os.environ.get("WORLD_SIZE", "1")), engine.accelerator.num_processes
+    if started != known:  # each would train a run of its own, in the same folder
+        raise ConfigError(
+            f"{started} processes were started and accelerate knows of {known}: it takes each that "
+            "finds no GPU for one alone. On CPUs set ACCELERATE_USE_CPU=true."
+        )
+    return engine
+
+
+def _open(config: Config, timeout: timedelta) -> Engine:
     wanted, launched = config.parallel.engine, launched_engine()
     if wanted is not None and launched is not None and wanted != launched:
         raise ConfigError(

@@ -308,6 +308,13 @@ def test_a_run_under_fsdp2_is_a_run(arguments, tmp_path):
     assert checkpoint.latest(tmp_path / "halves/checkpoints").name == "step-000005"
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(arguments, monkeypatch):
+    """As under torchrun on a machine without a GPU: each would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started and accelerate knows of 1"):
+        train(arguments)
+
+
 def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
     with pytest.raises(ConfigError, match="parallel.engine=fsdp2 shards the moments"):
         load([*arguments, "parallel.engine=fsdp2", "memory.optimizer=adamw8bit"])
