@@ -26,6 +26,7 @@ def cache(tmp_path) -> Path:
 
 
 def run(capsys, *arguments: str) -> list[str]:
+    capsys.readouterr()  # what was logged before, where a run of another test opened a console
     main(["cache", *arguments])
     return capsys.readouterr().out.splitlines()
 
