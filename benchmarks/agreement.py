@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,11 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import SparsePattern
-from longreel.trainer import flow
-from longreel.trainer.device import DENSE_BACKENDS
+from longreel.trainer.device import fastest_dense
 from longreel.trainer.job import Job
 
-FASTEST = (*DENSE_BACKENDS, SDPBackend.MATH)
 OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kernel, for the budget
 # How many times further apart than two dense kernels: the products of ours are split otherwise, and
 # its memory settings may round in other places.
@@ -26,7 +25,7 @@ ROOM = 4
 BLOCKS = 2  # of each kind
 SIDE = 16  # tokens, of a frame
 STEPS = 2  # of the VAE in time: three latent frames, where each is one
-SCALE = 0.02  # of the adapter's weights, one half of which is zero at first
+Kernels = AbstractContextManager[object]  # that dense attention runs under
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,9 @@ def check(dense: Job, radial: Job, device: torch.device) -> str:
     sparse = replace(radial.config.sparse, pattern=AllBlocks(), density=None, dense_layers=0)
     radial = _small(replace(radial, config=replace(radial.config, sparse=sparse)))
     dense = _small(dense)
-    expected = _run(dense, shared, device, FASTEST)
-    noise = apart(expected, _run(dense, shared, device, OTHER))
-    errors = apart(expected, _run(radial, shared, device, FASTEST))
+    expected = _run(dense, shared, device, fastest_dense())
+    noise = apart(expected, _run(dense, shared, device, sdpa_kernel([*OTHER], set_priority=True)))
+    errors = apart(expected, _run(radial, shared, device, fastest_dense()))
     eps = torch.finfo(expected.output.dtype).eps
     parts = [
         f"{what} {error:.1e} ({other:.1e})"
@@ -102,20 +101,12 @@ def _small(job: Job) -> Job:
 
 
 def _run(
-    job: Job, shared: dict[str, nn.Parameter], device: torch.device, backends: Sequence[SDPBackend]
+    job: Job, shared: dict[str, nn.Parameter], device: torch.device, kernels: Kernels
 ) -> Result:
     stepper = Stepper(job, shared, device, Caption())
-    learner, outputs = stepper.learner, []
-    generator = torch.Generator().manual_seed(1)
-    for parameter in learner.parameters.values():
-        noise = SCALE * torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(noise)
-    learner.transformer.register_forward_hook(lambda *call: outputs.append(call[-1][0].detach()))
-    batch = next(stepper.batches)
-    clean = batch["latents"].to(device)
-    noise, sigma = flow.sample(clean, job.config.train.sigma, generator)
-    with sdpa_kernel([*backends], set_priority=True):
-        learner.accelerator.backward(learner.loss_at(clean, noise, sigma, batch["texts"]))
-    gradients = {name: p.grad for name, p in learner.parameters.items() if p.grad is not None}
-    assert len(gradients) == len(learner.parameters)
+    outputs: list[Tensor] = []
+    stepper.learner.transformer.register_forward_hook(
+        lambda *call: outputs.append(call[-1][0].detach())
+    )
+    gradients = stepper.gradients(kernels)
     return Result(outputs[0], gradients)

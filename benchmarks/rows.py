@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from untrained import random_batch, untrained
 
 from longreel.sparse.grid import TokenGrid
+from longreel.trainer import flow
 from longreel.trainer.config import Config, Memory
 from longreel.trainer.families.base import ModelFamily, Text
 from longreel.trainer.job import Job
@@ -32,6 +33,7 @@ PLAIN = tuple(
     for key in ("checkpoint", "offload", "mlp_chunk", "fused_norms", "optimizer")
 )
 CHUNK = 16384  # tokens, of docs/memory.md
+SCALE = 0.02  # of the adapter's weights where gradients are compared
 SHORT_FRAMES = 4  # latent ones, of a warm-up that compiles and little else
 
 
@@ -161,6 +163,22 @@ class Stepper:
             # Others that wait for their turn have memory too.
             taken = torch.cuda.max_memory_allocated() - before
             point.peak = max(point.peak, point.held + taken)
+
+    def gradients(self, kernels: AbstractContextManager[object]) -> dict[str, Tensor]:
+        """Of the adapter, no half of which is zero, for one clip at one noise level, the same in
+        all processes. kernels: that dense attention runs under."""
+        learner, generator = self.learner, torch.Generator().manual_seed(1)
+        for parameter in learner.parameters.values():
+            parameter.data.copy_(SCALE * torch.randn(parameter.shape, generator=generator))
+        batch = random_batch(self.job, learner.dtype)  # the whole clip, not this process's part
+        clean = batch["latents"].to(self.device)
+        noise, sigma = flow.sample(clean, self.job.config.train.sigma, generator)
+        with kernels, learner.engine.batch(last=True):
+            learner.engine.backward(learner.loss_at(clean, noise, sigma, batch["texts"]))
+        gradients = {n: p.grad for n, p in learner.parameters.items() if p.grad is not None}
+        assert len(gradients) == len(learner.parameters)
+        learner.engine.skip()
+        return gradients
 
     def held(self) -> int:
         state = self.learner.optimizer.state.values()

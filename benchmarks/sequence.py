@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import training
 from accelerate.utils import gather_object
-from agreement import ROOM, SCALE
+from agreement import ROOM
 from blocks import count_blocks, describe, with_blocks
 from parts import PARTS
 from report import RESULTS, dated, from_command_line, resumed, short, with_sections, write
@@ -39,10 +39,9 @@ from rows import Caption, Point, Row, Stepper
 from step import free, job_of
 from torch import Tensor, nn
 from training import say
-from untrained import random_batch
 
-from longreel.trainer import flow
 from longreel.trainer.config import ConfigError
+from longreel.trainer.device import fastest_dense
 from longreel.trainer.estimate import GIB
 from longreel.trainer.job import Job
 from longreel.trainer.metrics import peak_memory_gib
@@ -137,7 +136,10 @@ def compare(alone: Way, shared: Way) -> str:
 
     Raises SystemExit where sharing moves them by more than some roundings in the model's precision.
     """
-    expected, again, found = (gradients(way.stepper) for way in (alone, alone, shared))
+    expected, again, found = (
+        {name: grad.cpu() for name, grad in way.stepper.gradients(fastest_dense()).items()}
+        for way in (alone, alone, shared)
+    )
     budget = ROOM * torch.finfo(alone.stepper.learner.dtype).eps
     error, noise = apart(found, expected), apart(again, expected)
     told = (
@@ -147,24 +149,6 @@ def compare(alone: Way, shared: Way) -> str:
     if error > budget:
         raise SystemExit(f"error: a shared clip gives other gradients. {told}")
     return told
-
-
-def gradients(stepper: Stepper) -> dict[str, Tensor]:
-    """Of the adapter, on the CPU; the same clip in all processes."""
-    learner, generator = stepper.learner, torch.Generator().manual_seed(1)
-    for parameter in learner.parameters.values():
-        parameter.data.copy_(SCALE * torch.randn(parameter.shape, generator=generator))
-    batch = random_batch(stepper.job, learner.dtype)  # the whole clip, not this process's part
-    clean = batch["latents"].to(stepper.device)
-    noise, sigma = flow.sample(clean, stepper.job.config.train.sigma, generator)
-    with learner.dense_kernels(), learner.engine.batch(last=True):
-        learner.engine.backward(learner.loss_at(clean, noise, sigma, batch["texts"]))
-    found: dict[str, Tensor] = {}
-    for name, parameter in learner.parameters.items():
-        assert parameter.grad is not None, name
-        found[name] = parameter.grad.cpu()
-    learner.engine.skip()
-    return found
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

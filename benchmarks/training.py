@@ -41,6 +41,7 @@ from untrained import random_batch, untrained
 
 from longreel.trainer import rates
 from longreel.trainer.config import Config, ConfigError
+from longreel.trainer.device import ALLOCATOR
 from longreel.trainer.estimate import GIB, Passes, read_knobs, work
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner
@@ -52,7 +53,6 @@ from longreel.trainer.report import density_by_layer
 from longreel.trainer.settings import leaf_types
 
 PARTS = ("batch", "forward", "backward", "optimizer")
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # Settings that say where files lie.
 PLACES = ("cache.", "data.", "log.", "run.")
 COLUMNS = (

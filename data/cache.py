@@ -51,6 +51,10 @@ class Bucket:
     def __str__(self) -> str:
         return f"{self.frames} x {self.height} x {self.width}"
 
+    @property
+    def pixels(self) -> int:
+        return self.frames * self.height * self.width
+
     def enlarges(self, height: int, width: int) -> float:
         """How many times a picture has to grow to cover the bucket."""
         return max(self.height / height, self.width / width)

@@ -185,7 +185,7 @@ class _Builder:
         paths = {entry.latents for entry in new_clips}
         new = [entry for entry in entries if entry.latents in paths]
         rate = self.ledger.get("rate", self.rate_key)  # pixels a second
-        pixels = sum(e.bucket.frames * e.bucket.height * e.bucket.width for e in new)
+        pixels = sum(entry.bucket.pixels for entry in new)
         return Report(
             kept=len(entries),
             sources=len({entry.source for entry in entries}),
@@ -340,7 +340,7 @@ def _share(entries: list[Entry], team: Team) -> list[Entry]:
         by_source.setdefault(entry.source, []).append(entry)
 
     def pixels(clips: list[Entry]) -> int:
-        return sum(c.bucket.frames * c.bucket.height * c.bucket.width for c in clips)
+        return sum(clip.bucket.pixels for clip in clips)
 
     load, mine = [0] * team.size, []
     for clips in sorted(by_source.values(), key=lambda clips: (-pixels(clips), clips[0].source)):

@@ -1,7 +1,7 @@
 """How the processes of a run hold a model and update it: whole in each, or in shards.
 
-What is ours is that gradients are checked before an update is
-made, and that checkpoints hold whole tensors, whatever the engine and the number of processes.
+What is ours is that gradients are checked before an update is made, and that checkpoints hold whole
+tensors, whatever the engine and the number of processes.
 """
 
 from __future__ import annotations

@@ -169,9 +169,8 @@ class Trainer:
                 f"{newest} was written under another memory.optimizer: {error}."
             ) from error
         if self.accelerator.is_main_process:
-            self.saver.publish(
-                newest
-            )  # the run may have ended between the checkpoint and this copy
+            # The run may have ended between the checkpoint and this copy.
+            self.saver.publish(newest)
         log.info(f"Resuming from {newest} at step {progress.step}.")
         return progress.step
 
