@@ -1,13 +1,13 @@
 """Pieces of the Hopper kernels: tiles that circulate in shared memory, and what a launch takes.
 
 On compute capability 9.0 the kernels are written in Gluon, the lower level of Triton, where warps,
-barriers and the asynchronous tensor cores are explicit. A program has three groups of four warps:
-a producer, which walks the block list and has the bulk copy engine (TMA) bring tiles, and two
-consumers of 64 rows each, which multiply while the other one is busy with exponentials
-(FlashAttention-3, Shah et al. 2024, section 3.1). Tiles go through rings of a few slots. A ring is
-the tuple (slots, ready, free): shared memory [slots, 1, rows, 1, D], and a barrier each for "has
-been filled" and "both consumers are done with it". The tile that is loaded as number i, from 0,
-lies in slot i % slots.
+barriers and the asynchronous tensor cores are explicit. A program has three groups: a producer of
+one warp, which walks the block list and has the bulk copy engine (TMA) bring tiles, and two
+consumers of four warps and 64 rows each, which multiply while the other one is busy with
+exponentials (FlashAttention-3, Shah et al. 2024, section 3.1). Tiles go through rings of a few
+slots. A ring is the tuple (slots, ready, free): shared memory [slots, 1, rows, 1, D], and a barrier
+each for "has been filled" and "both consumers are done with it". The tile that is loaded as number
+i, from 0, lies in slot i % slots.
 """
 
 from torch import Tensor
@@ -37,6 +37,7 @@ async_add = getattr(tma, "async_atomic_add", None) or _async_add
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer: the height of a tensor-core instruction
 WARPS = gl.constexpr(4)  # of a group
+PRODUCER_WARPS = gl.constexpr(1)  # one issues all copies; more would only wait beside it
 
 
 @gluon.jit
@@ -123,8 +124,8 @@ def copy_before(
 @gluon.jit
 def _copy_through_registers(base, stride, start, end, tile):
     D: gl.constexpr = tile.shape[1]
-    STEP: gl.constexpr = 32  # rows at a time: the producer has few registers
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    STEP: gl.constexpr = 8  # rows at a time: the producer has few registers
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [PRODUCER_WARPS, 1], [1, 0])
     row = gl.arange(0, STEP, gl.SliceLayout(1, layout))
     column = gl.arange(0, D, gl.SliceLayout(0, layout))
     for i in gl.static_range(tile.shape[0] // STEP):
@@ -132,6 +133,7 @@ def _copy_through_registers(base, stride, start, end, tile):
         place = base + m.to(gl.int64)[:, None] * stride + column[None, :]
         rows = gl.load(place, mask=(m < end)[:, None], other=0.0)
         tile.slice(i * STEP, STEP, dim=0).store(rows)
+        barrier()  # or the compiler loads all steps' rows at once, and spills them
 
 
 @gluon.jit

@@ -20,6 +20,7 @@ from .backward import row_sums
 from .forward import LOG2_E
 from .hopper import (
     CONSUMERS,
+    PRODUCER_WARPS,
     ROWS,
     WARPS,
     async_load,
@@ -201,7 +202,7 @@ def _grad_kv_kernel(
                 start_n, BLOCK, BM,
             )),
         ],
-        [WARPS, WARPS],
+        [WARPS, PRODUCER_WARPS],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
     close_barriers(kv_ready)
@@ -325,7 +326,7 @@ def _grad_q_kernel(
                 k_ring, v_ring, indices, first, tiles, batch, head, start_m, end, BLOCK, BN, CUT,
             )),
         ],
-        [WARPS, WARPS],
+        [WARPS, PRODUCER_WARPS],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
     close_barriers(q_ready)

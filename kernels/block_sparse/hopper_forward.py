@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .forward import LN_2, LOG2_E
 from .hopper import (
     CONSUMERS,
+    PRODUCER_WARPS,
     ROWS,
     WARPS,
     await_tile,
@@ -185,7 +186,7 @@ def _forward_kernel(
                 indices, first, tiles, batch, head, start_m, end, BLOCK, BN, CUT,
             )),
         ],
-        [WARPS, WARPS],
+        [WARPS, PRODUCER_WARPS],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
     close_barriers(q_ready)

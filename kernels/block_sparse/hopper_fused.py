@@ -29,6 +29,7 @@ from .backward import row_sums
 from .forward import LOG2_E
 from .hopper import (
     CONSUMERS,
+    PRODUCER_WARPS,
     ROWS,
     WARPS,
     async_add,
@@ -266,7 +267,7 @@ def _gradients_kernel(
                 indices, first, tiles, batch, head, row, start_n, end, BLOCK, BM, CUT,
             )),
         ],
-        [WARPS, WARPS],
+        [WARPS, PRODUCER_WARPS],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
     close_barriers(k_ready)

@@ -10,8 +10,10 @@ import pytest
 
 SHARED_KIB = {"80": 163, "89": 99, "90": 227, "hopper": 227, "100": 227, "120": 99}
 # Hopper's dK and dV at head_dim 128 fill every register, and with dQ at either: of `fused` all is
-# written before and after the loop. Elsewhere one or two are forgiven.
+# written before and after the loop. Newer assemblers spill what the producer copies through
+# registers, where it cuts a tile. Elsewhere one or two are forgiven.
 SPILLS = {
+    ("hopper", 128, "forward"): 64,
     ("hopper", 128, "grad_kv"): 32,
     ("hopper", 128, "fused"): 400,
     ("hopper", 64, "fused"): 400,
