@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -105,8 +106,10 @@ def take_turns(
     """Medians of the milliseconds that each step returns, one by one, the steps taking turns.
 
     A step is repeated `repeats` times after its warm-ups, and for as long as its times come to less
-    than `seconds`.
+    than `seconds`. The order of a turn is drawn anew: at its power limit a GPU is slower after a
+    step that heats it, so none may always follow the same one.
     """
+    draw = random.Random(0)
     times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in steps}
 
     def due(key: Key) -> bool:
@@ -114,7 +117,7 @@ def take_turns(
         return len(counted) < repeats or sum(map(sum, counted)) < 1e3 * seconds
 
     while turn := [key for key in steps if due(key)]:
-        for key in turn:
+        for key in draw.sample(turn, len(turn)):
             times[key].append(steps[key]())
     return {
         key: tuple(statistics.median(part) for part in zip(*taken[warmups:], strict=True))

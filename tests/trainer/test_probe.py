@@ -20,7 +20,8 @@ def test_medians_leave_warmups_out():
         "b": stepping("b", [(9, 99), (4, 40), (6, 60), (5, 50)], order),
     }
     assert take_turns(steps, warmups=1, repeats=3) == {"a": (2, 20), "b": (5, 50)}
-    assert order == list("abababab")
+    turns = ["".join(order[i : i + 2]) for i in range(0, 8, 2)]
+    assert set(turns) == {"ab", "ba"}
 
 
 def test_the_quick_go_on_until_their_seconds_are_spent():
