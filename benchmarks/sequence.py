@@ -88,8 +88,8 @@ def benchmark(argv: Sequence[str]) -> None:
         raise ConfigError("sequence.py compares several processes: run it by `accelerate launch`.")
     if options.blocks != "all" and not (options.blocks.isdigit() and int(options.blocks)):
         raise ConfigError(f"blocks={options.blocks} must be a number, or all.")
-    device, main = this_device(), os.environ["RANK"] == "0"
     alike = training.setup().replace("one process", f"{processes} processes")
+    device, main = this_device(), os.environ["RANK"] == "0"
     path = dated(Path(options.out), "sequence")
     if main:
         resumed(path, alike)  # to fail before the work

@@ -100,9 +100,9 @@ class Task:
 def benchmark(argv: Sequence[str]) -> Path:
     """Predict, check, measure and write down; returns the file of numbers."""
     options, overrides = read(argv)
+    alike = training.setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = rates.gpu_named(options.gpu) if options.gpu else training.gpu_found(device)
-    alike = training.setup()
     path = dated(Path(options.out), "step").with_suffix(".json")
     held = speedup.read(path, alike)  # to fail before the work
     recipe = training.name_of(load(overrides).recipe, overrides)

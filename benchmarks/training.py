@@ -41,7 +41,7 @@ from untrained import random_batch, untrained
 
 from longreel.trainer import rates
 from longreel.trainer.config import Config, ConfigError
-from longreel.trainer.device import ALLOCATOR
+from longreel.trainer.device import ALLOCATOR, grow_segments
 from longreel.trainer.estimate import GIB, Passes, read_knobs, work
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner
@@ -362,7 +362,9 @@ def off(expected: float | None, was: float | None) -> str:
 
 
 def setup() -> str:
-    """What must be alike in all that one file holds."""
+    """What must be alike in all that one file holds. The allocator's settings first: CUDA reads
+    them as it starts, which asking for the GPU's name makes it do."""
+    grow_segments()
     libraries = ", ".join(f"{x.__name__} {x.__version__}" for x in (diffusers, peft, accelerate))
     return f"{measured_on()}, {libraries}; one process, random weights."
 
@@ -414,9 +416,10 @@ def read(argv: list[str]) -> tuple[Options, Config, list[str]]:
 def benchmark(argv: list[str]) -> Path:
     """Predict, measure, and write both down; returns the result file."""
     options, config, overrides = read(argv)
+    called = command(overrides, options.steps)
+    alike = setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    named = None if options.gpu is None else rates.gpu_named(options.gpu)
-    gpu, alike = named or gpu_found(device), setup()
+    gpu = gpu_found(device) if options.gpu is None else rates.gpu_named(options.gpu)
     path, name = dated(Path(options.out), "training"), name_of(config.recipe, overrides)
     resumed(path, alike)  # to fail before hours of work
     with tempfile.TemporaryDirectory() as nothing:
@@ -428,7 +431,7 @@ def benchmark(argv: list[str]) -> Path:
         job = Job.from_config(config, published=True)
         made = plan(job, gpu or rates.MEASURED)
         commit = options.commit or commit_here() or "unknown"
-        about = [command(overrides, options.steps), told(gpu, commit)]
+        about = [called, told(gpu, commit)]
         say(f"{name}\n{alike}\n{about[1]}")
         if gpu is not None:
             peaks = ", ".join(f"{k} {short(v)}" for k, v in predicted_gib(made).items())
