@@ -114,6 +114,7 @@ def test_hunyuan(hunyuan: Path, tmp_path: Path):
     settings += [
         f"data.path={write_waves(tmp_path, 2, 255, 180, 320, 24)}",
         "validate.sigmas=[0.5]",
+        "data.least_scale=0.25",
     ]
     train(tmp_path, *settings, "train.steps=3", "train.caption_dropout=0.3")
     losses = column(tmp_path / "run", "loss")

@@ -1,10 +1,12 @@
 """What saves memory, on a GPU: bit-equal at full width, less at the peak, no waiting host.
 
-Runs ask for deterministic algorithms, so equal means equal to the bit.
+Runs ask for deterministic algorithms and take no others, so equal means equal to the bit: asked
+with a warning only, torch's own attention goes on adding up in varying order.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from longreel.trainer.memory import block_checkpoint
 from longreel.trainer.offload import Offload, StoredBlock, StreamCopies
 
 pytestmark = pytest.mark.gpu
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may not be taken
 LAYERS = 6
 BLOCKS = {
     "wan": {"num_layers": LAYERS},
@@ -83,15 +86,14 @@ class CountAttention(TorchDispatchMode):
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def deterministic(wanted: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(wanted)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-@deterministic()
 def run(
     case: Case,
     folder: Path,
@@ -100,6 +102,7 @@ def run(
     size: tuple[int, int, int] | None = None,
     pattern: SparsePattern | None = None,
     page: int | None = None,
+    exact: bool = True,
 ) -> Run:
     attention = SparseAttention(pattern or Radial())
     model = load(case, folder, torch.bfloat16)
@@ -126,15 +129,16 @@ def run(
         ).backward()
         torch.cuda.synchronize()
 
-    step()
-    for parameter in parameters.values():
-        parameter.grad = None
-    assert attention.current is not None
-    tokens = len(attention.current.grid)
-    torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    with CountAttention(tokens) as count:
+    with deterministic(exact):
         step()
+        for parameter in parameters.values():
+            parameter.grad = None
+        assert attention.current is not None
+        tokens = len(attention.current.grid)
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        with CountAttention(tokens) as count:
+            step()
     seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
     grads = {n: p.grad.cpu() for n, p in parameters.items() if p.grad is not None}
     assert grads.keys() == parameters.keys() and all(g.isfinite().all() for g in grads.values())
@@ -234,20 +238,44 @@ def distance(got: Run, expected: Run) -> float:
     return float(of) ** 0.5
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
-)
-@pytest.mark.parametrize("name", ["attention", "attention, offload"])
-def test_dense_layers_keep_what_sdpa_returned(
-    case: Case, folder: Path, backend: SDPBackend, name: str
-):
-    """Each fused backend; backward of some adds up in varying order, so near as two plain runs."""
-    options: dict[str, Any] = {"size": case.small, "pattern": Dense()}
+def run_dense(
+    case: Case,
+    folder: Path,
+    memory: Memory,
+    backend: SDPBackend = SDPBackend.FLASH_ATTENTION,
+    *,
+    exact: bool = True,
+) -> Run:
     with sdpa_kernel([backend, SDPBackend.MATH]):
-        one, two = (run(case, folder, FULL, **options) for _ in range(2))
-        got = run(case, folder, METHODS[name], page=2**18, **options)
-    assert one.attention_calls == 2 * LAYERS and got.attention_calls == LAYERS
-    noise, difference = distance(two, one), distance(got, one)
-    print(f"{name}, {backend.name}: {difference:.1e}, two plain runs {noise:.1e}")
-    assert difference <= 2 * noise
+        got = run(case, folder, memory, size=case.small, pattern=Dense(), page=2**18, exact=exact)
+    assert got.attention_calls == (2 if memory is FULL else 1) * LAYERS
+    return got
+
+
+@pytest.fixture(scope="module")
+def flash(case: Case, folder: Path) -> Run:
+    """Plain checkpointing under dense attention, on a small grid."""
+    return run_dense(case, folder, FULL)
+
+
+KEEPING = [name for name in METHODS if "attention" in name]
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_dense_layers_keep_what_sdpa_returned(case: Case, folder: Path, flash: Run, name: str):
+    assert_equal(run_dense(case, folder, METHODS[name]), flash)
+
+
+@pytest.mark.parametrize(
+    "backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], ids=lambda x: x.name
+)
+@pytest.mark.parametrize("name", KEEPING)
+def test_dense_layers_keep_what_inexact_sdpa_returned(
+    case: Case, folder: Path, flash: Run, backend: SDPBackend, name: str
+):
+    """Of these no backward is deterministic: nearer to a plain run than that is to flash."""
+    plain = run_dense(case, folder, FULL, backend, exact=False)
+    got = run_dense(case, folder, METHODS[name], backend, exact=False)
+    budget, difference = distance(plain, flash), distance(got, plain)
+    print(f"{name}, {backend.name}: {difference:.1e}, to flash attention {budget:.1e}")
+    assert 0 < budget < 0.05 and difference < budget
