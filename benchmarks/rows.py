@@ -18,7 +18,7 @@ from untrained import random_batch, untrained
 
 from longreel.sparse.grid import TokenGrid
 from longreel.trainer import flow
-from longreel.trainer.config import Config, Memory
+from longreel.trainer.config import Config, Lora, Memory
 from longreel.trainer.families.base import ModelFamily, Text
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner
@@ -27,10 +27,14 @@ from longreel.trainer.recipe import load
 from longreel.trainer.settings import split_arguments
 
 DENSE = ("sparse.pattern.name=dense",)
-# As diffusers trains: blocks are checkpointed whole, and nothing else is done.
-PLAIN = tuple(
-    f"memory.{key}={str(getattr(Memory(), key)).lower()}"
-    for key in ("checkpoint", "offload", "mlp_chunk", "fused_norms", "optimizer")
+# As diffusers and PEFT train: blocks are checkpointed whole, the adapter computes in fp32, and
+# nothing else is done.
+PLAIN = (
+    *(
+        f"memory.{key}={str(getattr(Memory(), key)).lower()}"
+        for key in ("checkpoint", "offload", "mlp_chunk", "fused_norms", "optimizer")
+    ),
+    f"lora.compute_dtype={Lora().compute_dtype}",
 )
 CHUNK = 16384  # tokens, of docs/memory.md
 SCALE = 0.02  # of the adapter's weights where gradients are compared
@@ -57,16 +61,19 @@ class Row:
         return replace(config, train=replace(config.train, accumulate=1))
 
 
-def rows_for(memory: Memory) -> dict[str, Row]:
-    """By name. memory: the recipe's own; each option of it is also turned, alone."""
+def rows_for(config: Config) -> dict[str, Row]:
+    """By name. config: the recipe's, of which each memory option is also turned, alone."""
+    memory, fp32 = config.memory, config.lora.compute_dtype == "float32"
     turned: dict[str, Any] = {
-        "checkpoint": "full" if memory.checkpoint == "attention" else "attention",
-        "offload": not memory.offload,
-        "mlp_chunk": 0 if memory.mlp_chunk else CHUNK,
-        "fused_norms": not memory.fused_norms,
-        "base_dtype": "bfloat16" if memory.base_dtype == "float8" else "float8",
-        "optimizer": "adamw" if memory.optimizer == "adamw8bit" else "adamw8bit",
+        "memory.checkpoint": "full" if memory.checkpoint == "attention" else "attention",
+        "memory.offload": not memory.offload,
+        "memory.mlp_chunk": 0 if memory.mlp_chunk else CHUNK,
+        "memory.fused_norms": not memory.fused_norms,
+        "memory.base_dtype": "bfloat16" if memory.base_dtype == "float8" else "float8",
+        "memory.optimizer": "adamw" if memory.optimizer == "adamw8bit" else "adamw8bit",
     }
+    if memory.base_dtype != "float32":  # with which bf16 products do not go
+        turned["lora.compute_dtype"] = "bfloat16" if fp32 else "float32"
     rows = [
         Row("stock", "diffusers + PEFT, padded text under a mask", (*DENSE, *PLAIN), stock=True),
         Row("dense", "dense, blocks checkpointed whole, text trimmed", (*DENSE, *PLAIN)),
@@ -75,8 +82,8 @@ def rows_for(memory: Memory) -> dict[str, Row]:
         Row("sparse", "the recipe without dense layers", ("sparse.dense_layers=0",)),
     ]
     for key, value in turned.items():
-        setting = f"memory.{key}={str(value).lower()}"
-        rows.append(Row(key, f"the recipe with {setting}", (setting,)))
+        setting = f"{key}={str(value).lower()}"
+        rows.append(Row(key.partition(".")[2], f"the recipe with {setting}", (setting,)))
     return {row.name: row for row in rows}
 
 

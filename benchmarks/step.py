@@ -124,7 +124,7 @@ def benchmark(argv: Sequence[str]) -> Path:
             section.rows |= {name: t.record for name, t in tasks.items() if told(t.record)}
             speedup.save(results, path, f"# Training steps, sparse and dense, {date.today()}")
 
-        rows = rows_for(load(overrides).memory)
+        rows = rows_for(load(overrides))
         checked = agreement.check(
             *(job_of(rows[name], overrides, nothing) for name in ("dense", "radial")), device
         )
@@ -142,7 +142,7 @@ def plan_rows(
     options: Options, overrides: Sequence[str], folder: str, gpu: rates.Gpu | None
 ) -> dict[str, Task]:
     """The chosen rows by their names in the file."""
-    rows, tasks = rows_for(load(overrides).memory), {}
+    rows, tasks = rows_for(load(overrides)), {}
     names = list(rows) if options.rows == "all" else options.rows.split(",")
     for name in names:
         if name not in rows:

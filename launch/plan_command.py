@@ -13,6 +13,7 @@ from ..trainer.settings import check_known, leaf_types
 
 if TYPE_CHECKING:
     from ..trainer.plan import Plan, SamplingPlan
+    from ..trainer.rates import Gpu
 
 PLAN_USAGE = """\
 longreel plan recipe=NAME [key=value ...]               predict a recipe's memory, time and cost,
@@ -48,6 +49,7 @@ def plan(argv: list[str]) -> None:
         *_work(job, made),
         *_memory(job, made),
         *_time(job, made, options),
+        *_faster(job, made, gpu),
         ("sampling", _sampling(plan_sampling(job, gpu), made.memory_limit)),
         ("rates", rates.note(gpu)),
         ("note", rates.CALIBRATION),
@@ -158,6 +160,18 @@ def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:
     sizes = {"latents": made.clip_bytes, "text, at most": made.caption_bytes}
     total = _parts({part: options.clips * size for part, size in sizes.items()})
     yield "cache", f"{total} for {options.clips} clips"
+
+
+def _faster(job: Job, made: Plan, gpu: Gpu) -> Rows:
+    from ..trainer.faster import faster
+
+    if found := faster(job, made, gpu):
+        host = max(found.memory.host.values())
+        yield (
+            "faster",
+            f"{_short(found.seconds)} s in {_gib(found.memory.peak)}, host {_gib(host)}, with "
+            f"{' '.join(found.settings)}",
+        )
 
 
 def _sampling(made: SamplingPlan, limit: float) -> str:

@@ -71,9 +71,14 @@ class Plan:
     @property
     def verdict(self) -> str:
         """`fits`, `does not fit`, or in between, when the error of the prediction decides."""
-        if self.memory.peak * (1 + MEMORY_ERROR) <= self.memory_limit:
+        if fits_surely(self.memory, self.memory_limit):
             return "fits"
         return f"may fit, by less than {MEMORY_ERROR:.0%}" if self.fits else "does not fit"
+
+
+def fits_surely(memory: Memory, limit: float) -> bool:
+    """Whether the peak is below so many bytes by more than predictions are known to err."""
+    return memory.peak * (1 + MEMORY_ERROR) <= limit
 
 
 def plan(job: Job, gpu: Gpu, *, gpus: int | None = None, memory: float | None = None) -> Plan:
@@ -88,20 +93,8 @@ def plan(job: Job, gpu: Gpu, *, gpus: int | None = None, memory: float | None = 
     grid, train = job.grid(job.frames), config.train
     densities = job.attention().layer_densities(grid, job.geometry.layers, job.geometry.heads)
     passes = Passes.of_training(knobs)
-
-    def update(shares: list[float]) -> Seconds:
-        timed = seconds(
-            model,
-            grid,
-            shares,
-            knobs,
-            gpu,
-            passes,
-            batch=train.batch,
-            backend=config.sparse.backend,
-        )
-        return timed.times(train.accumulate)
-
+    spent = update_seconds(config, model, grid, densities, knobs, gpu)
+    dense = update_seconds(config, model, grid, [1.0] * len(densities), knobs, gpu)
     clip_bytes, caption_bytes = cache_bytes(job, model)
     return Plan(
         model=model,
@@ -111,15 +104,37 @@ def plan(job: Job, gpu: Gpu, *, gpus: int | None = None, memory: float | None = 
         memory=training_memory(model, train.batch * len(grid), knobs),
         exchanged=train.accumulate * exchanged_bytes(model, train.batch * len(grid), knobs, passes),
         gathered=train.accumulate * sharding_bytes(model, knobs, passes),
-        seconds=update(densities),
-        dense_seconds=update([1.0] * len(densities)).total,
+        seconds=spent,
+        dense_seconds=dense.total,
         memory_limit=GIB * (gpu.memory if memory is None else memory),
         gpus=gpus,
         samples=train.batch * train.accumulate * gpus // knobs.sequence,
-        gpu_hours=train.steps * update(densities).total * gpus / 3600,
+        gpu_hours=train.steps * spent.total * gpus / 3600,
         clip_bytes=clip_bytes,
         caption_bytes=caption_bytes,
     )
+
+
+def update_seconds(
+    config: Config,
+    model: Anatomy,
+    grid: TokenGrid,
+    densities: list[float],
+    knobs: Knobs,
+    gpu: Gpu,
+) -> Seconds:
+    """Of one update, with so much of all pairs in each layer."""
+    timed = seconds(
+        model,
+        grid,
+        densities,
+        knobs,
+        gpu,
+        Passes.of_training(knobs),
+        batch=config.train.batch,
+        backend=config.sparse.backend,
+    )
+    return timed.times(config.train.accumulate)
 
 
 @dataclass(frozen=True)
@@ -253,14 +268,24 @@ def remedies(
     for setting, value in REMEDIES:
         if peak <= limit:
             break
-        section, _, name = setting.partition(".")
-        changed: Any = {section: replace(getattr(config, section), **{name: value})}
-        tried = replace(config, **changed)
+        tried = turned_to(config, setting, value)
         lower = training_memory(model, tokens, read_knobs(tried, gpus)).peak
         if lower < peak and not any(problems(tried)):
             config, peak = tried, lower
-            turned[f"{setting}={str(value).lower() if value is True else value}"] = peak
+            turned[told(setting, value)] = peak
     return turned, read_knobs(config, gpus)
+
+
+def turned_to(config: Config, setting: str, value: Any) -> Config:
+    """The config with another value of one setting, by its dotted name."""
+    section, _, name = setting.partition(".")
+    changed: Any = {section: replace(getattr(config, section), **{name: value})}
+    return replace(config, **changed)
+
+
+def told(setting: str, value: Any) -> str:
+    """As it is typed."""
+    return f"{setting}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def advice(

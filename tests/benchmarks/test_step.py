@@ -1,5 +1,6 @@
 """The step benchmark on tiny models and a CPU: every row, and whole models against few blocks."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import agreement
@@ -12,8 +13,9 @@ from blocks import STREAMS, count_blocks, with_blocks
 from rows import Caption, Point, Stepper, rows_for
 
 from longreel.sparse.patterns import Radial
-from longreel.trainer.config import ConfigError, Memory
+from longreel.trainer.config import Config, ConfigError, Lora, Memory
 from longreel.trainer.learner import Learner
+from longreel.trainer.recipe import load
 
 CPU = torch.device("cpu")
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")
@@ -48,8 +50,8 @@ def benchmark(overrides, tmp_path):
 @pytest.fixture
 def jobs(overrides, tmp_path):
     def of(family, *settings):
-        rows = rows_for(Memory())
         given = overrides(family, *settings)
+        rows = rows_for(load(given))
         return {name: step.job_of(row, given, str(tmp_path)) for name, row in rows.items()}
 
     return of
@@ -80,7 +82,7 @@ def linear(monkeypatch, unchecked):
 @pytest.mark.parametrize("family", ["wan", pytest.param("hunyuan", marks=pytest.mark.slow)])
 def test_every_row(benchmark, family, capsys):
     section, text = benchmark(family, "gpu=h200", "repeats=1")
-    rows = rows_for(Memory())
+    rows = rows_for(replace(Config(), memory=Memory(base_dtype="float32")))
     assert list(section.rows) == list(rows)
     for name, row in section.rows.items():
         if name == "optimizer" and find_spec("bitsandbytes") is None:
@@ -212,13 +214,17 @@ def test_a_sparse_step_that_is_wrong_is_not_timed(jobs, monkeypatch, family):
 
 def test_the_recipes_settings_are_every_rows_but_the_baselines():
     given = ["recipe=hunyuan_2x", "memory.checkpoint=attention", "sparse.pattern.decay=2"]
-    rows = rows_for(Memory(checkpoint="attention", offload=True))
+    rows = rows_for(load(given))
     configs = {name: row.config(given) for name, row in rows.items()}
     assert configs["stock"].memory == configs["dense"].memory == Memory()
     assert configs["fair"].memory == configs["radial"].memory
-    assert configs["fair"].memory == Memory(checkpoint="attention", offload=True)
-    assert configs["checkpoint"].memory == Memory(offload=True)
-    assert configs["offload"].memory == Memory(checkpoint="attention")
+    assert configs["stock"].lora == configs["dense"].lora == Lora()
+    assert configs["fair"].lora == configs["radial"].lora == Lora(compute_dtype="bfloat16")
+    assert configs["compute_dtype"].lora == Lora()
+    own = Memory(checkpoint="attention", offload=True, fused_norms=True)
+    assert configs["fair"].memory == own
+    assert configs["checkpoint"].memory == replace(own, checkpoint="full")
+    assert configs["offload"].memory == replace(own, offload=False)
     assert configs["sparse"].sparse.dense_layers == 0
     assert configs["radial"].sparse.pattern == Radial(decay=2)
 
