@@ -1,4 +1,7 @@
-"""The whole experiment, cell by cell; what is there already is not done again."""
+"""The whole experiment, cell by cell; what is there already is not done again.
+
+Several calls may run at once, each on a GPU of its own: a cell belongs to the one that came first.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock, Timeout
 from report import RESULTS, measured_on, write
 
 from longreel.trainer.config import ConfigError
@@ -70,6 +74,13 @@ def run(options: Options) -> bool:
     return done
 
 
+WAIT = 5.0  # seconds, before looking again whether another call is done with a cell
+
+
+class AtWork(Exception):
+    """Another call is at a cell, or at what a cell rests on."""
+
+
 class Experiment:
     """One call: the device, the base, and the banks of clips, made when first needed."""
 
@@ -83,25 +94,54 @@ class Experiment:
 
     def run(self, cells: list[Cell]) -> bool:
         try:
-            base = pretrain(
-                self.scale,
-                self.out,
-                self.device,
-                self.deadline,
-                lambda: Bank(self.scale, 1, PRETRAINED, self.device, self.workers),
-            )
-            for index, cell in enumerate(cells, 1):
-                started = time.monotonic()
-                if self._cell(cell, base):
-                    taken = time.monotonic() - started
-                    print(f"{index}/{len(cells)} {cell.name}: {taken:.0f} s", flush=True)
+            base = self._pretrained()
+            left = cells
+            while left := [cell for cell in left if not self._try(cell, base, cells)]:
+                if time.monotonic() > self.deadline:
+                    raise OutOfTime(f"other calls are at {', '.join(c.name for c in left)}")
+                time.sleep(WAIT)
         except OutOfTime as stopped:
             print(f"time is up: {stopped}; the same command goes on.")
             return False
         return True
 
-    def _cell(self, cell: Cell, base: Path) -> bool:
-        """Train, sample and measure; whether there was anything left to do."""
+    def _pretrained(self) -> Path:
+        """The base, which one call makes and others wait for."""
+        while True:
+            try:
+                with self._lock("base"):
+                    return pretrain(
+                        self.scale,
+                        self.out,
+                        self.device,
+                        self.deadline,
+                        lambda: Bank(self.scale, 1, PRETRAINED, self.device, self.workers),
+                    )
+            except Timeout:
+                if time.monotonic() > self.deadline:
+                    raise OutOfTime("another call is at the base") from None
+                time.sleep(WAIT)
+
+    def _try(self, cell: Cell, base: Path, cells: list[Cell]) -> bool:
+        """Whether the cell is done, rather than waiting for another call."""
+        started = time.monotonic()
+        try:
+            with self._lock(cell.run):
+                if self._cell(cell, base, cells):
+                    taken = time.monotonic() - started
+                    print(f"{cells.index(cell) + 1}/{len(cells)} {cell.name}: {taken:.0f} s")
+        except (AtWork, Timeout):
+            return False
+        return True
+
+    def _lock(self, name: str) -> FileLock:
+        """Ends with its process, however that ends; raises Timeout if another has it."""
+        folder = self.out / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock", timeout=0)
+
+    def _cell(self, cell: Cell, base: Path, cells: list[Cell]) -> bool:
+        """Train, sample and measure; whether there was anything left to do. Raises AtWork."""
         result = self.store.load(cell.name)
         if result is not None and result.complete:
             return False
@@ -115,7 +155,7 @@ class Experiment:
             self.device,
             self.deadline,
             lambda: self._bank(cell.factor),
-            self._budget(cell),
+            self._budget(cell, cells),
         )
         if cell.name in ANALYSED:
             path = self.out / "analysis" / f"{cell.name}.json"
@@ -146,10 +186,11 @@ class Experiment:
         save_strip(self.out / "strips" / f"{cell.name}-{name}.png", clips)
         self.store.save(cell.name, result)
 
-    def _budget(self, cell: Cell) -> float | None:
+    def _budget(self, cell: Cell, cells: list[Cell]) -> float | None:
         """GPU seconds that radial's steps took at this length, with the first seed that has them.
 
         Also for cells marked by steps, whose run may pass both marks. None where no cell asks.
+        Raises AtWork while a call is at radial's.
         """
         if cell.method == "none" or cell.row == "radial":
             return None
@@ -159,6 +200,8 @@ class Experiment:
             if cell.mark == "seconds" and timed_on != measured_on():
                 print(f"note: radial's seconds are of {timed_on}; this is {measured_on()}.")
             return radial[0].train["seconds"] if cell.row in ("dense", "spatial") else None
+        if any((c.row, c.factor) == ("radial", cell.factor) for c in cells):
+            raise AtWork  # they come first, so another call has taken them
         if cell.mark == "seconds":
             raise ConfigError(
                 f"{cell.name} trains for as long as radial's steps took: run only=radial-"

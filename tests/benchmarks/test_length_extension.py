@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from length_extension import estimate, figures, page
 from length_extension.cells import Cell, plan, solved
 from length_extension.clips import Bank
@@ -226,6 +227,33 @@ def test_a_measured_cell_is_not_measured_again(tmp_path, monkeypatch, capsys):
         Experiment(dataclasses.replace(MICRO, ffn=64), tmp_path, 0)
     with pytest.raises(ConfigError, match="run only=radial-4x-seed0 first"):
         run(dataclasses.replace(options, only="dense-4x-seed0-seconds"))
+
+
+def test_calls_share_the_cells(tmp_path, monkeypatch):
+    """What another call is at is left to it, and what rests on that waits."""
+    monkeypatch.setattr("length_extension.run.SCALES", {"tiny": MICRO})
+
+    def nobody_waits(seconds):
+        raise OutOfTime("it would wait")
+
+    monkeypatch.setattr("length_extension.run.time.sleep", nobody_waits)
+    cells = [Cell("none", 1, seed, method="none") for seed in (0, 1)]
+    cells += [Cell("radial", 2, pattern=Radial()), Cell("dense", 2)]
+    monkeypatch.setattr("length_extension.run.plan", lambda seeds, only: cells)
+    options = Options(scale="tiny", out=str(tmp_path))
+    measured = []
+    monkeypatch.setattr(
+        Experiment, "_measure", lambda self, cell, *_: measured.append((cell.row, cell.seed))
+    )
+    (tmp_path / "locks").mkdir()
+    with FileLock(tmp_path / "locks/none-1x-seed0.lock"):
+        with FileLock(tmp_path / "locks/radial-2x-seed0.lock"):
+            assert not run(options)
+        assert set(measured) == {("none", 1)}
+    measured.clear()
+    with FileLock(tmp_path / "locks/base.lock"):
+        assert not run(options)
+    assert not measured
 
 
 # Statistics, controls and the page
