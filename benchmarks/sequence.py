@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import training
 from accelerate.utils import gather_object
 from agreement import ROOM
@@ -40,19 +39,22 @@ from step import free, job_of
 from torch import Tensor, nn
 from training import say
 
+from longreel.trainer import rates
 from longreel.trainer.config import ConfigError
-from longreel.trainer.device import fastest_dense
+from longreel.trainer.device import fastest_dense, grow_segments
 from longreel.trainer.estimate import GIB
 from longreel.trainer.job import Job
 from longreel.trainer.metrics import peak_memory_gib
+from longreel.trainer.plan import plan
 from longreel.trainer.recipe import parse
 from longreel.trainer.settings import leaf_types
 
 NOTES = (
     "s: of an update, on the slowest process, the median; efficiency: seconds of a clip on each "
-    "over those of as many shared ones. GiB of GPU and host: the most of any process; host: "
-    "resident, pinned pages among it. Parts: seconds of kernels in process 0's first counted step; "
-    "exchange: between GPUs."
+    "over those of as many shared ones. GiB: the most of any process; peak: that torch allocated; "
+    "GPU: all that is taken of it after a step, CUDA's context and what NCCL holds too, and both "
+    "ways where there are two; host: resident, pinned pages among it. Parts: seconds of kernels in "
+    "process 0's first counted step; exchange: between GPUs, waiting for the other ones included."
 )
 
 
@@ -69,13 +71,21 @@ class Options:
 
 @dataclass
 class Way:
-    """One way to spread clips over the processes. peak: GiB on the GPU, host: GiB, of this one."""
+    """One way to spread clips over the processes. GiB of this process, after a step: taken: of the
+    GPU, by whatever takes it, other ways too; host."""
 
     name: str
     job: Job
     stepper: Stepper
     point: Point
+    taken: float = 0.0
     host: float = 0.0
+
+    def note_memory(self, device: torch.device) -> None:
+        self.host = peak_memory_gib(torch.device("cpu"))
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            self.taken = (total - free) / GIB
 
 
 def benchmark(argv: Sequence[str]) -> None:
@@ -88,8 +98,9 @@ def benchmark(argv: Sequence[str]) -> None:
         raise ConfigError("sequence.py compares several processes: run it by `accelerate launch`.")
     if options.blocks != "all" and not (options.blocks.isdigit() and int(options.blocks)):
         raise ConfigError(f"blocks={options.blocks} must be a number, or all.")
-    alike = training.setup().replace("one process", f"{processes} processes")
+    grow_segments()  # before there is a device
     device, main = this_device(), os.environ["RANK"] == "0"
+    alike = training.setup().replace("one process", f"{processes} processes")
     path = dated(Path(options.out), "sequence")
     if main:
         resumed(path, alike)  # to fail before the work
@@ -102,6 +113,7 @@ def benchmark(argv: Sequence[str]) -> None:
             if options.blocks != "all":
                 job = with_blocks(job, dict.fromkeys(count_blocks(job), int(options.blocks)))
             stepper = Stepper(job, shared, device, Caption())
+            stepper.pin(plan(job, rates.MEASURED).memory.host.get("offload", 0.0))
             point = Point(count_blocks(job))
             name = "a clip on each" if sequence == 1 else f"one clip on {processes}"
             ways.append(Way(name, job, stepper, point))
@@ -120,7 +132,7 @@ def benchmark(argv: Sequence[str]) -> None:
         sections[title] = "\n\n".join([command(argv, processes), *told, "\n".join(lines)])
         write(path, with_sections([f"# Shared clips, {date.today()}", alike, NOTES], sections))
         say(f"{sections[title]}\n\nwritten to {path}")
-    dist.barrier()
+    ways[0].stepper.learner.accelerator.wait_for_everyone()
 
 
 def this_device() -> torch.device:
@@ -162,13 +174,15 @@ def measure(ways: list[Way], options: Options, main: bool) -> None:
     """A step that does not count, then `repeats` of each that do, in turns."""
     for turn in range(options.repeats + 1):
         for way in ways:
-            dist.barrier()
+            way.stepper.learner.accelerator.wait_for_everyone()
             if not turn:
                 way.stepper.warm(options.warmup == "short")
                 continue
             way.stepper.step(way.point)
+            if len(ways) == 1 and way.stepper.device.type == "cuda":
+                way.point.peak = torch.cuda.max_memory_allocated()  # nothing else is there
             way.point.seconds[-1] = max(gather_object([way.point.seconds[-1]]))
-            way.host = peak_memory_gib(torch.device("cpu"))
+            way.note_memory(way.stepper.device)
             if main:
                 say(f"  turn {turn}, {way.name}: {short(way.point.seconds[-1])} s")
 
@@ -176,8 +190,8 @@ def measure(ways: list[Way], options: Options, main: bool) -> None:
 def report(ways: list[Way], processes: int) -> list[str]:
     """Tables, from what all processes found."""
     lines = [
-        "| | tokens | s | of it a clip | efficiency | GPU GiB | host GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| | tokens | s | of it a clip | efficiency | peak GiB | GPU GiB | host GiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for way in ways:
         clips = processes // way.job.config.parallel.sequence
@@ -185,10 +199,11 @@ def report(ways: list[Way], processes: int) -> list[str]:
         efficiency = (
             "-" if len(ways) == 1 else f"{ways[0].point.median / (processes * seconds):.3f}"
         )
-        sizes = gather_object([(way.point.peak / GIB, way.host)])
-        gpu, host = (max(of) for of in zip(*sizes, strict=True))
+        sizes = gather_object([(way.point.peak / GIB, way.taken, way.host)])
+        peak, taken, host = (max(of) for of in zip(*sizes, strict=True))
         shown = [way.name, f"{len(way.stepper.grid):,}", short(seconds), short(seconds / clips)]
-        shown += [efficiency if clips == 1 else "1", short(gpu or None), short(host)]
+        shown += [efficiency if clips == 1 else "1"]
+        shown += [short(peak or None), short(taken or None), short(host)]
         lines.append(f"| {' | '.join(shown)} |")
     profiles = [(way.name, way.point.profile) for way in ways if way.point.profile is not None]
     if profiles:

@@ -1,7 +1,8 @@
 """`failing_runs.py FAILURE RUNS`: training runs, JSON lists of arguments, one after another, the
 last of which fails as told: `{"kind": "signal", "rank": 1, "step": 2}`.
 
-kind: `signal` (SIGUSR1), `kill` (SIGKILL), `hang`; at the forward of a step on one process.
+kind: `signal` (SIGUSR1), `kill` (SIGKILL), `hang`; at the forward of a step on one process. `slow`:
+that process takes SLOW seconds more to validate the step, and to save it.
 """
 
 import json
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
 from longreel.trainer.recipe import load
+from longreel.trainer.saving import Saver
+from longreel.trainer.validate import Validator
+
+SLOW = 8.0
 
 
 def fail(kind: str) -> None:
@@ -26,7 +31,27 @@ def fail(kind: str) -> None:
         time.sleep(3600)
 
 
+def slow_down(rank: int, step: int) -> None:
+    validate, save = Validator.run, Saver.save
+
+    def sleep(current: int) -> None:
+        if (dist.get_rank(), current) == (rank, step):
+            time.sleep(SLOW)
+
+    def slow_validate(self, current):
+        sleep(current)
+        validate(self, current)
+
+    def slow_save(self, state, progress):
+        sleep(progress.step)
+        return save(self, state, progress)
+
+    Validator.run, Saver.save = slow_validate, slow_save
+
+
 def main(failure: dict, runs: list[list[str]]) -> None:
+    if failure.get("kind") == "slow":
+        slow_down(failure["rank"], failure["step"])
     for index, arguments in enumerate(runs):
         trainer = Trainer(Job.from_config(load(arguments)))
         learner, loss = trainer.learner, trainer.learner.loss

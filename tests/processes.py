@@ -4,31 +4,37 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start(processes: int, *arguments: str, folder: Path | None = None) -> list[subprocess.Popen]:
+def start(
+    processes: int,
+    *arguments: str,
+    folder: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> list[subprocess.Popen]:
     """A Python script with its arguments over gloo, one process a rank.
 
-    folder: where `rank-N.log` holds what each said; None: pipes.
+    folder: where `rank-N.log` holds what each said; None: pipes. settings: of the environment.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-        settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        usual = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         output = subprocess.PIPE if folder is None else (folder / f"rank-{rank}.log").open("w")
         started.append(
             subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env=os.environ | settings | {key: str(value) for key, value in place.items()},
+                env=os.environ | usual | (settings or {}) | place,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,

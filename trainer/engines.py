@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
@@ -58,7 +59,8 @@ def open_engine(config: Config, timeout: timedelta) -> Engine:
     engine cannot do, and where accelerate knows nothing of the other processes.
     """
     engine = _open(config, timeout)
-    started, known = int(os.environ.get("WORLD_SIZE", "1")), engine.accelerator.num_processes
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    known = dist.get_world_size() if dist.is_initialized() else 1
     if started != known:  # each would train a run of its own, in the same folder
         raise ConfigError(
             f"{started} processes were started and accelerate knows of {known}: it takes each that "

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -59,6 +60,9 @@ class Learner:
         waiting = timedelta(days=1)  # for rank 0 to fill the cache, or to decode a sample
         self.engine = open_engine(self.config, waiting)
         self.accelerator = self.engine.accelerator
+        if dist.is_initialized() and self.accelerator.num_processes != dist.get_world_size():
+            # DeepSpeed without GPUs: accelerate then calls every process the main one.
+            raise ConfigError("The engines zero2 and zero3 need GPUs: on CPUs use fsdp2.")
         size, heads = self.config.parallel.sequence, job.geometry.heads
         self.sequence = SequenceGroup.create(size, heads, waiting)
         self.device = self.accelerator.device

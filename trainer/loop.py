@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from ..data.dataset import LatentDataset, read_text, split
 from ..data.encode import Prepared
@@ -32,6 +34,10 @@ from .step_probe import is_probed
 from .validate import Validator
 
 log = logging.getLogger(__name__)
+
+# Seconds between looks for what another machine has written: network file systems answer from
+# memory for up to a minute.
+SHOWN_LATE = (0, 5, 20, 45)
 
 
 class Trainer:
@@ -145,7 +151,7 @@ class Trainer:
     def _restore(self) -> int:
         self._clips = checkpoint.fingerprint(entry.id for entry in self.dataset.entries)
         self._start, self.sampler = 0, self._make_sampler(None)
-        newest = checkpoint.latest(self.run_dir / "checkpoints")
+        newest = self._newest()
         if newest is None:
             return 0
         progress = checkpoint.load_progress(newest)
@@ -173,6 +179,22 @@ class Trainer:
             self.saver.publish(newest)
         log.info(f"Resuming from {newest} at step {progress.step}.")
         return progress.step
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from, which all processes must see, on whatever machine they are:
+        from different ones they would train apart. Raises ConfigError if they go on to differ."""
+        folder, seen = self.run_dir / "checkpoints", []
+        for seconds in SHOWN_LATE:
+            time.sleep(seconds)
+            newest = checkpoint.latest(folder)
+            seen = gather_object([None if newest is None else newest.name])
+            if len(set(seen)) == 1:
+                return newest
+        told = ", ".join(f"{name} on process {rank}" for rank, name in enumerate(seen))
+        raise ConfigError(
+            f"Processes see different newest checkpoints in {folder}: {told}. run.dir must lie "
+            "where all machines see it."
+        )
 
     def _progress(self, step: int) -> checkpoint.Progress:
         drawn = self.sampler.drawn_after((step - self._start) * self.config.train.accumulate)
@@ -240,6 +262,7 @@ class Trainer:
             self.metrics if self.accelerator.is_main_process else None,
             device=self.learner.device,
             dtype=self.learner.dtype,
+            wait=self.accelerator.wait_for_everyone if self.learner.engine.sharded else None,
         )
 
     # Training
@@ -304,8 +327,11 @@ class Trainer:
             return
         self.learner.watch.enter(f"validation at step {step}", limited=False)
         due = self.accelerator.is_main_process and self.validator.missing(step)
-        if any_process(self.learner.device, due)[0] and self._validates:
-            self.validator.run(step)
+        if any_process(self.learner.device, due)[0]:
+            if self._validates:
+                self.validator.run(step)
+            # Here, where time has no limit; in the next step the others would wait within it.
+            self.accelerator.wait_for_everyone()
 
     def _save(self, step: int, *, insist: bool) -> None:
         """insist: the run ends here, so a save that fails is tried again, and ends it if it goes on
@@ -316,7 +342,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             save = self.saver.insist if insist else self.saver.save
             saved = save(state, progress)
-        if insist and any_process(self.learner.device, not saved)[0]:
+        # All wait here, where time has no limit: a disk may be slow.
+        failed = any_process(self.learner.device, not saved)[0]
+        if insist and failed:
             raise SystemExit(
                 f"error: step {step} could not be saved within checkpoint.retry_minutes="
                 f"{self.config.checkpoint.retry_minutes:g}: what was learnt since the newest "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ class Validator:
     """Held-out loss and sample videos of a transformer in training, which it leaves as it was.
 
     texts: `encode_text` results of the prompts, and of "" for guidance. metrics: of the process
-    that writes; None in others, which compute the same because a forward takes all of them.
+    that writes; None in others, which compute the same because a forward takes all of them. wait:
+    for all processes, where they all validate; called when a video is written.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class Validator:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        wait: Callable[[], object] | None = None,
     ) -> None:
         self.job, self.transformer, self.heldout, self.texts = job, transformer, heldout, texts
         self.metrics = metrics
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.wait = device, dtype, wait
         self._pipeline: Any = None  # of the samples, loaded when first needed
 
     def samples(self, step: int) -> list[Path]:
@@ -120,6 +122,9 @@ class Validator:
                 written = False
                 log.error(f"{path} could not be written: {error}")
         self._pipeline.vae.to("cpu")
+        if self.wait is not None:
+            # DeepSpeed's own group, where the next forward would wait, allows ten minutes.
+            self.wait()
         return written
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class Watch:
             now = time.monotonic()
             self._peers = {rank: Peer(now) for rank in range(size) if rank != self.rank}
             self._tell(0)
-            dist.barrier()
+            on_gpu = dist.get_backend() == "nccl"  # which is to be told the device
+            dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
         self._thread = threading.Thread(target=self._watch, name="longreel-watch", daemon=True)
         self._thread.start()
         return self

@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import Config
+from .config import Config, ConfigError
 from .engines import BuildOptimizer, Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def open_zero(name: str, config: Config, handlers: list[Any]) -> Engine:
-    from accelerate.utils import DeepSpeedPlugin
+    from accelerate.utils import DeepSpeedPlugin, DistributedType
 
     settings = {
         "train_micro_batch_size_per_gpu": config.train.batch,
@@ -37,9 +37,15 @@ def open_zero(name: str, config: Config, handlers: list[Any]) -> Engine:
         },
     }
     plugin = DeepSpeedPlugin(hf_ds_config=settings)
-    return ZeroEngine(
-        Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers
     )
+    if accelerator.distributed_type is not DistributedType.DEEPSPEED:
+        raise ConfigError(
+            f"parallel.engine={name} needs GPUs, and accelerate is told to use CPUs: use fsdp2, "
+            "which runs on both."
+        )
+    return ZeroEngine(accelerator)
 
 
 class ZeroEngine(Engine):

@@ -208,6 +208,20 @@ def test_lines_wait_for_room_in_order(tmp_path, small_disk):
     assert metrics.rows()[1]["attention_layer_speedup"] == long
 
 
+def test_processes_go_on_from_one_checkpoint(arguments, monkeypatch):
+    """What another process sees comes late, or never, as where each machine has a disk of its
+    own."""
+    train(arguments, "train.steps=2")
+    late = [None, "step-000002"]
+    monkeypatch.setattr(loop, "SHOWN_LATE", (0, 0.01))
+    monkeypatch.setattr(loop, "gather_object", lambda seen: [*seen, late.pop(0)])
+    train(arguments, "train.steps=3")
+    assert not late
+    monkeypatch.setattr(loop, "gather_object", lambda seen: [*seen, None])
+    with pytest.raises(ConfigError, match="step-000003 on process 0, None on process 1. run.dir"):
+        train(arguments)
+
+
 # Numbers that are none
 
 
@@ -331,6 +345,19 @@ def test_a_run_with_a_lost_process_ends_within_a_minute(arguments, tmp_path, kin
     assert other == (-signal.SIGKILL if kind == "kill" else 1)
     assert spent < 60
     assert checkpoint.latest(checkpoints).name == "step-000002"
+
+
+@pytest.mark.slow
+def test_others_may_wait_for_a_slow_validation_or_disk(arguments, tmp_path):
+    """For 8 seconds each, where a part of a step may take 6."""
+    settings = ["parallel.timeout=0.1", "checkpoint.every=2", "validate.every=2"]
+    failure = json.dumps({"kind": "slow", "rank": 0, "step": 2})
+    run = with_settings(arguments, *settings)
+    ended = processes.finish(
+        processes.start(2, "tests/failing_runs.py", failure, json.dumps([run]))
+    )
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert saved_steps(tmp_path / "run") == [2, 4]
 
 
 @pytest.mark.slow

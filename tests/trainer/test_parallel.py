@@ -331,6 +331,18 @@ def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
         train(arguments, "parallel.engine=ddp")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["true", "false"])
+def test_deepspeed_without_gpus_is_refused(arguments, monkeypatch, told):
+    """Whether or not accelerate is told that there are none."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = json.dumps([[*arguments, "parallel.engine=zero2"]])
+    started = processes.start(2, "tests/train_runs.py", run, settings={"ACCELERATE_USE_CPU": told})
+    for code, said in processes.finish(started):
+        assert code == 1 and "GPUs" in said and "fsdp2" in said.splitlines()[-1], said
+
+
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
