@@ -47,11 +47,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) 
         temporary.write_bytes(content)  # safetensors' own writing hides the errno of a full disk
 
 
-def digest(tensor: Tensor) -> str:
-    """sha1 of a tensor's numbers as they are stored."""
-    return hashlib.sha1(
-        _bytes(tensor.detach().cpu().contiguous()), usedforsecurity=False
-    ).hexdigest()
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha1 of tensors' numbers as they are stored, by order of their names."""
+    found = hashlib.sha1(usedforsecurity=False)
+    for name in sorted(tensors):
+        found.update(_bytes(tensors[name].detach().cpu().contiguous()))
+    return found.hexdigest()
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ class Ledger:
         self.folder = cache_dir / FOLDER
         self._facts: Facts = {}
         self._file: TextIO | None = None
+        self._writing = threading.Lock()
         self.reload()
 
     def get(self, kind: str, key: str) -> Any:
@@ -49,12 +51,13 @@ class Ledger:
 
     def put(self, kind: str, key: str, value: Any) -> None:
         """Remember, and append to this process's file."""
-        self._facts.setdefault(kind, {})[key] = value
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            name = self.folder / f"{uuid.uuid4().hex}.jsonl"
-            self._file = name.open("w", encoding="utf-8", buffering=1)
-        self._file.write(json.dumps([kind, key, value]) + "\n")
+        with self._writing:
+            self._facts.setdefault(kind, {})[key] = value
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                name = self.folder / f"{uuid.uuid4().hex}.jsonl"
+                self._file = name.open("w", encoding="utf-8", buffering=1)
+            self._file.write(json.dumps([kind, key, value]) + "\n")
 
     def reload(self) -> None:
         """Take in what other processes have written."""

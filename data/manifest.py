@@ -1,4 +1,4 @@
-"""What a run uses of the cache, written when it is complete.
+"""What a run uses of the cache, written before it is filled and when it is complete.
 
     <cache>/manifests/<key>.jsonl            a line about the settings, then one a clip
     <cache>/manifests/<key>.dropped.jsonl    what was dropped, and why
@@ -9,6 +9,7 @@ the files of the cache are as they were; `longreel cache` knows by it what is in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,8 +86,8 @@ def write_manifest(
     texts: dict[str, Path],
     state: str | None,
 ) -> Path:
-    """One file for each source and spec. state: None if a start must look at the videos again, as
-    when one could not be read for a reason that may pass."""
+    """One file for each source and spec. state: None if a start must look at the videos again: the
+    files are yet to be written, or a video could not be read for a reason that may pass."""
     entries = ready.entries
     used = {entry.text for entry in entries}
     places = {(s.name, s.caption): place for place, s in enumerate(listing.sources)}
@@ -113,9 +114,9 @@ def write_manifest(
             spec.buckets.index(entry.bucket),
             entry.start,
             entry.group,
-            *_size_and_time(entry.latents),
-            *_size_and_time(entry.text),
         ]
+        if state is not None:
+            line += [*_size_and_time(entry.latents), *_size_and_time(entry.text)]
         lines.append(json.dumps(line))
     path = _path(cache_dir, listing.where, spec)
     reasons = [json.dumps([item.name, item.kind, item.reason]) for item in ready.dropped]
@@ -158,10 +159,13 @@ def read_ready(
         dropped = [Dropped(*json.loads(line)) for line in _text(path.with_suffix(DROPPED))]
     except (OSError, ValueError, TypeError, IndexError):
         return None
+    if len(dropped) != about["dropped"]:  # of another process that wrote both at the same time
+        return None
     known = {entry.text for entry in entries}
     if not all(p in known or (_relative(p, cache_dir) in others and p.is_file()) for p in texts):
         return None
-    os.utime(path)
+    with contextlib.suppress(OSError):  # another's cache may be there to read only
+        os.utime(path)
     return Ready(entries, dropped, about["notes"])
 
 

@@ -1,4 +1,4 @@
-"""What is known of files: the newest fact counts, and files are merged when nobody writes to them."""
+"""What is known of files: the newest fact counts, and only files that are done with are merged."""
 
 import os
 import time

@@ -221,7 +221,7 @@ def test_a_link_that_leads_to_itself_is_one_bad_video(tmp_path):
     prepared = build(folder, SPEC, tmp_path / "cache")
     assert [e.source for e in prepared.entries] == ["a.mp4"]
     kind, reason = dropped(prepared)["loop.mp4"]
-    assert kind == "undecodable" and "Too many levels of symbolic links" in reason
+    assert kind == "unreadable" and "Too many levels of symbolic links" in reason
 
 
 def test_a_picture_under_a_video_s_name_is_too_short(tmp_path):
