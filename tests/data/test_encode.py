@@ -19,7 +19,7 @@ from longreel.data.cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry
 from longreel.data.dataset import LatentDataset, read_text, split
 from longreel.data.decode import read_clip, write_video
 from longreel.data.encode import Prepared
-from longreel.data.files import digest, read_about, read_tensors
+from longreel.data.files import digest, read_tensors
 from longreel.data.report import Report
 from longreel.data.sources import Dropped, SourceSpec, list_videos
 
