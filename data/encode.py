@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .ahead import ahead
 from .cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry, Intact
 from .captions import CaptionLimit, cut_captions
-from .files import FULL, digest, save_tensors
+from .files import digest, save_tensors, told_when_full
 from .ledger import Ledger
 from .manifest import Ready, read_ready, state, write_manifest
 from .report import Report, refusal
@@ -65,7 +65,7 @@ def prepare(
     meanwhile is a ValueError too: what is there stays, and the same call goes on.
     """
     cache_dir = Path(cache_dir).absolute()
-    with _told_when_full(cache_dir):
+    with told_when_full(cache_dir):
         builder = _Builder(
             listing, spec, cache_dir, strict, team or Team(), progress or _silent, device
         )
@@ -313,20 +313,6 @@ class _Once:
 
 def _silent(done: int, total: int, stage: str) -> None:
     pass
-
-
-@contextmanager
-def _told_when_full(cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise ValueError(
-            f"the disk of cache.dir={cache_dir} is full ({error.strerror}). What was encoded stays:"
-            " make room and run the same command again, and it goes on; or set cache.dir on another"
-            " disk."
-        ) from error
 
 
 def _counts(buckets: Sequence[Bucket], entries: list[Entry]) -> dict[Bucket, int]:

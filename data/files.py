@@ -39,6 +39,21 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def told_when_full(cache_dir: Path) -> Iterator[None]:
+    """A full disk as a ValueError that names the cache and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ValueError(
+            f"the disk of cache.dir={cache_dir} is full ({error.strerror}). What was encoded stays:"
+            " make room and run the same command again, and it goes on; or set cache.dir on another"
+            " disk."
+        ) from error
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Writes a safetensors file with `about` as its header; equal contents give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
