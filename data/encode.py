@@ -184,8 +184,8 @@ class _Builder:
         *,
         done: bool,
     ) -> Report:
-        paths = {entry.latents for entry in new_clips}
-        new = [entry for entry in entries if entry.latents in paths]
+        paths = {str(entry.latents) for entry in new_clips}
+        new = [entry for entry in entries if str(entry.latents) in paths]
         rate = self.ledger.get("rate", self.rate_key)  # pixels a second
         pixels = sum(entry.bucket.pixels for entry in new)
         return Report(

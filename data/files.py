@@ -8,7 +8,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ HEADER = "longreel"  # one metadata key with one JSON: safetensors orders severa
 UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LINES = 10_000  # that are parsed together
 
 
 @contextmanager
@@ -37,6 +39,29 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json_lines(path: Path, *, torn: bool = False) -> Iterator[Any]:
+    """The values of a file that holds one a line, with some thousand in memory at a time.
+
+    torn: lines that are no JSON are passed over; else they raise ValueError, as bytes that are not
+    UTF-8 do. OSError if the file cannot be read.
+    """
+    with path.open("rb") as file:
+        while lines := list(islice(file, LINES)):
+            try:  # in one go, which takes half the time
+                values = json.loads(b"[" + b",".join(line for line in lines if line.strip()) + b"]")
+            except ValueError:
+                if not torn:
+                    raise
+                values = _whole(lines)
+            yield from values
+
+
+def _whole(lines: list[bytes]) -> Iterator[Any]:
+    for line in lines:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 @contextmanager

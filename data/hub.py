@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import FULL, replacing, told_when_full
+from .files import FULL, read_json_lines, replacing, told_when_full
 from .folder import suffix
 from .sources import VIDEO_SUFFIXES, Dropped, Listing, Source, SourceSpec
 from .tables import first_text, span
@@ -68,7 +68,7 @@ def _list_file(spec: SourceSpec) -> Path:
 def _read(file: Path) -> list[dict[str, Any]] | None:
     """The list of an earlier run, unless files that it names are gone."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = list(read_json_lines(file))
     except (OSError, ValueError):
         return None
     there = all(row["reason"] or Path(row["path"]).exists() for row in rows)

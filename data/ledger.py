@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from .files import replacing
+from .files import read_json_lines, replacing
 
 FOLDER = "ledger"
 MOST_FILES = 8  # more are merged at the end of a build
@@ -90,28 +90,15 @@ class Ledger:
         """All files with the times of their last change in ns, the newest last."""
         written = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            with contextlib.suppress(FileNotFoundError):  # another process has merged it
+            with contextlib.suppress(FileNotFoundError):
                 written[path] = path.stat().st_mtime_ns
         return dict(sorted(written.items(), key=lambda item: item[1]))
 
 
 def _add(facts: Facts, paths: Iterable[Path]) -> None:
     for path in paths:
-        for fact in _read(path):
-            if isinstance(fact, list) and len(fact) == 3:
-                kind, key, value = fact
-                facts.setdefault(kind, {})[key] = value
-
-
-def _read(path: Path) -> list[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):  # another process has merged it; or it is not ours
-        return []
-    with contextlib.suppress(json.JSONDecodeError):
-        return json.loads("[" + ",".join(line for line in lines if line) + "]")  # in one go
-    facts = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            facts.append(json.loads(line))
-    return facts
+        with contextlib.suppress(FileNotFoundError):  # another process has merged it
+            for fact in read_json_lines(path, torn=True):
+                if isinstance(fact, list) and len(fact) == 3:
+                    kind, key, value = fact
+                    facts.setdefault(kind, {})[key] = value

@@ -77,9 +77,8 @@ def survey(
     progress: Progress,
 ) -> Survey:
     """Raises nothing for bad videos: they are in `dropped`, beside what the listing dropped."""
-    by_path = [
-        (path, list(group)) for path, group in groupby(listing.sources, key=lambda s: s.path)
-    ]
+    groups = [list(group) for _, group in groupby(listing.sources, key=lambda s: str(s.path))]
+    by_path = [(sources[0].path, sources) for sources in groups]
     examiner = _Examiner(spec, cache_dir, ledger)
     if team.size > 1:  # each its share; then every process finds all in the ledger
         share = by_path[team.rank :: team.size]
@@ -315,7 +314,7 @@ def _without_fault(known: Known) -> tuple:
 
 def hashed(path: Path, ledger: Ledger) -> str:
     """sha1 of a file's content: read once, then known by size and times."""
-    key, now = str(path.absolute()), list(stamp(path))
+    key, now = str(path if path.is_absolute() else path.absolute()), list(stamp(path))
     known = ledger.get("file", key)
     if known is not None and known[:3] == now:
         return known[3]
