@@ -68,8 +68,9 @@ class EncoderInParts(nn.Module):
     causal too, over the frames of one place, so it takes all frames of some places at a time: to go
     on from chunk to chunk it would have to keep keys and values, 46 GB for 667 frames of a tile of
     256 x 256. What is kept of the whole clip is the first attention's input, at half the height and
-    width, twice: 2 x 5.2 GiB for that tile, where all frames at once take five times 10.4 GiB at
-    the full size. The result is equal but for the rounding of sums, which goes by their size.
+    width, twice: 2 x 5.2 GiB for that tile, where all frames at once take five times 10.4 GiB, at
+    the full size (193 MB for 637 MB, measured on 121 frames of 64 x 64 with fewer places at a
+    time). The result is equal but for the rounding of sums, which goes by their size.
     """
 
     def __init__(self, stock: Any, frames: int) -> None:
