@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from longreel.data.cache import Bucket, CacheSpec, Encoders, Entry
+from longreel.data.cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry
 from longreel.data.dataset import LatentDataset
 from longreel.data.encode import prepare
 from longreel.data.files import save_tensors
@@ -119,7 +119,7 @@ def fill(videos: Path, cache: Path, clips: int) -> None:
     videos.mkdir(parents=True)
     ledger = Ledger(cache)
     one = torch.zeros(1, 1, 1, 1)
-    save_tensors(videos / ".one", {"latents": one}, {"schema": 1})
+    save_tensors(videos / ".one", {"latents": one}, {"schema": SCHEMA})
     content = (videos / ".one").read_bytes()
     kind, decoder = f"video {SPEC.fps:g}", "any"
     with (videos / "metadata.jsonl").open("w") as table:
@@ -199,8 +199,8 @@ def make(folder: Path, index: int) -> Entry:
     latents, text = folder / f"{index}.safetensors", folder / f"{index}.text.safetensors"
     generator = torch.Generator().manual_seed(index)
     values = torch.randn(LATENTS, generator=generator).bfloat16()
-    save_tensors(latents, {"latents": values}, {"schema": 1, "shape": LATENTS, "start": 0})
-    save_tensors(text, {"prompt_embeds": torch.randn(80, 4096).bfloat16()}, {"schema": 1})
+    save_tensors(latents, {"latents": values}, {"schema": SCHEMA, "shape": LATENTS, "start": 0})
+    save_tensors(text, {"prompt_embeds": torch.randn(80, 4096).bfloat16()}, {"schema": SCHEMA})
     return Entry(str(index), str(index), latents, text, "", 0, BUCKET, str(index))
 
 

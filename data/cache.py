@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-SCHEMA = 1  # raise it with any change of what the tensors or the files hold
+SCHEMA = 2  # raise it with any change of what the tensors or the files hold
 
 
 @dataclass(frozen=True, order=True)

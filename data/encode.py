@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from .ahead import ahead
 from .cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry, Intact
 from .captions import CaptionLimit, cut_captions
-from .files import FULL, digest, save_tensors
+from .files import digest, save_tensors, told_when_full
 from .ledger import Ledger
 from .manifest import Ready, read_ready, state, write_manifest
 from .report import Report, refusal
 from .sources import Dropped, Listing
-from .survey import Progress, Survey, Team, survey
+from .survey import CHANGED, Progress, Survey, Team, Video, hashed, survey, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ def prepare(
     meanwhile is a ValueError too: what is there stays, and the same call goes on.
     """
     cache_dir = Path(cache_dir).absolute()
-    with _told_when_full(cache_dir):
+    with told_when_full(cache_dir):
         builder = _Builder(
             listing, spec, cache_dir, strict, team or Team(), progress or _silent, device
         )
@@ -117,15 +117,15 @@ class _Builder:
     ) -> Prepared:
         spec, team = self.spec, self.team
         before = state(self.listing)
-        paths = [spec.text_path(self.cache_dir, caption) for caption in extra_captions]
-        ready = read_ready(self.cache_dir, self.listing, spec, paths, before)
+        extra = {caption: spec.text_path(self.cache_dir, caption) for caption in extra_captions}
+        ready = read_ready(self.cache_dir, self.listing, spec, [*extra.values()], before)
         if team.agree(ready is not None) and ready is not None:
-            return self._as_before(ready, extra_captions)
+            return self._as_before(ready, extra)
         found = survey(self.listing, spec, self.cache_dir, self.ledger, team, self.progress)
         self._refuse(found.entries, found.dropped)
-        captions = dict.fromkeys([*(entry.caption for entry in found.entries), *extra_captions])
-        texts = {caption: spec.text_path(self.cache_dir, caption) for caption in captions}
-        notes = cut_captions(captions, spec.text_key, self.ledger, caption_limit)
+        texts = {entry.caption: entry.text for entry in found.entries}
+        texts |= extra
+        notes = cut_captions(texts, spec.text_key, self.ledger, caption_limit)
         new_texts = [caption for caption, path in texts.items() if not self.intact(path)]
         new_clips = [entry for entry in found.entries if not self.intact(entry.latents)]
         if new_texts or new_clips:
@@ -133,6 +133,9 @@ class _Builder:
             if announce is not None:
                 announce(plan)
             self._check_room(plan)
+            if team.rank == 0:  # `longreel cache gc` must not take what is being written for old
+                wanted = Ready(found.entries, found.dropped, notes)
+                write_manifest(self.cache_dir, self.listing, spec, wanted, texts, None)
         team.wait()  # all have seen the same before anything is written
         faults = self._encode(new_texts, new_clips, found, texts, load_encoders)
         dropped, entries = [*found.dropped, *faults], found.entries
@@ -140,22 +143,21 @@ class _Builder:
             entries = [entry for entry in entries if self.intact(entry.latents)]
             there = {entry.source for entry in entries} | {fault.name for fault in dropped}
             lost = {e.source: None for e in found.entries if e.source not in there}
-            dropped += [Dropped(name, "undecodable", LEFT_OVER) for name in lost]
+            dropped += [Dropped(name, "unreadable", LEFT_OVER) for name in lost]
             self._refuse(entries, dropped)
         dropped.sort(key=lambda item: item.name)
         if team.rank == 0:
-            passing = any("cannot be read" in item.reason for item in dropped)
+            passing = any(item.kind == "unreadable" for item in dropped)
             lasting = None if passing or faults else before
             done = Ready(entries, dropped, notes)
             write_manifest(self.cache_dir, self.listing, spec, done, texts, lasting)
             self.ledger.merge()
         return Prepared(entries, texts, self._report(entries, dropped, new_clips, notes, done=True))
 
-    def _as_before(self, ready: Ready, extra_captions: Sequence[str]) -> Prepared:
+    def _as_before(self, ready: Ready, extra: dict[str, Path]) -> Prepared:
         self._refuse(ready.entries, ready.dropped)
         texts = {entry.caption: entry.text for entry in ready.entries}
-        for caption in extra_captions:
-            texts[caption] = self.spec.text_path(self.cache_dir, caption)
+        texts |= extra
         report = Report(
             kept=len(ready.entries),
             sources=len({entry.source for entry in ready.entries}),
@@ -182,8 +184,8 @@ class _Builder:
         *,
         done: bool,
     ) -> Report:
-        paths = {entry.latents for entry in new_clips}
-        new = [entry for entry in entries if entry.latents in paths]
+        paths = {str(entry.latents) for entry in new_clips}
+        new = [entry for entry in entries if str(entry.latents) in paths]
         rate = self.ledger.get("rate", self.rate_key)  # pixels a second
         pixels = sum(entry.bucket.pixels for entry in new)
         return Report(
@@ -242,8 +244,9 @@ class _Builder:
         missing = [caption for caption in captions if not self.intact(paths[caption])]
         for index, caption in enumerate(missing):
             self.progress(index, len(missing), "encoding text")
+            text = encoders.get().text(caption)
             about = {"schema": SCHEMA, "caption": caption, "encoder": self.spec.text_encoder}
-            save_tensors(paths[caption], encoders.get().text(caption), about)
+            save_tensors(paths[caption], text, about | {"sha1": digest(text)})
             self.intact(paths[caption])
         if missing:
             self.progress(len(missing), len(missing), "encoding text")
@@ -256,7 +259,7 @@ class _Builder:
         missing = {e.latents: e for e in entries if not self.intact(e.latents)}
         if not missing:
             return []
-        made = ahead(_read(list(missing.values()), found.paths, self.spec, faults))
+        made = ahead(_read(list(missing.values()), found.videos, self.spec, self.ledger, faults))
         with closing(made):  # also when the disk is full
             self._encode_each(made, len(missing), encoders)
         self.progress(len(missing), len(missing), "encoding clips")
@@ -292,7 +295,7 @@ class _Builder:
             "height": bucket.height,
             "width": bucket.width,
             "shape": list(latents.shape),
-            "sha1": digest(latents),
+            "sha1": digest({"latents": latents}),
         }
 
 
@@ -310,20 +313,6 @@ class _Once:
 
 def _silent(done: int, total: int, stage: str) -> None:
     pass
-
-
-@contextmanager
-def _told_when_full(cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise ValueError(
-            f"the disk of cache.dir={cache_dir} is full ({error.strerror}). What was encoded stays:"
-            " make room and run the same command again, and it goes on; or set cache.dir on another"
-            " disk."
-        ) from error
 
 
 def _counts(buckets: Sequence[Bucket], entries: list[Entry]) -> dict[Bucket, int]:
@@ -352,25 +341,33 @@ def _share(entries: list[Entry], team: Team) -> list[Entry]:
 
 
 def _read(
-    entries: list[Entry], paths: dict[str, Path], spec: CacheSpec, faults: list[Dropped]
+    entries: list[Entry],
+    videos: dict[str, Video],
+    spec: CacheSpec,
+    ledger: Ledger,
+    faults: list[Dropped],
 ) -> Iterator[tuple[Entry, np.ndarray]]:
     """Clips with their pixels, as far as they can be read; a fault is added to `faults`."""
     from .decode import DecodeError, read_clips
 
     groups: dict[tuple[Path, Bucket], dict[int, Entry]] = {}
     for entry in entries:
-        groups.setdefault((paths[entry.source], entry.bucket), {})[entry.start] = entry
+        group = (videos[entry.source].decoded, entry.bucket)
+        groups.setdefault(group, {})[entry.start] = entry
     for (path, bucket), clips in groups.items():
         size = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
         name = next(iter(clips.values())).source
+        video = videos[name]
         try:
             for start, pixels in read_clips(path, starts=sorted(clips), fps=spec.fps, **size):
+                # Else the pixels of one video would be kept as those of another.
+                if path == video.path and hashed(path, ledger) != video.fingerprint:
+                    raise OSError(CHANGED)
                 yield clips[start], pixels
         except DecodeError as error:
             faults.append(Dropped(name, "undecodable", error.reason))
         except OSError as error:
-            reason = f"cannot be read ({error.strerror or error})"
-            faults.append(Dropped(name, "undecodable", reason))
+            faults.append(Dropped(name, "unreadable", unreadable(error)))
 
 
 def _check_latents(latents: Tensor, clip: str) -> None:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from .files import FULL, read_json_lines, replacing, told_when_full
 from .folder import suffix
 from .sources import VIDEO_SUFFIXES, Dropped, Listing, Source, SourceSpec
 from .tables import first_text, span
@@ -35,7 +36,8 @@ def list_dataset(spec: SourceSpec) -> Listing:
     file = _list_file(spec)
     rows = _read(file)
     if rows is None:
-        rows = _write(file, _stream(spec))
+        with told_when_full(Path(spec.cache_dir).absolute()):
+            rows = _write(file, _stream(spec))
         log.info(f"{where}: {len(rows)} rows; delete {file} to read the data set again.")
     sources, dropped = [], []
     for row in rows:
@@ -66,7 +68,7 @@ def _list_file(spec: SourceSpec) -> Path:
 def _read(file: Path) -> list[dict[str, Any]] | None:
     """The list of an earlier run, unless files that it names are gone."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = list(read_json_lines(file))
     except (OSError, ValueError):
         return None
     there = all(row["reason"] or Path(row["path"]).exists() for row in rows)
@@ -95,13 +97,13 @@ def _stream(spec: SourceSpec) -> Iterator[dict[str, Any]]:
             spec.path, spec.subset, split=spec.split, revision=spec.revision, streaming=True
         )
     except Exception as error:  # it raises families of its own and of the Hub's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
             f"data.path={spec.path}: datasets cannot load it ({reason}); data.path is a name on "
             "the Hub or a local folder, data.subset and data.split choose a part"
         ) from error
-    # Not known of streamed CSV and JSON before a row is read.
-    features = dict(split.features or dict.fromkeys(next(iter(split), {})))
+    with _reading(spec):  # columns of CSV and JSON are not known before
+        features = dict(split.features or dict.fromkeys(next(iter(split), {})))
     column = spec.video or _video_column(features, datasets)
     if features and column not in features:
         raise ValueError(
@@ -109,8 +111,24 @@ def _stream(spec: SourceSpec) -> Iterator[dict[str, Any]]:
         )
     if isinstance(features.get(column), datasets.Video):
         split = split.cast_column(column, datasets.Video(decode=False))
-    for index, row in enumerate(split):
-        yield _plain_row(index, row, column, spec)
+    with _reading(spec):
+        for index, row in enumerate(split):
+            yield _plain_row(index, row, column, spec)
+
+
+@contextmanager
+def _reading(spec: SourceSpec) -> Iterator[None]:
+    """Say which data set could not be read: a broken file, or a connection that ended."""
+    try:
+        yield
+    except Exception as error:  # families of its own, of the Hub's and of Arrow's
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"data.path={spec.path}: datasets cannot read split {spec.split} to its end "
+            f"({reason}); run again, or mend the files"
+        ) from error
 
 
 def _video_column(features: dict[str, Any], datasets: Any) -> str:

@@ -12,16 +12,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
+import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from .files import replacing
+from .files import read_json_lines, replacing
 
 FOLDER = "ledger"
-MOST_FILES = 8  # more are merged at the next start
+MOST_FILES = 8  # more are merged at the end of a build
+IN_USE = 3600  # seconds since a file was written to, in which its process may go on with it
 
 Stamp = tuple[int, int, int]
+Facts = dict[str, dict[str, Any]]
 
 
 def stamp(path: str | Path) -> Stamp:
@@ -35,8 +40,9 @@ class Ledger:
 
     def __init__(self, cache_dir: Path) -> None:
         self.folder = cache_dir / FOLDER
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._facts: Facts = {}
         self._file: TextIO | None = None
+        self._writing = threading.Lock()
         self.reload()
 
     def get(self, kind: str, key: str) -> Any:
@@ -45,20 +51,17 @@ class Ledger:
 
     def put(self, kind: str, key: str, value: Any) -> None:
         """Remember, and append to this process's file."""
-        self._facts.setdefault(kind, {})[key] = value
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            name = self.folder / f"{uuid.uuid4().hex}.jsonl"
-            self._file = name.open("w", encoding="utf-8", buffering=1)
-        self._file.write(json.dumps([kind, key, value]) + "\n")
+        with self._writing:
+            self._facts.setdefault(kind, {})[key] = value
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                name = self.folder / f"{uuid.uuid4().hex}.jsonl"
+                self._file = name.open("w", encoding="utf-8", buffering=1)
+            self._file.write(json.dumps([kind, key, value]) + "\n")
 
     def reload(self) -> None:
         """Take in what other processes have written."""
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for fact in _read(path):
-                if isinstance(fact, list) and len(fact) == 3:
-                    kind, key, value = fact
-                    self._facts.setdefault(kind, {})[key] = value
+        _add(self._facts, self._paths())
 
     def close(self) -> None:
         if self._file is not None:
@@ -66,31 +69,36 @@ class Ledger:
             self._file = None
 
     def merge(self) -> None:
-        """Put all files into one, if they are many. A process that writes meanwhile loses nothing
-        but time: what it found is found again."""
+        """Put files that nobody writes to any more into one, if they are many."""
         self.close()
-        before = list(self.folder.glob("*.jsonl"))
-        if len(before) <= MOST_FILES:
+        done = time.time_ns() - IN_USE * 10**9
+        old = {path: written for path, written in self._paths().items() if written < done}
+        if len(old) <= MOST_FILES:
             return
-        with (
-            replacing(self.folder / f"{uuid.uuid4().hex}.jsonl") as temporary,
-            temporary.open("w", encoding="utf-8") as file,
-        ):
-            for kind, facts in self._facts.items():
-                file.writelines(json.dumps([kind, key, facts[key]]) + "\n" for key in facts)
-        for path in before:
+        facts: Facts = {}
+        _add(facts, old)  # again: others may have come in since they were read
+        newest = max(old.values())
+        with replacing(self.folder / f"{uuid.uuid4().hex}.jsonl") as temporary:
+            with temporary.open("w", encoding="utf-8") as file:
+                for kind, values in facts.items():
+                    file.writelines(json.dumps([kind, key, values[key]]) + "\n" for key in values)
+            os.utime(temporary, ns=(newest, newest))  # its facts are no newer than they were
+        for path in old:
             path.unlink(missing_ok=True)
 
+    def _paths(self) -> dict[Path, int]:
+        """All files with the times of their last change in ns, the newest last."""
+        written = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with contextlib.suppress(FileNotFoundError):
+                written[path] = path.stat().st_mtime_ns
+        return dict(sorted(written.items(), key=lambda item: item[1]))
 
-def _read(path: Path) -> list[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):  # another process has merged it; or it is not ours
-        return []
-    with contextlib.suppress(json.JSONDecodeError):
-        return json.loads("[" + ",".join(line for line in lines if line) + "]")  # in one go
-    facts = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            facts.append(json.loads(line))
-    return facts
+
+def _add(facts: Facts, paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # another process has merged it
+            for fact in read_json_lines(path, torn=True):
+                if isinstance(fact, list) and len(fact) == 3:
+                    kind, key, value = fact
+                    facts.setdefault(kind, {})[key] = value

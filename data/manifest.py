@@ -1,4 +1,4 @@
-"""What a run uses of the cache, written when it is complete.
+"""What a run uses of the cache, written before it is filled and when it is complete.
 
     <cache>/manifests/<key>.jsonl            a line about the settings, then one a clip
     <cache>/manifests/<key>.dropped.jsonl    what was dropped, and why
@@ -9,17 +9,19 @@ the files of the cache are as they were; `longreel cache` knows by it what is in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .cache import SCHEMA, CacheSpec, Entry, short_hash
-from .files import replacing
+from .files import read_json_lines, replacing
 from .ledger import stamp
 from .sources import Dropped, Listing
 
@@ -85,10 +87,10 @@ def write_manifest(
     texts: dict[str, Path],
     state: str | None,
 ) -> Path:
-    """One file for each source and spec. state: None if a start must look at the videos again, as
-    when one could not be read for a reason that may pass."""
+    """One file for each source and spec. state: None if a start must look at the videos again: the
+    files are yet to be written, or a video could not be read for a reason that may pass."""
     entries = ready.entries
-    used = {entry.text for entry in entries}
+    used = {str(entry.text) for entry in entries}
     places = {(s.name, s.caption): place for place, s in enumerate(listing.sources)}
     about = {
         "where": listing.where,
@@ -99,13 +101,13 @@ def write_manifest(
         "text_encoder": spec.text_encoder,
         "clips": len(entries),
         "dropped": len(ready.dropped),
-        "texts": [_relative(path, cache_dir) for path in texts.values() if path not in used],
+        "texts": [_relative(path, cache_dir) for path in texts.values() if str(path) not in used],
         "state": state,
         "notes": ready.notes,
     }
-    lines = [json.dumps(about)]
-    for entry in entries:
-        line = [
+
+    def line(entry: Entry) -> list[Any]:
+        about = [
             entry.id,
             _relative(entry.latents, cache_dir),
             _relative(entry.text, cache_dir),
@@ -113,14 +115,15 @@ def write_manifest(
             spec.buckets.index(entry.bucket),
             entry.start,
             entry.group,
-            *_size_and_time(entry.latents),
-            *_size_and_time(entry.text),
         ]
-        lines.append(json.dumps(line))
+        if state is not None:
+            about += [*_size_and_time(entry.latents), *_size_and_time(entry.text)]
+        return about
+
     path = _path(cache_dir, listing.where, spec)
-    reasons = [json.dumps([item.name, item.kind, item.reason]) for item in ready.dropped]
+    reasons = ([item.name, item.kind, item.reason] for item in ready.dropped)
     _write(path.with_suffix(DROPPED), reasons)
-    _write(path, lines)
+    _write(path, chain([about], map(line, entries)))
     return path
 
 
@@ -155,13 +158,17 @@ def read_ready(
                     group,
                 )
             )
-        dropped = [Dropped(*json.loads(line)) for line in _text(path.with_suffix(DROPPED))]
+        dropped = [Dropped(*item) for item in read_json_lines(path.with_suffix(DROPPED))]
     except (OSError, ValueError, TypeError, IndexError):
         return None
-    known = {entry.text for entry in entries}
-    if not all(p in known or (_relative(p, cache_dir) in others and p.is_file()) for p in texts):
+    if len(dropped) != about["dropped"]:  # of another process that wrote both at the same time
         return None
-    os.utime(path)
+    known = {str(entry.text) for entry in entries} if texts else set()
+    for text in texts:
+        if str(text) not in known and not (_relative(text, cache_dir) in others and text.is_file()):
+            return None
+    with contextlib.suppress(OSError):  # another's cache may be there to read only
+        os.utime(path)
     return Ready(entries, dropped, about["notes"])
 
 
@@ -210,17 +217,12 @@ def _read(path: Path) -> Manifest | None:
 def _lines(path: Path) -> tuple[dict[str, Any], list[list[Any]]] | None:
     """The first line and the others, None for a file that is missing or not ours."""
     try:
-        first, *lines = _text(path)
-        about, rest = json.loads(first), json.loads("[" + ",".join(lines) + "]")
+        about, *lines = read_json_lines(path)
     except (OSError, ValueError):
         return None
-    return (about, rest) if isinstance(about, dict) else None
+    return (about, lines) if isinstance(about, dict) else None
 
 
-def _text(path: Path) -> Iterator[str]:
-    yield from path.read_text(encoding="utf-8").splitlines()
-
-
-def _write(path: Path, lines: list[str]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+def _write(path: Path, values: Iterable[Any]) -> None:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)

@@ -26,6 +26,7 @@ Kind = Literal[
     "repeated",
     "filtered",
     "undecodable",
+    "unreadable",
     "too small",
     "too short",
     "crosses a cut",

@@ -22,6 +22,7 @@ from .sources import Dropped, Listing, Source
 
 Progress = Callable[[int, int, str], None]
 TOLERANCE = 1e-6  # frames: 1.2 s of 30 fps are 36 frames
+CHANGED = "it was replaced meanwhile: run again"
 
 
 @dataclass
@@ -35,13 +36,22 @@ class Team:
     agree: Callable[[bool], bool] = field(default=lambda yes: yes)
 
 
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A source's file, the hash of its content, and what its clips are decoded from."""
+
+    path: Path
+    fingerprint: str
+    decoded: Path
+
+
 @dataclass
 class Survey:
-    """`paths`: by the source's name, what to decode for its clips."""
+    """`videos`: by the source's name."""
 
     entries: list[Entry] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    paths: dict[str, Path] = field(default_factory=dict)
+    videos: dict[str, Video] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,8 @@ def survey(
     progress: Progress,
 ) -> Survey:
     """Raises nothing for bad videos: they are in `dropped`, beside what the listing dropped."""
-    by_path = [
-        (path, list(group)) for path, group in groupby(listing.sources, key=lambda s: s.path)
-    ]
+    groups = [list(group) for _, group in groupby(listing.sources, key=lambda s: str(s.path))]
+    by_path = [(sources[0].path, sources) for sources in groups]
     examiner = _Examiner(spec, cache_dir, ledger)
     if team.size > 1:  # each its share; then every process finds all in the ledger
         share = by_path[team.rank :: team.size]
@@ -87,11 +96,12 @@ def survey(
         known = examiner.know(path, _wanted(sources, spec))
         if isinstance(known, str):
             names = dict.fromkeys(source.name for source in sources)
-            found.dropped += [Dropped(name, "undecodable", known) for name in names]
+            found.dropped += [Dropped(name, "unreadable", known) for name in names]
             continue
         decoded = examiner.decoded(path, known.fingerprint)
+        video = Video(path, known.fingerprint, decoded)
         for source in sources:
-            found.paths[source.name] = decoded
+            found.videos[source.name] = video
             group = firsts.setdefault(known.fingerprint, source.name)
             _add(found, source, known, group, seen, spec, cache_dir)
     progress(len(by_path), len(by_path), "checking videos")
@@ -232,13 +242,13 @@ class _Examiner:
         """What is known of the video, or why it cannot be read: an error of the system is not
         remembered, for it says nothing about the content."""
         try:
-            fingerprint = self._fingerprint(path)
+            fingerprint = hashed(path, self.ledger)
             known = self._remembered(fingerprint, wanted)
             return known if known is not None else self._decode(path, fingerprint, wanted)
         except OSError as error:
             if error.errno in FULL or self._is_ours(error.filename):
                 raise  # the cache's disk, not the video's
-            return f"cannot be read ({error.strerror or error})"
+            return unreadable(error)
 
     def decoded(self, path: Path, fingerprint: str) -> Path:
         """What clips are decoded from."""
@@ -250,17 +260,6 @@ class _Examiner:
 
     def _is_ours(self, filename: object) -> bool:
         return str(filename).startswith(f"{self.cache_dir}/")
-
-    def _fingerprint(self, path: Path) -> str:
-        """sha1 of the content: read once, then known by size and times."""
-        key, now = str(path.absolute()), list(stamp(path))
-        known = self.ledger.get("file", key)
-        if known is not None and known[:3] == now:
-            return known[3]
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, _sha1).hexdigest()
-        self.ledger.put("file", key, [*now, digest])
-        return digest
 
     def _remembered(self, fingerprint: str, wanted: int | None) -> Known | None:
         """A fault is believed only under the PyAV that found it: the next one may read the file."""
@@ -282,17 +281,21 @@ class _Examiner:
     def _decode(self, path: Path, fingerprint: str, wanted: int | None) -> Known:
         from .decode import examine
 
-        spec = self.spec
+        spec, original = self.spec, path
         fault = ""
         if spec.canonical:
             from .canonical import write_canonical
 
-            copy = self.decoded(path, fingerprint)
-            fault = write_canonical(path, copy, spec.fps)
-            path, wanted = copy, None
+            path, wanted = self.decoded(path, fingerprint), None
+            fault = write_canonical(original, path, spec.fps)
+            if hashed(original, self.ledger) != fingerprint:
+                path.unlink(missing_ok=True)
+                raise OSError(CHANGED)
             if not path.exists():
                 return self._remember(Known(fingerprint, 0, True, 0, 0, None, fault))
         facts = examine(path, spec.fps, wanted, find_cuts=spec.shots)
+        if hashed(original, self.ledger) != fingerprint:
+            raise OSError(CHANGED)
         fault = fault or facts.fault
         whole = bool(fault) or wanted is None or facts.frames < wanted
         cuts = facts.cuts if spec.shots else None
@@ -307,6 +310,22 @@ class _Examiner:
 
 def _without_fault(known: Known) -> tuple:
     return (known.fingerprint, known.frames, True, known.height, known.width, known.cuts, "")
+
+
+def hashed(path: Path, ledger: Ledger) -> str:
+    """sha1 of a file's content: read once, then known by size and times."""
+    key, now = str(path if path.is_absolute() else path.absolute()), list(stamp(path))
+    known = ledger.get("file", key)
+    if known is not None and known[:3] == now:
+        return known[3]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, _sha1).hexdigest()
+    ledger.put("file", key, [*now, digest])
+    return digest
+
+
+def unreadable(error: OSError) -> str:
+    return f"cannot be read ({error.strerror or error})"
 
 
 def _sha1():  # noqa: ANN202

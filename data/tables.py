@@ -61,7 +61,13 @@ def _csv_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             _check_head(path, "line 1", reader.fieldnames or (), needed)
-            yield from ((reader.line_num, row) for row in reader)
+            for row in reader:
+                if None in row:  # the rest of a caption, which would be cut without a word
+                    raise ValueError(
+                        f"{path} line {reader.line_num} has more fields than line 1 has names: put "
+                        'captions with commas in double quotes, as "a dog, running"'
+                    )
+                yield reader.line_num, row
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
     except csv.Error as error:

@@ -41,12 +41,13 @@ def prepare_data(job: Job, accelerator: Accelerator, dtype: torch.dtype) -> Prep
         return bool(answers.all())
 
     team = Team(accelerator.process_index, accelerator.num_processes, wait, agree)
-    with accelerator.main_process_first():
-        spec = source_spec(job)
     encoders = _FamilyEncoders(job, device, dtype)
     try:
+        # Clips are drawn, and a data set is fetched from the Hub, by one process for all.
+        with accelerator.main_process_first():
+            listing = list_videos(source_spec(job))
         return prepare(
-            list_videos(spec),
+            listing,
             cache_spec(job, dtype),
             config.cache.dir,
             lambda: Encoders(encoders.video, encoders.text),

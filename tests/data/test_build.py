@@ -195,9 +195,11 @@ def begin(cache):
         os._exit(0)
     return child
 
+def paths(cache):
+    return [p for kind in ("latents", "text") for p in (cache / kind).rglob("*.safetensors")]
+
 def tensors(cache):
-    return {str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*.safetensors")
-            if p.relative_to(cache).parts[0] in ("latents", "text")}
+    return {str(p.relative_to(cache)): p.read_bytes() for p in paths(cache)}
 
 began = time.perf_counter()
 os.waitpid(begin(folder / "alone"), 0)
@@ -207,8 +209,12 @@ random.seed(0)
 counts, killed = [], 0
 for trial in range(20):
     cache = folder / f"killed {trial}"
-    child = begin(cache)
-    time.sleep(random.uniform(0, 0.9 * seconds))
+    # After a random number of files and a random part of the time that one takes: the machine may
+    # be busier than it was.
+    after, child = random.randrange(len(whole)), begin(cache)
+    while len(paths(cache)) < after:
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, seconds / len(whole)))
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     there = tensors(cache)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from videos import noise, numbers, steady
 
-from longreel.data import encode
-from longreel.data.cache import Bucket, CacheSpec, Encoders, Entry
+from longreel.data import decode, encode
+from longreel.data.cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry
 from longreel.data.dataset import LatentDataset, read_text, split
 from longreel.data.decode import read_clip, write_video
 from longreel.data.encode import Prepared
-from longreel.data.files import digest, read_about, read_tensors
+from longreel.data.files import digest, read_tensors
 from longreel.data.report import Report
 from longreel.data.sources import Dropped, SourceSpec, list_videos
 
@@ -114,7 +114,7 @@ def test_what_is_built(folder, cache):
     expected = torch.from_numpy(pixels[:, ::8, ::8].copy()).permute(3, 0, 1, 2).bfloat16()
     assert torch.equal(tensors["latents"], expected)
     assert about == {
-        "schema": 1,
+        "schema": SCHEMA,
         "encoder": "tiny-vae",
         "source": "a.mp4",
         "start": 0,
@@ -123,9 +123,11 @@ def test_what_is_built(folder, cache):
         "height": 32,
         "width": 48,
         "shape": [3, 9, 4, 6],
-        "sha1": digest(tensors["latents"]),
+        "sha1": digest(tensors),
     }
-    assert read_about(first.text) == {"schema": 1, "encoder": "tiny-text", "caption": "a dog"}
+    text, about = read_tensors(first.text)
+    about_text = {"schema": SCHEMA, "encoder": "tiny-text", "caption": "a dog"}
+    assert about == about_text | {"sha1": digest(text)}
     relative = first.latents.relative_to(cache)
     assert relative.parts[:2] == ("latents", SPEC.video_key(BUCKET))
     assert relative.parts[2] == relative.name[:2]
@@ -477,14 +479,79 @@ def test_a_video_that_goes_away_after_the_check_is_dropped(folder, cache):
     prepared = prepare(folder, SPEC, cache, load)
     assert [entry.source for entry in prepared.entries] == ["a.mp4", "deep/c.mp4"]
     reason = "cannot be read (No such file or directory)"
-    assert prepared.report.dropped == [Dropped("b.mp4", "undecodable", reason)]
+    assert prepared.report.dropped == [Dropped("b.mp4", "unreadable", reason)]
+
+
+@pytest.mark.parametrize("canonical", [False, True])
+def test_a_video_that_is_replaced_while_others_are_encoded_is_not_kept_under_its_old_name(
+    folder, cache, canonical
+):
+    """Pixels of the new one, found by the old one's hash, would be wrong for ever."""
+    spec = replace(SPEC, canonical=canonical)
+    (folder / "old.mp4").write_bytes((folder / "b.mp4").read_bytes())
+
+    def load() -> Encoders:
+        write_video(folder / "b.mp4", noise(40), 16)
+        (folder / "a.mp4").touch()  # the same content: nothing is wrong with it
+        return Tiny()()
+
+    prepared = prepare(folder, spec, cache, load)
+    if canonical:  # copies were made before
+        assert [entry.source for entry in prepared.entries] == ["a.mp4", "b.mp4", "deep/c.mp4"]
+    else:
+        assert [entry.source for entry in prepared.entries] == ["a.mp4", "deep/c.mp4"]
+        reason = "cannot be read (it was replaced meanwhile: run again)"
+        assert Dropped("b.mp4", "unreadable", reason) in prepared.report.dropped
+    prepare(folder, spec, cache, Tiny())  # the new one
+    (folder / "old.mp4").rename(folder / "b.mp4")
+    again = prepare(folder, spec, cache, Tiny()).entries
+    alone = prepare(folder, spec, cache.with_name("alone"), Tiny()).entries
+    assert [e.latents.read_bytes() for e in again] == [e.latents.read_bytes() for e in alone]
+
+
+def test_a_video_that_is_replaced_while_it_is_checked_is_not_remembered(folder, cache, monkeypatch):
+    real = decode.examine
+
+    def slow(path, *arguments, **options):
+        facts = real(path, *arguments, **options)
+        if path.name == "b.mp4" and not done:
+            done.append(add(folder, "b.mp4", 33, "a cat"))
+        return facts
+
+    done = []
+    monkeypatch.setattr(decode, "examine", slow)
+    spec = replace(SPEC, windows="all")
+    prepared = prepare(folder, spec, cache, Tiny())
+    reason = "cannot be read (it was replaced meanwhile: run again)"
+    assert prepared.report.dropped == [Dropped("b.mp4", "unreadable", reason)]
+    again = prepare(folder, spec, cache, Tiny())
+    assert [e.start for e in again.entries if e.source == "b.mp4"] == [0, 9, 18]
+    assert again.report.dropped == []
+
+
+def test_a_cache_that_can_only_be_read_is_used(folder, cache, monkeypatch):
+    first = prepare(folder, SPEC, cache, Tiny())
+
+    def refused(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert prepare(folder, SPEC, cache, never).entries == first.entries
+
+
+def test_a_caption_that_is_not_utf_8_does_not_slow_every_start_down(folder, cache, monkeypatch):
+    add(folder, "d.mp4", 12, None).with_suffix(".txt").write_bytes(b"\xff\xfe\xfa")
+    first = prepare(folder, SPEC, cache, Tiny())
+    assert [item.kind for item in first.report.dropped] == ["no caption"]
+    monkeypatch.setattr(encode, "survey", None)
+    assert prepare(folder, SPEC, cache, never).report.dropped == first.report.dropped
 
 
 def test_a_disk_that_fills_up_ends_the_build_and_it_goes_on(folder, cache, monkeypatch):
     written = []
 
     def full(source, target):
-        if len(written) == 3:  # two captions and a clip
+        if len(written) == 5:  # two files of a manifest, two captions and a clip
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(target)
         os.rename(source, target)
@@ -520,7 +587,7 @@ def test_a_video_that_cannot_be_opened_is_dropped_but_not_remembered(folder, cac
     (folder / "a.mp4").symlink_to(tmp_path / "disk.mp4")
     dropped = prepare(folder, SPEC, cache, Tiny()).report.dropped
     reason = "cannot be read (No such file or directory)"
-    assert dropped == [Dropped("a.mp4", "undecodable", reason)]
+    assert dropped == [Dropped("a.mp4", "unreadable", reason)]
     (tmp_path / "moved.mp4").rename(tmp_path / "disk.mp4")
     report = prepare(folder, SPEC, cache, Tiny()).report
     assert (report.kept, report.encoded, report.reused, report.dropped) == (3, 1, 2, [])

@@ -1,7 +1,9 @@
 """Tables with times and scores, OpenVid-1M, `datasets`; filters and top_k over them."""
 
+import errno
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from videos import steady
@@ -204,6 +206,15 @@ def test_a_data_set_is_streamed_once_without_its_decoder(parquet, tmp_path, monk
         listing(folder, **options, split="test")
 
 
+def test_a_disk_that_fills_up_while_a_data_set_is_fetched_is_told(parquet, tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match=f"the disk of cache.dir={tmp_path / 'cache'} is full"):
+        listing(parquet[0], source="datasets", cache_dir=str(tmp_path / "cache"))
+
+
 def test_a_folder_through_datasets_is_used_where_it_is(tmp_path):
     pytest.importorskip("datasets")
     folder = tmp_path / "v"
@@ -223,6 +234,16 @@ def test_data_sets_that_cannot_be_loaded_are_refused(tmp_path):
     (tmp_path / "v" / "train.csv").write_text("name,caption\na,b\n")
     with pytest.raises(ValueError, match="data.video: no column of videos .* are name, caption"):
         listing(tmp_path / "v", **options)
+
+
+def test_a_data_set_that_breaks_off_is_refused_and_nothing_of_it_is_kept(parquet, tmp_path):
+    folder, _ = parquet
+    (folder / "train.parquet").rename(folder / "train-00000-of-00002.parquet")
+    (folder / "train-00001-of-00002.parquet").write_bytes(b"PAR1, and then nothing more")
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"data.path=.* cannot read split train to its end \("):
+        listing(folder, source="datasets", cache_dir=str(cache))
+    assert not list(cache.glob("lists/*"))
 
 
 def test_unknown_sources_are_refused(tmp_path):

@@ -212,18 +212,6 @@ def test_captions_that_are_too_long_are_told_with_what_is_cut(tmp_path):
     assert measured == [long]  # once, and only what may be too long
 
 
-def test_a_link_that_leads_to_itself_is_one_bad_video(tmp_path):
-    folder = tmp_path / "v"
-    add(folder, "a.mp4", 12, "a")
-    (folder / "loop.mp4").symlink_to("loop.mp4")
-    (folder / "loop.txt").write_text("loop")
-    (folder / "round").symlink_to(folder)
-    prepared = build(folder, SPEC, tmp_path / "cache")
-    assert [e.source for e in prepared.entries] == ["a.mp4"]
-    kind, reason = dropped(prepared)["loop.mp4"]
-    assert kind == "undecodable" and "Too many levels of symbolic links" in reason
-
-
 def test_a_picture_under_a_video_s_name_is_too_short(tmp_path):
     import av
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from stub_cache import SPEC, add, build
-from videos import write_waves
+from videos import noise, write_waves
 
 from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import main
@@ -38,14 +38,19 @@ def test_verify(cache, tmp_path, capsys):
     content = bytearray(changed.read_bytes())
     content[-100] ^= 1  # one bit, as a disk loses it
     changed.write_bytes(content)
+    caption = min((cache / "text").rglob("*.safetensors"))
+    content = bytearray(caption.read_bytes())
+    content[-3] ^= 1
+    caption.write_bytes(content)
     with pytest.raises(SystemExit, match="^error: the cache has damaged files.*delete=true"):
         run(capsys, "verify", f"dir={cache}")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{torn}: cannot be read (")
     assert lines[1] == f"{changed}: its numbers are not those that were written"
+    assert lines[2] == f"{caption}: its numbers are not those that were written"
     lines = run(capsys, "verify", f"dir={cache}", "delete=true")
-    assert lines[-2] == "6 files, 0.00 GB: 2 damaged"
-    assert lines[-1] == f"{tmp_path / 'v'}: 2 files are missing, and are encoded at its next run"
+    assert lines[-2] == "6 files, 0.00 GB: 3 damaged"
+    assert lines[-1] == f"{tmp_path / 'v'}: 3 files are missing, and are encoded at its next run"
     assert build(tmp_path / "v", SPEC, cache).report.encoded == 2
     assert run(capsys, "verify", f"dir={cache}") == ["6 files, 0.00 GB: 0 damaged"]
 
@@ -74,6 +79,20 @@ def test_gc_keeps_what_recent_runs_use(cache, tmp_path, capsys):
     assert run(capsys, "gc", f"dir={cache}", "days=50")[-1].startswith("0 files")
     run(capsys, "gc", f"dir={cache}", "delete=true")
     assert not list(cache.rglob("*.safetensors"))
+
+
+def test_gc_keeps_what_a_run_is_writing(cache, tmp_path, capsys):
+    """Its clips are in no manifest of a finished build yet."""
+    add(tmp_path / "other", "a.mp4", 12, "another")
+    add(tmp_path / "other", "b.mp4", 12, "and another", frames=noise(12))
+
+    def clean(done: int, total: int, stage: str) -> None:
+        if (done, stage) == (1, "encoding clips"):
+            run(capsys, "gc", f"dir={cache}", "days=0.01", "delete=true")
+
+    prepared = build(tmp_path / "other", SPEC, cache, progress=clean)
+    assert all(entry.latents.exists() and entry.text.exists() for entry in prepared.entries)
+    assert build(tmp_path / "other", SPEC, cache).report.encoded == 0
 
 
 def test_show_decodes_a_clip(tmp_path, capsys):

@@ -1,12 +1,16 @@
 """Settings of `data` in a job: buckets, refusals, and a run on clips of several shapes."""
 
 import json
+from contextlib import contextmanager
 from math import prod
 
 import pytest
+import torch
+from accelerate import Accelerator
 from runs import arguments_of, rows, train
 from videos import write_waves
 
+from longreel.trainer import caching
 from longreel.trainer.config import ConfigError
 from longreel.trainer.job import Job
 from longreel.trainer.recipe import load
@@ -90,6 +94,27 @@ def test_a_run_on_clips_of_several_shapes(tmp_path):
     train(again, "train.steps=6", "validate.every=6", "checkpoint.every=3")
     losses = [row["loss"] for row in first if row["loss"]]
     assert [row["loss"] for row in rows(tmp_path / "again") if row["loss"]] == losses
+
+
+def test_one_process_lists_the_videos_before_the_others(tmp_path, monkeypatch):
+    """A data set on the Hub is fetched once, not by each process."""
+    told = []
+
+    class First(Accelerator):
+        @contextmanager
+        def main_process_first(self):
+            told.append("in")
+            yield
+            told.append("out")
+
+    def lists(spec):
+        told.append(spec.path)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(caching, "list_videos", lists)
+    with pytest.raises(ConfigError, match="enough"):
+        caching.prepare_data(job(f"data.path={tmp_path}"), First(cpu=True), torch.float32)
+    assert told == ["in", str(tmp_path)]
 
 
 def test_a_filter_that_does_not_parse_ends_the_run_before_anything_loads(tmp_path):

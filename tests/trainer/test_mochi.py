@@ -10,13 +10,15 @@ import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
 from diffusers.models import attention_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import Dense
 from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
-from longreel.trainer.families.mochi import ContinuedConv
+from longreel.trainer.families.codec import scaled
+from longreel.trainer.families.mochi_vae import ContinuedConv
 from longreel.trainer.flow import add_noise
 from longreel.trainer.lora import attach
 
@@ -317,21 +319,68 @@ def test_chunks_are_those_of_decoding_at_once():
     assert torch.equal(vae.decode(latents).sample, whole)
 
 
-@pytest.mark.parametrize("frames, side", [(331, 256), (499, 256), (505, 192), (667, 192)])
-def test_the_encoder_s_tiles_stay_below_2_31_elements(frames, side, monkeypatch):
-    """All frames of a tile at once, with 64 channels at its full size: CUDA pads no more."""
-    with torch.device("meta"):
-        vae = AutoencoderKLMochi()
-    MOCHI.limit_memory(vae, frames)
-    assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (side, side)
-    assert (vae.tile_sample_stride_height, vae.tile_sample_stride_width) == (side - 64, side - 64)
-    assert 64 * (frames + 2) * (side + 2) ** 2 < 2**31 and vae.use_tiling
-    pipe, seen = SimpleNamespace(vae=deep_vae()), []
-    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: seen.append(pixels.shape) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        MOCHI.encode_video(pipe, torch.zeros(frames, 16, 16, 3, dtype=torch.uint8))
-    assert seen == [(1, 3, frames, 16, 16)]
-    assert pipe.vae.tile_sample_min_height == 256  # 32 channels
+def clip(frames: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = (frames, height, width, 3)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "frames, attention_first", [(1, False), (7, False), (25, False), (31, False), (43, True)]
+)
+def test_encoding_in_parts_equals_encoding_at_once(frames, attention_first):
+    """Up to fp32 rounding: 12 frames at a time through convolutions, some places at a time through
+    attention; the numbers of frames are within a chunk, at its end and past it."""
+    blocks = (attention_first, True, True, False, True)
+    vae, pixels = deep_vae(add_attention_block=blocks), clip(frames, 16, 24)
+    state, modules = list(vae.state_dict()), dict(vae.named_modules())
+    whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
+    (parts,) = MOCHI.encode_chunks(vae, pixels)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert list(vae.state_dict()) == state and dict(vae.named_modules()) == modules
+    if frames > 25:  # the last chunk goes by what came before it: by itself it is another
+        (alone,) = MOCHI.encode_chunks(vae, pixels[24:])
+        assert not torch.allclose(alone[:, :, -1], whole[:, :, -1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_encoding_in_parts_takes_tiles_as_the_stock_encoder(monkeypatch):
+    """And a few rows of places at a time through attention, where there are many."""
+    monkeypatch.setattr("longreel.trainer.families.mochi_vae.MOST_PLACES", 20)
+    vae, pixels = deep_vae(), clip(19, 16, 24)
+    whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
+    vae.enable_tiling(16, 16, 8, 8)
+    tiled = vae.encode(scaled(vae, pixels)).latent_dist.mode()
+    assert not torch.allclose(tiled, whole, atol=1e-3)
+    (parts,) = MOCHI.encode_chunks(vae, pixels)
+    torch.testing.assert_close(parts, tiled, atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one tensor held."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@torch.no_grad()
+def test_no_layer_sees_a_whole_clip_at_its_full_size():
+    """In all frames at once 32 channels of each pixel; in parts, those of half the height and width
+    are the most that there is of a whole clip."""
+    vae, pixels = deep_vae(), clip(61, 16, 16)
+    with Largest() as at_once:
+        vae.encode(scaled(vae, pixels))
+    with Largest() as in_parts:
+        list(MOCHI.encode_chunks(vae, pixels))
+    assert at_once.numbers >= 32 * 61 * 16 * 16
+    assert in_parts.numbers <= max(32 * 61 * 8 * 8, 32 * (13 + 2) * 18 * 18)
 
 
 @pytest.mark.gpu
@@ -340,11 +389,14 @@ def test_a_tile_of_the_longest_clips_is_encoded(frames):
     """By the encoder of the published widths, in fp32."""
     with torch.device("cuda"):
         vae = AutoencoderKLMochi().eval()
-    side = 256 if frames == 331 else 192
-    pixels = torch.randint(0, 256, (frames, side, side, 3), dtype=torch.uint8)
+    pixels = clip(frames, 256, 256)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     latents = MOCHI.encode_video(SimpleNamespace(vae=vae), pixels)
-    assert latents.shape == (12, (frames - 1) // 6 + 1, side // 8, side // 8)
+    assert latents.shape == (12, (frames - 1) // 6 + 1, 32, 32)
     assert latents.isfinite().all()
+    at_full_size = 64 * frames * 256 * 256 * 4
+    assert torch.cuda.max_memory_allocated() - before < 3 * at_full_size
 
 
 @torch.no_grad()

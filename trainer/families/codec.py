@@ -20,7 +20,7 @@ class VideoCodec(ABC):
         The mode of the VAE's posterior, so the same clip always gives the same latents.
         """
         vae = pipe.vae
-        self.limit_memory(vae, len(pixels))
+        self.limit_memory(vae)
         with torch.no_grad():
             latents = torch.cat(list(self.encode_chunks(vae, pixels)), dim=2).float()
         return self.normalise(vae, latents)[0]
@@ -46,11 +46,8 @@ class VideoCodec(ABC):
             pixels = (pixels[0] / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
             yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
 
-    def limit_memory(self, vae: Any, frames: int = 1) -> None:
-        """Let the VAE take large frames in spatial tiles where whole ones need too much memory.
-
-        frames: of pixels, that it will be given at once.
-        """
+    def limit_memory(self, vae: Any) -> None:
+        """Let the VAE take large frames in spatial tiles where whole ones need too much memory."""
         vae.enable_tiling()
 
     @abstractmethod

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ..config import ConfigError
 from .base import Geometry, Text, channel_statistics, diffusers_class
 from .chunked import ChunkedFeedForward
+from .codec import scaled
 from .joint import JointFamily, pad, trim
+from .mochi_vae import EncoderInParts, continuing
 from .norm_rope import norm_and_rotate, rotate
 from .rope import NATIVE, RopePolicy
 from .tiny import latent_statistics, let_attention_speak
@@ -126,18 +127,12 @@ class Mochi(JointFamily):
             inputs |= {f"{name}_embeds": row[None], f"{name}_attention_mask": valid[None]}
         return inputs
 
-    def limit_memory(self, vae: Any, frames: int = 1) -> None:
-        """Tiles small enough for the encoder, which takes all frames of one at once, for its
-        attention spans them: to go on from chunk to chunk it would have to keep keys and values of
-        all frames, which for 667 frames of a tile are 46 GB, more than the tile takes at once.
-
-        CUDA's replication padding takes fewer than 2^31 elements: with 64 channels that is 502
-        padded frames of the usual 256 x 256, and 889 of 192 x 192.
-        """
-        planes, side = (frames + 2) * vae.config.encoder_block_out_channels[0], 256
-        while planes * (side + 2) ** 2 >= 2**31 and side > 128:
-            side -= 64
-        vae.enable_tiling(side, side, side - 64, side - 64)  # tiles overlap as the stock ones do
+    def encode_chunks(self, vae: Any, pixels: Tensor) -> Iterator[Tensor]:
+        """As `vae.encode`, tiles in space included, with the memory of `EncoderInParts`."""
+        kept = (*vae.parameters(), *vae.buffers(), vae.decoder)
+        vae = copy.deepcopy(vae, {id(part): part for part in kept})
+        vae.encoder = EncoderInParts(vae.encoder, vae.num_sample_frames_batch_size)
+        yield vae.encode(scaled(vae, pixels)).latent_dist.mode()
 
     def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
         """As `vae.decode` without tiles, `vae.num_latent_frames_batch_size` latent frames (2) at a
@@ -147,7 +142,7 @@ class Mochi(JointFamily):
         (128 channels), about five times over within a block, and the past frames that the
         convolutions keep 4.9 GiB: some 17 GiB, whatever the length.
         """
-        decoder = _continuing(vae.decoder)
+        decoder = continuing(vae.decoder)
         padding = vae.temporal_compression_ratio - 1  # frames before the first
         for chunk in latents.split(vae.num_latent_frames_batch_size, dim=2):
             pixels, _ = decoder(chunk)
@@ -306,29 +301,6 @@ class QuietRope(nn.Module):
         return angles.cos(), angles.sin()
 
 
-class ContinuedConv(nn.Module):
-    """A causal convolution over a video that comes in chunks `[B, C, frames, H, W]`.
-
-    Edges are replicated as the stock layer does it: in space always, in time before the first
-    chunk. Later ones see the frames before them. `conv_cache` is the stock layer's protocol.
-    """
-
-    def __init__(self, stock: Any) -> None:
-        super().__init__()
-        self.conv = stock.conv
-        self.reach = stock.time_pad  # frames before an output's own
-        self.space = (stock.width_pad, stock.width_pad, stock.height_pad, stock.height_pad)
-        self.past: Tensor | None = None
-
-    def forward(self, inputs: Tensor, conv_cache: None = None) -> tuple[Tensor, None]:
-        if self.past is None:
-            self.past = inputs[:, :, :1].expand(-1, -1, self.reach, -1, -1)
-        inputs = torch.cat([self.past, inputs], dim=2)
-        self.past = inputs.narrow(2, inputs.shape[2] - self.reach, self.reach).clone()
-        inputs = F.pad(inputs, (*self.space, 0, 0), mode="replicate")
-        return self.conv(inputs), None
-
-
 def _heads(attn: Any, x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """`[B, S, H, D]` of each projection of `[B, S, C]`."""
     return [layer(x).unflatten(2, (attn.heads, -1)) for layer in layers]
@@ -340,23 +312,6 @@ def _gathered(text: Tensor) -> Tensor:
     alone, at most 256 tokens of a sequence of 44,520 and more."""
     every = torch.arange(text.shape[1], device=text.device)
     return text.transpose(1, 2).index_select(2, every).transpose(1, 2)
-
-
-def _continuing(decoder: Any) -> Any:
-    """A decoder over the same weights that goes on from chunk to chunk; `decoder` is not touched.
-
-    The stock switch for this, `_enable_framewise_decoding`, also drops the padding in space, which
-    these convolutions are built to be given.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
-
-    shared = {id(x): x for tensors in (decoder.parameters(), decoder.buffers()) for x in tensors}
-    decoder = copy.deepcopy(decoder, shared)
-    for module in list(decoder.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, CogVideoXCausalConv3d):
-                setattr(module, name, ContinuedConv(child))
-    return decoder
 
 
 def _cast(transformer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -132,7 +132,7 @@ class Wan(ModelFamily):
             inputs["negative_prompt_embeds"] = _pad([negative["prompt_embeds"]])
         return inputs | {"guidance_scale": guidance}
 
-    def limit_memory(self, vae: Any, frames: int = 1) -> None:
+    def limit_memory(self, vae: Any) -> None:
         """Nothing: the VAE takes four frames at a time anyway, and whole ones fit."""
 
     def encode_chunks(self, vae: Any, pixels: Tensor) -> Iterator[Tensor]:
