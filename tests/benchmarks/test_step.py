@@ -79,7 +79,8 @@ def linear(monkeypatch, unchecked):
     monkeypatch.setattr(Stepper, "_timed", timed)
 
 
-@pytest.mark.parametrize("family", ["wan", pytest.param("hunyuan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
 def test_every_row(benchmark, family, capsys):
     section, text = benchmark(family, "gpu=h200", "repeats=1")
     rows = rows_for(replace(Config(), memory=Memory(base_dtype="float32")))

@@ -209,6 +209,7 @@ def assert_alike(*videos: Path) -> None:
     assert abs(one - two).mean() < 1 < one.std() / 10
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_that_share_clips(arguments, tmp_path):
     """As of one process, samples included, with a base that is whole in each and one in shards;
     resumed, by either number of them, as if never stopped.

@@ -64,7 +64,17 @@ def test_every_pattern_has_its_run():
     assert set(SPARSE) == set(PATTERNS)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+# Those of one layout for all heads differ from radial in their lists alone.
+LIKE_RADIAL = ("harmonic", "spatial", "temporal", "power", "cube")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LIKE_RADIAL else name
+        for name in SPARSE
+    ],
+)
 def test_a_pattern_trains_and_samples_from_its_adapter(name, arguments, sampled):
     parameters = [f"sparse.pattern.{parameter}" for parameter in SPARSE[name]]
     size = ["height=96", "width=96", "train.lr=0.05"]  # so that four steps show

@@ -40,7 +40,9 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["wan", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "wan")]
+)
 def test_a_run_is_the_same_with_it(family, videos, cache, tmp_path):
     """Bit for bit, in losses, adapter and moments."""
     runs = []
