@@ -294,8 +294,8 @@ def results_of(store, row, factor, seeds=(0,), **figures):
                 "clock_error",
             }
             rows = []
-            for _ in range(32):
-                row_of = dict.fromkeys(keys, 0.5) | figures
+            for _ in range(32):  # in an order that is the same in every process
+                row_of = dict.fromkeys(sorted(keys), 0.5) | figures
                 rows.append({k: v + random.normal(0, 0.01) for k, v in row_of.items()})
             result.sets[name] = rows
         store.save(cell.name, result)
