@@ -22,6 +22,7 @@ from longreel.trainer.config import Config, Lora, Memory
 from longreel.trainer.families.base import ModelFamily, Text
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner
+from longreel.trainer.plan import told
 from longreel.trainer.progress import open_console
 from longreel.trainer.recipe import load
 from longreel.trainer.settings import split_arguments
@@ -31,10 +32,10 @@ DENSE = ("sparse.pattern.name=dense",)
 # nothing else is done.
 PLAIN = (
     *(
-        f"memory.{key}={str(getattr(Memory(), key)).lower()}"
+        told(f"memory.{key}", getattr(Memory(), key))
         for key in ("checkpoint", "offload", "mlp_chunk", "fused_norms", "optimizer")
     ),
-    f"lora.compute_dtype={Lora().compute_dtype}",
+    told("lora.compute_dtype", Lora().compute_dtype),
 )
 CHUNK = 16384  # tokens, of docs/memory.md
 SCALE = 0.02  # of the adapter's weights where gradients are compared
@@ -82,7 +83,7 @@ def rows_for(config: Config) -> dict[str, Row]:
         Row("sparse", "the recipe without dense layers", ("sparse.dense_layers=0",)),
     ]
     for key, value in turned.items():
-        setting = f"{key}={str(value).lower()}"
+        setting = told(key, value)
         rows.append(Row(key.partition(".")[2], f"the recipe with {setting}", (setting,)))
     return {row.name: row for row in rows}
 

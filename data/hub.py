@@ -97,10 +97,9 @@ def _stream(spec: SourceSpec) -> Iterator[dict[str, Any]]:
             spec.path, spec.subset, split=spec.split, revision=spec.revision, streaming=True
         )
     except Exception as error:  # it raises families of its own and of the Hub's
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"data.path={spec.path}: datasets cannot load it ({reason}); data.path is a name on "
-            "the Hub or a local folder, data.subset and data.split choose a part"
+            f"data.path={spec.path}: datasets cannot load it ({_line(error)}); data.path is a name "
+            "on the Hub or a local folder, data.subset and data.split choose a part"
         ) from error
     with _reading(spec):  # columns of CSV and JSON are not known before
         features = dict(split.features or dict.fromkeys(next(iter(split), {})))
@@ -124,11 +123,15 @@ def _reading(spec: SourceSpec) -> Iterator[None]:
     except Exception as error:  # families of its own, of the Hub's and of Arrow's
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
             f"data.path={spec.path}: datasets cannot read split {spec.split} to its end "
-            f"({reason}); run again, or mend the files"
+            f"({_line(error)}); run again, or mend the files"
         ) from error
+
+
+def _line(error: Exception) -> str:
+    """The first of what an error says."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _video_column(features: dict[str, Any], datasets: Any) -> str:

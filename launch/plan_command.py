@@ -133,7 +133,7 @@ def _memory(job: Job, made: Plan) -> Rows:
     lines += [f"  {part:30}{size / 2**30:7.1f} GiB" for part, size in memory.gpu.items()]
     yield "memory", "\n".join(lines)
     stages = ", then ".join(f"{stage} {_gib(size)}" for stage, size in memory.host.items())
-    yield "host memory", f"{_gib(max(memory.host.values()))} a process ({stages})"
+    yield "host memory", f"{_gib(memory.host_peak)} a process ({stages})"
     longest = longest_training(job, made.model, limit, read_knobs(job.config, made.gpus))
     known = "no length trains" if longest is None else f"{longest} frames train"
     native = job.native_frames
@@ -166,12 +166,8 @@ def _faster(job: Job, made: Plan, gpu: Gpu) -> Rows:
     from ..trainer.faster import faster
 
     if found := faster(job, made, gpu):
-        host = max(found.memory.host.values())
-        yield (
-            "faster",
-            f"{_short(found.seconds)} s in {_gib(found.memory.peak)}, host {_gib(host)}, with "
-            f"{' '.join(found.settings)}",
-        )
+        sizes = f"{_gib(found.memory.peak)}, host {_gib(found.memory.host_peak)}"
+        yield "faster", f"{_short(found.seconds)} s in {sizes}, with {' '.join(found.settings)}"
 
 
 def _sampling(made: SamplingPlan, limit: float) -> str:

@@ -75,6 +75,10 @@ class Memory:
         return sum(self.gpu.values())
 
     @property
+    def host_peak(self) -> float:
+        return max(self.host.values())
+
+    @property
     def fixed(self) -> float:
         """Of the GPU, what no length and no knob but `base_dtype` and `lora.rank` changes."""
         return sum(self.gpu[part] for part in ("frozen base", "LoRA, gradients, moments"))

@@ -40,7 +40,7 @@ def faster(job: Job, made: Plan, gpu: Gpu) -> Faster | None:
     much it has is not known here.
     """
     models = {job.config.memory.fused_norms: made.model}  # what is kept of a norm depends on it
-    taken, layers = host_peak(made.memory), job.geometry.layers
+    taken, layers = made.memory.host_peak, job.geometry.layers
     turned, best, found = job.config, Faster([], made.seconds.total, made.memory), {}
 
     def model(config: Config) -> Anatomy:
@@ -67,20 +67,16 @@ def faster(job: Job, made: Plan, gpu: Gpu) -> Faster | None:
             tried = turned_to(tried, setting, value)
         if any(problems(tried)) or not fits(tried):
             continue
-        while host_peak(memory(tried)) > taken and tried.memory.offload_keep < layers:
+        while memory(tried).host_peak > taken and tried.memory.offload_keep < layers:
             keep = tried.memory.offload_keep + 1
             more = turned_to(tried, "memory.offload_keep", keep)
             if not fits(more):
                 break
             tried, changed["memory.offload_keep"] = more, keep
-        room = host_peak(memory(tried)) <= max(taken, made.memory_limit)
+        room = memory(tried).host_peak <= max(taken, made.memory_limit)
         if room and (spent := seconds(tried)) <= (1 - WORTH) * best.seconds:
             turned, best = tried, Faster([], spent, memory(tried))
             found |= changed
     if not found:
         return None
     return replace(best, settings=[told(setting, value) for setting, value in found.items()])
-
-
-def host_peak(memory: Memory) -> float:
-    return max(memory.host.values())

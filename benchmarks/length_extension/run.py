@@ -129,7 +129,8 @@ class Experiment:
             with self._lock(cell.run):
                 if self._cell(cell, base, cells):
                     taken = time.monotonic() - started
-                    print(f"{cells.index(cell) + 1}/{len(cells)} {cell.name}: {taken:.0f} s")
+                    place = f"{cells.index(cell) + 1}/{len(cells)}"
+                    print(f"{place} {cell.name}: {taken:.0f} s", flush=True)
         except (AtWork, Timeout):
             return False
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longreel.trainer import rates
-from longreel.trainer.faster import Faster, faster, host_peak
+from longreel.trainer.faster import Faster, faster
 from longreel.trainer.job import Job
 from longreel.trainer.plan import Plan, fits_surely, plan
 from longreel.trainer.recipe import load
@@ -28,7 +28,7 @@ def test_the_plan_with_these_settings_agrees(recipe):
     now, more = predicted(recipe, *found.settings)
     assert now.seconds.total == pytest.approx(found.seconds) and found.seconds < was.seconds.total
     assert now.memory == found.memory and fits_surely(now.memory, now.memory_limit)
-    assert host_peak(now.memory) <= max(host_peak(was.memory), was.memory_limit)
+    assert now.memory.host_peak <= max(was.memory.host_peak, was.memory_limit)
     assert more is None
 
 
