@@ -45,7 +45,11 @@ def check_inputs(device: torch.device, dtype: torch.dtype, head_dim: int, block:
             "the fa4 backend needs compute capability 9.0 (Hopper), and this GPU has "
             f"{capability[0]}.{capability[1]}; {REMEDY}"
         )
-    _package()
+    if failure := _import_failure():
+        raise ValueError(
+            f"the fa4 backend needs flash-attn-4, and loading it failed ({failure}): "
+            f"pip install 'longreel[fa4]', or {REMEDY}"
+        )
 
 
 def check_call(valid: Tensor | None, gradients: bool, deterministic: bool | None) -> None:
@@ -190,13 +194,18 @@ def _not_expanded(x: Tensor) -> Tensor:
     return x.contiguous() if 0 in x.stride() else x
 
 
-def _package() -> Any:
-    """The module with flash-attn-4's kernels: ValueError if it is missing or does not load."""
+@torch.compiler.assume_constant_result  # torch.compile does not trace a package's import
+def _import_failure() -> str:
+    """Why flash-attn-4 is missing or does not load; empty if it does."""
     try:
-        from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+        _package()
     except Exception as error:  # an ImportError, or whatever its own imports raise
-        raise ValueError(
-            f"the fa4 backend needs flash-attn-4, and loading it failed ({error}): "
-            f"pip install 'longreel[fa4]', or {REMEDY}"
-        ) from error
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _package() -> Any:
+    """The module with flash-attn-4's kernels."""
+    from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+
     return interface

@@ -256,6 +256,22 @@ def test_auto_is_fa4_where_that_is_faster(monkeypatch):
     assert resolve_backend("auto", cuda, BF16, 128) == "triton"
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_torch_compile_does_not_trace_whether_it_is_installed(installed, monkeypatch):
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + (resolve_backend("auto", torch.device("cuda"), BF16, 128) == "fa4")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(op, "check_triton", lambda _: None)
+    if installed:
+        monkeypatch.setattr(fa4, "_package", StandIn)
+    else:
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
+    torch.compiler.reset()  # the answer is a constant of what was compiled
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == installed
+
+
 BAD = {  # device, compute capability, dtype, head_dim, block
     "float32": ("cuda", (9, 0), torch.float32, 128, 128),
     "not 32": ("cuda", (9, 0), BF16, 32, 128),
