@@ -21,8 +21,9 @@ ATTENTION = re.compile(
     r"^_(forward|gradients|grad_kv|grad_q|row_sums|round)_kernel|sdpa|cudnn|flash|fmha|flex|attention",
     re.IGNORECASE,
 )
-NOT_ATTENTION = re.compile(r"norm_rope")  # has a `_forward_kernel` too: its op tells them apart
-MATMUL = re.compile(r"gemm|gemv|cutlass|xmma|nvjet|cublas|splitk", re.IGNORECASE)
+# Their kernels are named as attention's are; the ops tell them apart.
+NORM_ROPE, CONVOLUTION = "norm_rope", "convolution"
+MATMUL = re.compile(r"gemm|gemv|cutlass|xmma|nvjet|cublas|splitk|cudnn", re.IGNORECASE)
 FP32 = re.compile(r"sgemm|gemm_f32f32|simt|tf32|<float", re.IGNORECASE)
 OPTIMIZER = re.compile(r"multi_tensor|_foreach_|adam|kOptimizer", re.IGNORECASE)
 LEAST = 1e-4  # seconds in a step that a kernel takes at least, to be kept by its name
@@ -48,9 +49,9 @@ class Kernel(NamedTuple):
             return "exchange"
         if OPTIMIZER.search(self.name) or OPTIMIZER.search(self.op):
             return "optimizer"
-        if NOT_ATTENTION.search(self.op):
+        if NORM_ROPE in self.op:
             return "element-wise"
-        if ATTENTION.search(self.name):
+        if ATTENTION.search(self.name) and CONVOLUTION not in self.op:
             return "attention"
         if MATMUL.search(self.name):
             fp32 = self.inputs.startswith("fp32") if self.inputs else FP32.search(self.name)

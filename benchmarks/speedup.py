@@ -43,9 +43,9 @@ NOTES = (
     "Extrapolated where the row says so: each kind of block at its difference, everything else "
     "once. Predicted: by the plan. Peak: what torch allocated, extrapolated likewise, however much "
     "the GPU has; under memory.offload further blocks add weights alone. Parts: kernels of one "
-    f"profiled step; {', '.join(BUSY)} follow each other, {IDLE} is the time in which no kernel "
-    f"ran, {COPIES} run beside kernels. fp32 matmul: the adapter's. optimizer: also the gradient's "
-    "norm."
+    f"profiled step, the first; {', '.join(BUSY)} follow each other, {IDLE} is the time in which no "
+    "kernel ran (extrapolated below zero: what is lost of the smallest model's profiled step), "
+    f"{COPIES} run beside kernels. fp32 matmul: the adapter's. optimizer: also the gradient's norm."
 )
 
 
@@ -185,7 +185,9 @@ def described(recipe: str, section: Section, setup: str) -> str:
         for name, row in rows.items()
         if name.removesuffix(WHOLE) in TOP_ROWS and row.kernels()
     ]
-    about = "\n".join(f"- {n}: {row.about}; {made(row)}. {row.command}" for n, row in rows.items())
+    about = "\n".join(
+        f"- {n}: {row.about}; {made(row)}.{longest(row)} {row.command}" for n, row in rows.items()
+    )
     told = [shape, section.check, "\n".join(table), ratios(rows), verdict(recipe, rows, setup)]
     return "\n\n".join(filter(None, [*told, about, *tops]))
 
@@ -211,6 +213,12 @@ def made(row: Record) -> str:
     if row.high:
         design = f"extrapolated from {row.low} and {row.high} of each to {describe(row.whole)}"
     return f"density {row.density:.3f}, {design}"
+
+
+def longest(row: Record) -> str:
+    """The kernel that takes most of a row; empty where none was profiled."""
+    found = row.kernels()[:1]
+    return "".join(f" Longest kernel: {label.partition(' | ')[0]}." for label, *_ in found)
 
 
 def ratios(rows: Mapping[str, Record]) -> str:
@@ -246,7 +254,8 @@ def verdict(recipe: str, rows: Mapping[str, Record], setup: str) -> str:
     if not setup.startswith(KNOWN_ON):
         return ""
     found = []
-    for name, known in KNOWN.get(recipe, {}).items():
+    # What the settings of a recipe change, those rows do not have.
+    for name, known in KNOWN.get(recipe.partition(" ")[0], {}).items():
         seconds = rows[name].seconds if name in rows else None
         if seconds is not None:
             within = "within" if abs(seconds - known) <= MARGIN * known else "not within"
@@ -268,15 +277,15 @@ def top(row: Record) -> str:
 
 
 def draw(results: Results, path: Path) -> bool:
-    """Seconds a step against frames, dense and radial by family, as SVG; False: there are none."""
+    """Seconds a step against frames, dense and radial by family, each with the settings that are
+    fastest, as SVG; False: there are none."""
     lines: dict[str, dict[int, float]] = {}
-    for recipe, section in results.sections.items():
-        settings = recipe.partition(" ")[2]
+    for section in results.sections.values():
         for name, label in (("fair", "dense"), ("radial", "radial")):
             for row in (section.rows.get(name + ending) for ending in ("", WHOLE)):
                 if row and row.seconds:
-                    of = f"{row.family}, {label} {settings}".strip()
-                    lines.setdefault(of, {})[row.frames] = row.seconds
+                    line = lines.setdefault(f"{row.family}, {label}", {})
+                    line[row.frames] = min(row.seconds, line.get(row.frames, row.seconds))
     if not lines:
         return False
     figure = Figure(figsize=(6, 4), layout="constrained")

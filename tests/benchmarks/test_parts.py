@@ -36,6 +36,8 @@ def kernel(name, op="", inputs="", start=0.0, seconds=1.0):
             "matmul",
         ),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "", "", "matmul"),
+        ("sm90_xmma_fprop_implicit_gemm", "aten::cudnn_convolution", "bf16[1, 16]", "matmul"),
+        ("cudnn::engines_precompiled::nhwc", "aten::cudnn_convolution", "bf16[1]", "matmul"),
         ("nvjet_qqtst_128x256_128x4", "aten::_scaled_mm", "e4m3[4, 8] e4m3[8, 4]", "matmul"),
         ("sm80_xmma_gemm_f32f32_f32f32_f32_tn_n", "", "", "fp32 matmul"),
         ("void cutlass::Kernel2<cutlass_80_simt_sgemm_256x128>", "aten::mm", "", "fp32 matmul"),

@@ -57,6 +57,7 @@ def test_ratios_and_verdict():
         "stock takes 600.0 s, not within 5% of the 537 s known. "
         "dense takes 344.0 s, within 5% of the 344 s known."
     )
+    assert speedup.verdict("hunyuan_2x memory.offload=true", rows, H200)
     assert not speedup.verdict("hunyuan_2x", rows, "NVIDIA A100, torch 2")
     assert not speedup.verdict("mochi_2x", rows, H200)
 
@@ -75,6 +76,7 @@ def test_numbers_survive_the_file(tmp_path):
     assert "| fair | out of memory / of all |" in text
     assert "| radial | 91 | - | 11 | 210.0 |" in text
     assert "| add | add | bf16[4] | element-wise | 180 | 30 | 33.0% |" in text
+    assert text.count("Longest kernel: add. `made`") == 1
     assert sorted(x.suffix for x in tmp_path.iterdir()) == [".json", ".md", ".svg"]
 
 
@@ -82,6 +84,7 @@ def test_plot(tmp_path):
     rows = {"radial": record(frames=125), "fair": record(60, frames=125)}
     longer = {"radial": record(frames=253), "stock": record(60)}
     sections = {"hunyuan_1x": Section("", rows), "hunyuan_2x": Section("", longer)}
+    sections["hunyuan_2x memory.offload=true"] = Section("", {"radial": record(offload=True)})
     assert speedup.draw(Results(H200, sections), tmp_path / "step.svg")
     text = (tmp_path / "step.svg").read_text()
     assert text.count("hunyuan, radial") == 1 and text.count("hunyuan, dense") == 1
