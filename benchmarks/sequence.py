@@ -132,7 +132,8 @@ def benchmark(argv: Sequence[str]) -> None:
         sections[title] = "\n\n".join([command(argv, processes), *told, "\n".join(lines)])
         write(path, with_sections([f"# Shared clips, {date.today()}", alike, NOTES], sections))
         say(f"{sections[title]}\n\nwritten to {path}")
-    ways[0].stepper.learner.accelerator.wait_for_everyone()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def this_device() -> torch.device:

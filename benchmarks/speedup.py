@@ -43,8 +43,8 @@ NOTES = (
     "Extrapolated where the row says so: each kind of block at its difference, everything else "
     "once. Predicted: by the plan. Peak: what torch allocated, extrapolated likewise, however much "
     "the GPU has; under memory.offload further blocks add weights alone. Parts: kernels of one "
-    f"profiled step, the first; {', '.join(BUSY)} follow each other, {IDLE} is the time in which no "
-    "kernel ran (extrapolated below zero: what is lost of the smallest model's profiled step), "
+    f"profiled step, the first; {', '.join(BUSY)} follow each other, {IDLE} is the time in which "
+    "no kernel ran (extrapolated below zero: what the smallest model's profiled step lost), "
     f"{COPIES} run beside kernels. fp32 matmul: the adapter's. optimizer: also the gradient's norm."
 )
 
