@@ -97,8 +97,8 @@ CALIBRATION = (
     "calibrated on hunyuan_2x alone; whole steps of mochi_4x, wan_14b_2x and wan_14b_4x on an H200 "
     "were then within 6% of the seconds and 4% of the GiB predicted before they ran "
     "(benchmarks/results/2026-11-23-training-h200.md), hunyuan_2x without recomputed attention "
-    f"within 9% and 1%, four smaller peaks within {MEMORY_ERROR:.0%}; reserve and efficiencies are "
-    "assumed"
+    "within 9% and 1%, hunyuan_4x on two within 1% and 5%, four smaller peaks within "
+    f"{MEMORY_ERROR:.0%}; reserve and efficiencies are assumed"
 )
 
 
