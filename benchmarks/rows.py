@@ -19,6 +19,7 @@ from untrained import random_batch, untrained
 from longreel.sparse.grid import TokenGrid
 from longreel.trainer import flow
 from longreel.trainer.config import Config, Lora, Memory
+from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.base import ModelFamily, Text
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner
@@ -28,12 +29,13 @@ from longreel.trainer.recipe import load
 from longreel.trainer.settings import split_arguments
 
 DENSE = ("sparse.pattern.name=dense",)
+FUSED = ("fused_norms", "fused_modulation")
 # As diffusers and PEFT train: blocks are checkpointed whole, the adapter computes in fp32, and
 # nothing else is done.
 PLAIN = (
     *(
         told(f"memory.{key}", getattr(Memory(), key))
-        for key in ("checkpoint", "offload", "mlp_chunk", "fused_norms", "optimizer")
+        for key in ("checkpoint", "offload", "mlp_chunk", *FUSED, "optimizer")
     ),
     told("lora.compute_dtype", Lora().compute_dtype),
 )
@@ -73,6 +75,8 @@ def rows_for(config: Config) -> dict[str, Row]:
         "memory.base_dtype": "bfloat16" if memory.base_dtype == "float8" else "float8",
         "memory.optimizer": "adamw" if memory.optimizer == "adamw8bit" else "adamw8bit",
     }
+    if FAMILIES[config.family].fuses_modulation:
+        turned["memory.fused_modulation"] = not memory.fused_modulation
     if memory.base_dtype != "float32":  # with which bf16 products do not go
         turned["lora.compute_dtype"] = "bfloat16" if fp32 else "float32"
     rows = [

@@ -53,7 +53,7 @@ class Case:
     checkpoint: str = "none"
     offload: bool = False
     mlp_chunk: int = 0
-    fused_norms: bool = False
+    fused: bool = False
     targets: str = "attention"
     rope: str = "native"
     accumulate: int = 1
@@ -77,7 +77,7 @@ def build(case: Case, group: SequenceGroup):
     tiny.randomise(lora.attach(transformer, family, rank=4, targets=case.targets))
     family.set_rope(transformer, RopePolicy(case.rope, native=5, target=9))
     attention = SparseAttention(PATTERNS[case.pattern], block=16, dense_layers=1)
-    family.install(transformer, attention, fused_norms=case.fused_norms)
+    family.install(transformer, attention, **(tiny.fusions(family) if case.fused else {}))
     if case.mlp_chunk:
         family.chunk_mlp(transformer, case.mlp_chunk)
     blocks = block_checkpoint(Memory(checkpoint=case.checkpoint), attention, CPU)

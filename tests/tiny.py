@@ -33,6 +33,11 @@ def load_transformer(family: ModelFamily, dtype=torch.float32):
     return family.load_transformer(folder(family), None, dtype)
 
 
+def fusions(family: ModelFamily) -> dict[str, bool]:
+    """Options of `install` for all fused kernels that the family has."""
+    return {"fused_norms": True, "fused_modulation": family.fuses_modulation}
+
+
 def load_pipeline(family: ModelFamily, transformer=None, **parts):
     """A pipeline of its own around `transformer`, a fresh one by default."""
     transformer = load_transformer(family) if transformer is None else transformer

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .config import Memory
 from .families.published import blank_transformer
 from .job import Job
 
@@ -29,6 +30,7 @@ NORM_KEEPS = {
     "FP32LayerNorm": 4,  # an fp32 copy of it
     "RMSNorm": 4,  # Mochi's: likewise
 }
+MODULATED_NORM_KEEPS = 2  # our kernel of those two: its bf16 input
 # Of queries and keys:
 FUSED_NORM_KEEPS = 2  # its bf16 input, as torch.nn.RMSNorm's kernel and ours
 EAGER_NORM_KEEPS = 6  # diffusers' own: that, and an fp32 copy that `pow` keeps
@@ -88,9 +90,8 @@ def anatomy(job: Job) -> Anatomy:
     targets = re.compile(job.family.target_pattern(config.lora.targets))
     rank = config.lora.rank
     adapted = {name for name, _ in model.named_modules() if targets.fullmatch(name)}
-    fused_norms = config.memory.fused_norms
     blocks = tuple(
-        _block(block, f"{stack}.{index}.", adapted, rank, fused_norms)
+        _block(block, f"{stack}.{index}.", adapted, rank, config.memory)
         for stack, blocks in model.named_children()
         if isinstance(blocks, nn.ModuleList)
         for index, block in enumerate(blocks)
@@ -111,7 +112,7 @@ def anatomy(job: Job) -> Anatomy:
     )
 
 
-def _block(block: Any, prefix: str, adapted: set[str], rank: int, fused_norms: bool) -> Block:
+def _block(block: Any, prefix: str, adapted: set[str], rank: int, memory: Memory) -> Block:
     linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     text = {n for n in linear if TEXT.fullmatch(n)}
     video = linear.keys() - text - {n for n in linear if CONDITION.fullmatch(n)}
@@ -130,10 +131,12 @@ def _block(block: Any, prefix: str, adapted: set[str], rank: int, fused_norms: b
             continue
         if re.fullmatch(r"attn.*\.norm_[qk]", name):
             if name != "attn2.norm_k":  # of the text
-                fused_kernel = isinstance(module, nn.RMSNorm) or fused_norms
+                fused_kernel = isinstance(module, nn.RMSNorm) or memory.fused_norms
                 qk_norms += width * (FUSED_NORM_KEEPS if fused_kernel else EAGER_NORM_KEEPS)
         else:
-            norms += width * NORM_KEEPS.get(type(module).__name__, 0)
+            keeps = NORM_KEEPS.get(type(module).__name__, 0)
+            fused_kernel = memory.fused_modulation
+            norms += width * (min(keeps, MODULATED_NORM_KEEPS) if fused_kernel else keeps)
     return Block(
         width=width,
         params=sum(p.numel() for p in block.parameters()),

@@ -222,6 +222,8 @@ class Memory:
     base_dtype: of the frozen weights; float8 (e4m3, GPUs since Ada) is for the linear layers of the
         blocks and their forward products, and rounds coarsely.
     fused_norms: norms and RoPE of queries and keys in one Triton kernel; gradients round once.
+    fused_modulation: Wan's and Mochi's block norms with their scale and shift, and Wan's gated
+        sums, in one Triton kernel each; gradients round once. Not yet measured on a GPU.
     optimizer: adamw, or adamw8bit (bitsandbytes, installed apart): moments of 8 bits.
     probe: before the run, try one step and throw it away, so that a run that does not fit ends
         before it began (None: on a GPU).
@@ -233,6 +235,7 @@ class Memory:
     mlp_chunk: int = 0
     base_dtype: Literal["bfloat16", "float32", "float8"] = "bfloat16"
     fused_norms: bool = False
+    fused_modulation: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     probe: bool | None = None
 

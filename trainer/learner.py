@@ -105,7 +105,12 @@ class Learner:
             seed=config.train.seed,
         )
         job.family.set_rope(transformer, job.rope)
-        job.family.install(transformer, self.attention, fused_norms=config.memory.fused_norms)
+        job.family.install(
+            transformer,
+            self.attention,
+            fused_norms=config.memory.fused_norms,
+            fused_modulation=config.memory.fused_modulation,
+        )
         if config.memory.mlp_chunk:
             job.family.chunk_mlp(transformer, config.memory.mlp_chunk)
         blocks = block_checkpoint(config.memory, self.attention, self.device)

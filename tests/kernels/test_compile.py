@@ -72,7 +72,8 @@ def test_compiles(arch, head_dim, dtype):
 
 
 @pytest.mark.parametrize("arch", ["90", pytest.param("80", marks=SLOW)])
-def test_norm_rope_compiles(arch):
-    for name, got in compile_for(arch, script="compile_norm_rope.py").items():
+@pytest.mark.parametrize("script", ["compile_norm_rope.py", "compile_modulated_norm.py"])
+def test_norms_compile(script, arch):
+    for name, got in compile_for(arch, script=script).items():
         assert got["shared"] <= SHARED_KIB["89"] * 1024, name
         assert got["spilled"] == 0, name

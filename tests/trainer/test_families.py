@@ -22,7 +22,7 @@ from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer import lora
 from longreel.trainer.caching import prepare_data
 from longreel.trainer.config import ConfigError
-from longreel.trainer.families import FAMILIES, installed_attention, norm_rope
+from longreel.trainer.families import FAMILIES, installed_attention, modulated, norm_rope
 from longreel.trainer.families.codec import scaled
 from longreel.trainer.flow import add_noise
 from longreel.trainer.job import Job
@@ -88,7 +88,7 @@ def test_all_blocks_are_within_the_stock_model_s_own_error(family, texts):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_fused_norms_round_as_the_stock_modules_do(family, dtype):
+def test_fused_kernels_round_as_the_stock_modules_do(family, dtype):
     """The output to the bit, where the eager twin computes it; gradients are rounded less often."""
     inputs = make_inputs(family, texts=(5, 5), dtype=dtype)
     double = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
@@ -97,7 +97,7 @@ def test_fused_norms_round_as_the_stock_modules_do(family, dtype):
     names = stock.state_dict().keys()
     out, grads = forward_backward(stock, inputs)
     fused = tiny.load_transformer(family, dtype)
-    family.install(fused, SparseAttention(Dense()), fused_norms=True)
+    family.install(fused, SparseAttention(Dense()), **tiny.fusions(family))
     assert fused.state_dict().keys() == names
     fused_out, fused_grads = forward_backward(fused, inputs)
     assert torch.equal(fused_out, out)
@@ -106,21 +106,48 @@ def test_fused_norms_round_as_the_stock_modules_do(family, dtype):
             assert error(fused_grads[name], grad) <= 2 * error(grads[name], grad) + 1e-7, name
 
 
-def test_fused_norms_train_an_adapter_in_triton(family, interpreted, monkeypatch):
+def test_fused_kernels_train_an_adapter_in_triton(family, interpreted, monkeypatch):
     """Its gradients through the kernels, against those through the stock modules."""
-    kernels = functools.partial(norm_rope.norm_rope, backend="triton")
+    ran = set()
+
+    def compiled(kernel, name, *tensors, **options):
+        ran.add(name)
+        return kernel(*tensors, **options, backend="triton")
+
+    ops = (norm_rope, "norm_rope"), (modulated, "modulated_norm"), (modulated, "gated_add")
+    for module, name in ops:
+        kernel = functools.partial(compiled, getattr(module, name), name)
+        monkeypatch.setattr(module, name, kernel)
     inputs = make_inputs(family, frames=5, texts=(5,))
     grads = []
-    for fused_norms in (False, True):
+    for options in ({}, tiny.fusions(family)):
         transformer = tiny.load_transformer(family)
-        family.install(transformer, SparseAttention(Dense()), fused_norms=fused_norms)
+        family.install(transformer, SparseAttention(Dense()), **options)
         randomise(lora.attach(transformer, family, rank=4))
-        monkeypatch.setattr(norm_rope, "norm_rope", kernels)
         grads.append(forward_backward(transformer, inputs))
+    wanted = {"wan": {"modulated_norm", "gated_add"}, "mochi": {"modulated_norm"}}
+    assert ran == {"norm_rope"} | wanted.get(family.name, set())
     (out, stock), (fused_out, fused) = grads
     torch.testing.assert_close(fused_out, out)
     for name, grad in stock.items():
         assert error(fused[name], grad) < 1e-5, name
+
+
+def test_fused_kernels_are_taken_back(family):
+    """By installing again, with what came between them kept: adapters, chunks and weights."""
+    transformer = tiny.load_transformer(family)
+    kinds = [type(module) for module in transformer.modules()]
+    family.install(transformer, SparseAttention(Dense()), **tiny.fusions(family))
+    fused = [type(module) for module in transformer.modules()]
+    assert (fused != kinds) == (family.name != "hunyuan")
+    randomise(lora.attach(transformer, family, rank=4))
+    family.chunk_mlp(transformer, 64)
+    names = transformer.state_dict().keys()
+    out = transformer(**(inputs := make_inputs(family, frames=5, texts=(5,)))).sample
+    family.install(transformer, SparseAttention(Dense()))
+    assert transformer.state_dict().keys() == names
+    assert not any(isinstance(module, modulated.Replacement) for module in transformer.modules())
+    torch.testing.assert_close(transformer(**inputs).sample, out)
 
 
 def test_each_sample_of_a_batch_is_as_if_alone(family):

@@ -148,6 +148,15 @@ def test_guidance_is_a_setting_of_models_that_are_told_it(name, arguments):
             Job.from_config(changed)
 
 
+def test_modulation_is_fused_in_families_that_have_it(name, arguments):
+    config = load([*arguments, "memory.fused_modulation=true"])
+    if name != "hunyuan":
+        assert Job.from_config(config).config.memory.fused_modulation
+        return
+    with pytest.raises(ConfigError, match="memory.fused_modulation=true: family=hunyuan has no"):
+        Job.from_config(config)
+
+
 @pytest.mark.slow
 def test_the_tiny_recipe_lowers_the_heldout_loss(name, waves, cache, tmp_path):
     """As it ships, on moving waves: by at least a tenth at the target length."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from full_width import CASES, Case, guidance, inputs, load, save_blocks
-from tiny import AllBlocks
+from tiny import AllBlocks, fusions
 from torch import Tensor, nn
 
 from longreel.kernels.block_sparse.op import Backend
@@ -20,7 +20,7 @@ from longreel.trainer import float8, flow, lora
 from longreel.trainer.config import Sigma
 
 pytestmark = pytest.mark.gpu
-FUSED, FLOAT8 = "fused_norms=true", "base_dtype=float8"
+FUSED, FLOAT8 = "fused", "base_dtype=float8"
 
 
 class MaskedAttention(SparseAttention):
@@ -52,7 +52,7 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_with(case: Case, folder: Path, dtype: torch.dtype, setting: str) -> Any:
-    """setting: of `memory`; `base_dtype=float8` has its effect here."""
+    """setting: FUSED, FLOAT8 or none, of which FLOAT8 has its effect here."""
     model = load(case, folder, dtype)
     if setting == FLOAT8:
         float8.quantise_layers(model, case.family.float8_layers)
@@ -68,7 +68,8 @@ def with_lora(
         if "lora_B" in name:  # zero at first, which would leave A without a gradient
             with torch.no_grad():
                 parameter.normal_(std=0.02, generator=generator)
-    case.family.install(model, attention, fused_norms=setting == FUSED)
+    options = fusions(case.family) if setting == FUSED else {}
+    case.family.install(model, attention, **options)
     model.enable_gradient_checkpointing(attention.checkpoint)
     return parameters
 
@@ -155,7 +156,7 @@ def test_equals_the_masked_reference(
         assert error <= 2 * allowed, f"{name}: {error:.3e} against {allowed:.3e}"
 
 
-def test_fused_norms_equal_the_stock_modules(case: Case, folder: Path):
+def test_fused_kernels_equal_the_stock_modules(case: Case, folder: Path):
     """Within twice the error that the stock modules have in bf16."""
     exact = small_step(case, folder, torch.float32, SparseAttention(Radial()))
     plain = small_step(case, folder, torch.bfloat16, SparseAttention(Radial()))

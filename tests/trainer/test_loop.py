@@ -21,6 +21,7 @@ from longreel.data.sampler import SeededBatches
 from longreel.sparse.patterns import Spatial
 from longreel.trainer import checkpoint, job, lora, metrics
 from longreel.trainer.config import ConfigError
+from longreel.trainer.families.modulated import WanBlock
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner, lr_factor
 from longreel.trainer.loop import Trainer
@@ -459,11 +460,13 @@ def losses(run_dir: Path) -> list[float]:
     return [float(row["loss"]) for row in rows(run_dir) if row["loss"]]
 
 
-def test_fused_norms_are_the_recipe_s_choice(arguments, tmp_path):
+def test_fused_kernels_are_the_recipe_s_choice(arguments, tmp_path):
     """The same numbers but for the rounding of gradients."""
     stock = losses(train(arguments).run_dir)
-    trainer = train(arguments, "memory.fused_norms=true", f"run.dir={tmp_path / 'fused'}")
-    assert all(block.attn1.processor.fused_norms for block in trainer.learner.transformer.blocks)
+    fused = "memory.fused_norms=true", "memory.fused_modulation=true"
+    trainer = train(arguments, *fused, f"run.dir={tmp_path / 'fused'}")
+    for block in trainer.learner.transformer.blocks:
+        assert isinstance(block, WanBlock) and block.attn1.processor.fused_norms
     assert losses(trainer.run_dir) == pytest.approx(stock, rel=1e-4) and len(stock) == 4
 
 

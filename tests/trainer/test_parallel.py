@@ -76,13 +76,13 @@ PAIRWISE = [
     for case in (
         Case(family, checkpoint="full", accumulate=2),
         Case(family, "spatial_temporal", frames=11, checkpoint="attention", offload=True),
-        Case(family, "sliding_tile", texts=(1,), fused_norms=True, targets="attention+text"),
+        Case(family, "sliding_tile", texts=(1,), fused=True, targets="attention+text"),
         Case(family, "dense", texts=(9, 4), checkpoint="full", mlp_chunk=32, rope="interpolate"),
     )
 ] + [
-    Case("wan", engine="fsdp2", sequence=1, checkpoint="full"),
+    Case("wan", engine="fsdp2", sequence=1, checkpoint="full", fused=True),
     Case("hunyuan", "sliding_tile", engine="fsdp2", checkpoint="attention", accumulate=2),
-    Case("mochi", "spatial_temporal", engine="fsdp2", texts=(9, 4), mlp_chunk=32),
+    Case("mochi", "spatial_temporal", engine="fsdp2", texts=(9, 4), mlp_chunk=32, fused=True),
 ]
 
 

@@ -82,6 +82,7 @@ class ModelFamily(VideoCodec):
     # whose outputs it holds one after another. `{}` is the index of a block.
     original_layers: Mapping[str, tuple[str, ...]]
     float8_layers: str  # a regex of the products over all tokens in the blocks (float8.py)
+    fuses_modulation: bool = False  # its blocks' norms and gates can be fused (modulated.py)
     embedder: str  # the module that makes the video's tokens
     rope_tokens: int  # the dimension of a RoPE table that counts tokens
     text_components: tuple[str, ...] = ("tokenizer", "text_encoder")  # of the pipeline
@@ -300,19 +301,28 @@ class ModelFamily(VideoCodec):
     # Attention
 
     def install(
-        self, transformer: Any, attention: SparseAttention, *, fused_norms: bool = False
+        self,
+        transformer: Any,
+        attention: SparseAttention,
+        *,
+        fused_norms: bool = False,
+        fused_modulation: bool = False,
     ) -> None:
         """Let `attention` compute the transformer's self-attention, in training and in pipelines.
 
         Each layer gets a processor of its own, and a hook plans the geometry of every forward from
         its inputs. Installing again replaces what was installed before.
 
-        fused_norms: query and key norms and RoPE by one kernel (`rope.norm_and_rotate`).
+        fused_norms: query and key norms and RoPE by one kernel (`norm_rope`).
+        fused_modulation: the blocks' norms and gates by one kernel each (`modulated`).
+
+        Raises ConfigError for modulation that the family cannot fuse.
         """
         for hook in list(transformer._forward_pre_hooks.values()):
             if isinstance(hook, PlanForward):
                 hook.handle.remove()
         self.set_processors(transformer, attention, fused_norms)
+        self.fuse_modulation(transformer, fused_modulation)
         hook = PlanForward(self, attention)
         hook.handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -321,6 +331,23 @@ class ModelFamily(VideoCodec):
         self, transformer: Any, attention: SparseAttention, fused_norms: bool
     ) -> None:
         """Give every self-attention layer, in the order they run, its processor."""
+
+    def fuse_modulation(self, transformer: Any, fused: bool) -> None:
+        """Let each block's norms, with what modulates them, and gated sums be one pass over the
+        video each; False: let them be the stock ones again.
+
+        Rounded as the stock modules round; gradients are rounded once. Of families that have
+        `fuses_modulation`.
+        """
+        self.check_modulation(fused)
+
+    def check_modulation(self, fused: bool) -> None:
+        """Raise ConfigError for modulation to be fused in a family where it cannot."""
+        if fused and not self.fuses_modulation:
+            raise ConfigError(
+                f"memory.fused_modulation=true: family={self.name} has no norms of blocks to fuse. "
+                "Set it to false."
+            )
 
     @abstractmethod
     def sequence(

@@ -17,6 +17,7 @@ from .chunked import ChunkedFeedForward
 from .codec import scaled
 from .joint import JointFamily, pad, trim
 from .mochi_vae import EncoderInParts, continuing
+from .modulated import MochiNorm, MochiZeroNorm, restore
 from .norm_rope import norm_and_rotate, rotate
 from .rope import NATIVE, RopePolicy
 from .tiny import latent_statistics, let_attention_speak
@@ -40,6 +41,7 @@ class Mochi(JointFamily):
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
     }
     float8_layers = r"transformer_blocks\.\d+\.(attn1|ff|ff_context)\..+"
+    fuses_modulation = True
     embedder, rope_tokens = "patch_embed", 0
     # Without mlp_x.w1 and mlp_y.w1: there the halves, gate and value, are in the other order.
     original_layers = {
@@ -102,6 +104,13 @@ class Mochi(JointFamily):
             block.attn1.processor = MochiJointAttention(index, attention, fused_norms)
         if not isinstance(transformer.rope, QuietRope):
             transformer.rope = QuietRope(transformer.rope)
+
+    def fuse_modulation(self, transformer: Any, fused: bool) -> None:
+        for block in transformer.transformer_blocks:  # the text's are of 256 tokens at most
+            norms = [restore(norm) for norm in (block.norm1, block.norm2, block.norm3, block.norm4)]
+            if fused:
+                norms = [MochiZeroNorm(norms[0]), *map(MochiNorm, norms[1:])]
+            block.norm1, block.norm2, block.norm3, block.norm4 = norms
 
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         return QuietRope(stock, rope)

@@ -14,6 +14,7 @@ from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
 from .chunked import ChunkedFeedForward
 from .codec import mode, scaled
+from .modulated import WanBlock, restore
 from .norm_rope import norm_and_rotate, rotate
 from .rope import RopePolicy, TemporalAxis, TemporalRope
 from .tiny import latent_statistics, let_attention_speak
@@ -41,6 +42,7 @@ class Wan(ModelFamily):
         "attention+text": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     }
     float8_layers = r"blocks\.\d+\.(attn1|attn2|ffn)\..+"
+    fuses_modulation = True
     embedder, rope_tokens = "patch_embedding", 1
     original_layers = {
         **{f"blocks.{{}}.self_attn.{o}": (f"blocks.{{}}.attn1.{d}",) for o, d in PROJECTIONS},
@@ -94,6 +96,11 @@ class Wan(ModelFamily):
     ) -> None:
         for index, block in enumerate(transformer.blocks):
             block.attn1.set_processor(WanSelfAttention(index, attention, fused_norms))
+
+    def fuse_modulation(self, transformer: Any, fused: bool) -> None:
+        blocks = transformer.blocks
+        for index, block in enumerate(blocks):
+            blocks[index] = WanBlock(restore(block)) if fused else restore(block)
 
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         axis = _temporal_axis(config)

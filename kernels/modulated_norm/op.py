@@ -1,0 +1,213 @@
+"""`modulated_norm` and `gated_add`: checks, choice of backend, custom ops with their gradients."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..block_sparse.op import check_triton
+from . import reference
+
+Backend = Literal["auto", "triton", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+Norm = Literal["rms", "layer"]
+NORMS: tuple[str, ...] = get_args(Norm)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_CHANNELS = 16384  # that a program holds
+
+
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    norm: Norm,
+    eps: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """norm(x) * scale + shift over channels, rounded once.
+
+    Adaptive norm (Peebles and Xie 2023, "Scalable diffusion models with transformers", section
+    3.2), where scale is the whole factor, often 1 + a condition's. Everything is computed in fp32.
+
+    Args:
+        x: [B, S, C] bf16, fp16 or fp32 (`reference`: fp64 too), C at most 16384; any strides with
+            contiguous C.
+        scale, shift: [C], [B, C] or [B, 1, C], or 1 in place of B, of any floating type; None for
+            1 and 0.
+        norm: "rms": over the root mean square; "layer": less the mean first.
+        eps: added to the mean square.
+        backend: "auto" is "triton" on NVIDIA GPUs where scale and shift need no gradient, else
+            "reference".
+
+    Returns:
+        [B, S, C], contiguous, in x's dtype. Differentiable once in x; `reference` in everything.
+
+    Raises:
+        ValueError: naming the argument, its value and the remedy.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    _check("x", x)
+    scale, shift = (_rows(n, m, x) for n, m in (("scale", scale), ("shift", shift)))
+    if _resolve(backend, x, {"scale": scale, "shift": shift}) == "reference":
+        return reference.modulated_norm(x, scale, shift, norm == "layer", eps)
+    return _modulated_norm(x, scale, shift, norm == "layer", eps)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """x + y * gate, computed in fp32 and rounded once.
+
+    Args:
+        x, y: [B, S, C] of one dtype, as `modulated_norm`'s x.
+        gate: as `modulated_norm`'s scale.
+        backend: likewise.
+
+    Returns:
+        [B, S, C], contiguous, in x's dtype. Differentiable once in x and y; `reference` in
+        everything.
+
+    Raises:
+        ValueError: naming the argument, its value and the remedy.
+    """
+    _check("x", x)
+    _check("y", y)
+    if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype} on {x.device}, y {tuple(y.shape)} {y.dtype} on "
+            f"{y.device}; they must be alike"
+        )
+    rows = _rows("gate", gate, x)
+    assert rows is not None
+    if _resolve(backend, x, {"gate": rows}) == "reference":
+        return reference.gated_add(x, y, rows)
+    return _gated_add(x, y, rows)
+
+
+def _check(name: str, x: Tensor) -> None:
+    if x.ndim != 3 or 0 in x.shape or x.stride(2) != 1 or x.shape[2] > MOST_CHANNELS:
+        raise ValueError(
+            f"{name} must be [B, S, C], not empty, contiguous in C and of at most {MOST_CHANNELS} "
+            f"channels; got {tuple(x.shape)} with strides {x.stride()}"
+        )
+
+
+def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
+    """As [B or 1, C], contiguous in C."""
+    if modulation is None:
+        return None
+    batch, _, channels = x.shape
+    *outer, last = modulation.shape
+    fits = outer in ([], [1], [batch], [1, 1], [batch, 1])
+    if not fits or last != channels or not modulation.is_floating_point():
+        raise ValueError(
+            f"{name} must be [{channels}], [{batch}, {channels}] or [{batch}, 1, {channels}], or "
+            f"1 in place of {batch}, and floating; got {tuple(modulation.shape)} {modulation.dtype}"
+        )
+    if modulation.device != x.device:
+        raise ValueError(f"{name} is on {modulation.device}, x on {x.device}; move it")
+    rows = modulation.reshape(-1, channels)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _resolve(backend: str, x: Tensor, modulations: dict[str, Tensor | None]) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    trained = [name for name, m in modulations.items() if m is not None and m.requires_grad]
+    trained = trained if torch.is_grad_enabled() else []
+    if backend == "auto":
+        ours = x.is_cuda and torch.version.hip is None and x.dtype in DTYPES and not trained
+        return "triton" if ours else "reference"
+    if backend == "triton":
+        check_triton(x.device)
+        if x.dtype not in DTYPES:
+            raise ValueError(f"the triton backend does not compute in {x.dtype}; use 'reference'")
+        if trained:
+            raise ValueError(
+                f"the triton backend has no gradient of {trained[0]}; freeze it, or use "
+                "backend='reference'"
+            )
+    return backend
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The gradient of a sum arrives expanded, with strides of 0."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("longreel::modulated_norm", mutates_args=())
+def _modulated_norm(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, layer: bool, eps: float
+) -> Tensor:
+    from .kernel import norm
+
+    return norm(x, scale, shift, layer, eps)
+
+
+@_modulated_norm.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("longreel::modulated_norm_backward", mutates_args=())
+def _modulated_norm_backward(
+    grad_out: Tensor, x: Tensor, scale: Tensor | None, layer: bool, eps: float
+) -> Tensor:
+    from .kernel import norm_backward
+
+    return norm_backward(_dense(grad_out), x, scale, layer, eps)
+
+
+@_modulated_norm_backward.register_fake
+def _(grad_out, x, *_):
+    return x.new_empty(x.shape)
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    x, scale, _, ctx.layer, ctx.eps = inputs
+    ctx.save_for_backward(x, scale)
+
+
+def _differentiate_norm(ctx, grad_out: Tensor):
+    x, scale = ctx.saved_tensors
+    return _modulated_norm_backward(grad_out, x, scale, ctx.layer, ctx.eps), *(None,) * 4
+
+
+_modulated_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+
+
+@torch.library.custom_op("longreel::gated_add", mutates_args=())
+def _gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    from .kernel import gate as launch
+
+    return launch(x, y, gate)
+
+
+@_gated_add.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("longreel::gated_add_backward", mutates_args=())
+def _gated_add_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
+    from .kernel import gate as launch
+
+    return launch(None, _dense(grad_out), gate)
+
+
+@_gated_add_backward.register_fake
+def _(grad_out, _):
+    return grad_out.new_empty(grad_out.shape)
+
+
+def _save_gate(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _differentiate_gate(ctx, grad_out: Tensor):
+    (gate,) = ctx.saved_tensors
+    grad_y = _gated_add_backward(grad_out, gate) if ctx.needs_input_grad[1] else None
+    return grad_out, grad_y, None
+
+
+_gated_add.register_autograd(_differentiate_gate, setup_context=_save_gate)
