@@ -1,4 +1,4 @@
-"""Scripts on several processes, without a launcher that would end them by itself."""
+"""Scripts in processes of their own: one, or several without a launcher that would end them."""
 
 import os
 import socket
@@ -51,3 +51,9 @@ def finish(started: list[subprocess.Popen], timeout: float = 240) -> list[tuple[
         for process in started:
             process.kill()
     return [(process.returncode, text or "") for process, text in zip(started, said, strict=True)]
+
+
+def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Python code with its arguments in a new interpreter, to its end."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Encoders that need no model: latents are samples of the pixels."""
+"""Encoders that need no model, and small videos: what the tests of the cache fill it with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from videos import steady
+from videos import numbers, steady
 
 from longreel.data.cache import Bucket, CacheSpec, Encoders
 from longreel.data.encode import Prepared, prepare
@@ -17,10 +17,43 @@ SPEC = CacheSpec((BUCKET,), fps=16, video_encoder="tiny-vae", text_encoder="tiny
 
 
 def encoders() -> Encoders:
+    """Latents [3, F, h / 8, w / 8] are samples of the pixels."""
+
     def video(pixels: np.ndarray) -> torch.Tensor:
+        assert pixels.dtype == np.uint8
         return torch.from_numpy(pixels[:, ::8, ::8].copy()).permute(3, 0, 1, 2).bfloat16()
 
-    return Encoders(video, lambda caption: {"embeds": torch.full((len(caption), 2), 0.5)})
+    def text(caption: str) -> dict[str, torch.Tensor]:
+        return {"embeds": torch.full((len(caption), 2), 0.5), "mask": torch.ones(len(caption))}
+
+    return Encoders(video, text)
+
+
+class Recording:
+    """The same, with a record of how often they were loaded and what they were given."""
+
+    def __init__(self, clips_before_failure: int | None = None) -> None:
+        self.loads, self.clips, self.captions = 0, [], []
+        self.clips_before_failure = clips_before_failure
+        self.encoders = encoders()
+
+    def __call__(self) -> Encoders:
+        self.loads += 1
+        return Encoders(self.video, self.text)
+
+    def video(self, pixels: np.ndarray) -> torch.Tensor:
+        if len(self.clips) == self.clips_before_failure:
+            raise KeyboardInterrupt
+        self.clips.append(numbers(pixels))
+        return self.encoders.video(pixels)
+
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
+        self.captions.append(caption)
+        return self.encoders.text(caption)
+
+
+def never() -> Encoders:
+    raise AssertionError("nothing is to be encoded")
 
 
 def build(folder: Path, spec: CacheSpec, cache: Path, load=encoders, **options) -> Prepared:
@@ -28,7 +61,11 @@ def build(folder: Path, spec: CacheSpec, cache: Path, load=encoders, **options) 
     return prepare(list_videos(source), spec, cache, load, **options)
 
 
-def add(folder: Path, name: str, num_frames: int, caption: str, fps: int = 16, **options) -> Path:
+def add(
+    folder: Path, name: str, num_frames: int, caption: str | None, fps: int = 16, **options
+) -> Path:
+    """A numbered video; without a caption for None."""
     path = steady(folder / name, num_frames, fps, **options)
-    path.with_suffix(".txt").write_text(caption)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
     return path

@@ -73,6 +73,13 @@ def make_inputs(
     }
 
 
+def make_latents(family: ModelFamily, frames=2, height=4, width=6, seed=0):
+    """Gaussian latents of one sample."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = load_config(family)["in_channels"]
+    return torch.randn(1, channels, frames, height, width, generator=generator)
+
+
 def make_text(family: ModelFamily, tokens=7, seed=0):
     """As `encode_text` gives it."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stub_cache import SPEC, add, build
+from stub_cache import SPEC, add, build, encoders, never
 from videos import noise
 
 from longreel.data.encode import prepare
@@ -21,10 +21,6 @@ from longreel.launch.demo import fetch_videos
 from longreel.trainer.families import FAMILIES
 
 TESTS = Path(__file__).parents[1]
-
-
-def never():
-    raise AssertionError("nothing is to be encoded")
 
 
 def tensors(cache: Path) -> dict[str, bytes]:
@@ -50,8 +46,6 @@ class InThreads:
         self.results, self.calls, self.answers = [None] * size, [0] * size, [False] * size
 
     def run(self, folder: Path, cache: Path, spec=SPEC, load=None):
-        from stub_cache import encoders
-
         def one(rank: int) -> None:
             def counted():
                 made = encoders()
@@ -101,8 +95,6 @@ def test_processes_share_the_work_and_agree(folder, tmp_path, size):
 
 
 def test_a_video_that_one_process_cannot_encode_is_dropped_by_all(folder, tmp_path):
-    from stub_cache import encoders
-
     def load():
         (folder / "3.mp4").unlink(missing_ok=True)
         time.sleep(0.1)

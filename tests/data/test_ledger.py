@@ -1,7 +1,14 @@
 """What is known of files: the newest fact counts, and only files that are done with are merged."""
 
+import errno
+import json
 import os
+import shutil
 import time
+from pathlib import Path
+
+import pytest
+from stub_cache import SPEC, build, never
 
 from longreel.data.ledger import IN_USE, MOST_FILES, Ledger
 
@@ -48,3 +55,45 @@ def test_only_files_that_nobody_writes_to_are_merged_and_nothing_is_lost(tmp_pat
     assert [after.get("file", name) for name in ("now.mp4", "then.mp4")] == [1, 2]
     merged = min((tmp_path / "ledger").iterdir(), key=lambda path: path.stat().st_mtime)
     assert time.time() - merged.stat().st_mtime > IN_USE  # as old as its facts
+
+
+def content_of_ledger(cache: Path) -> set[str]:
+    paths = (cache / "ledger").iterdir()
+    return {line for p in paths for line in p.read_text(errors="replace").splitlines()}
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn", "garbage"])
+def test_the_ledger_is_made_again(folder, cache, damage):
+    first = build(folder, SPEC, cache)
+    for path in (cache / "ledger").iterdir():
+        content = path.read_bytes()
+        torn = {"torn": content[: len(content) // 2], "garbage": b"\xff{}\n[1]\n"}
+        path.unlink() if damage == "gone" else path.write_bytes(torn[damage])
+    shutil.rmtree(cache / "manifests")
+    assert build(folder, SPEC, cache, never).entries == first.entries
+    before = content_of_ledger(cache)
+    shutil.rmtree(cache / "manifests")
+    assert build(folder, SPEC, cache, never).entries == first.entries
+    assert content_of_ledger(cache) == before and len(before) >= 3
+
+
+def test_a_fault_is_not_believed_after_an_upgrade_of_the_decoder(folder, cache):
+    (folder / "text.mp4").write_text("no video")
+    (folder / "text.txt").write_text("a dog")
+    assert len(build(folder, SPEC, cache).report.dropped) == 1
+    for path in (cache / "ledger").iterdir():
+        facts = [json.loads(line) for line in path.read_text().splitlines()]
+        for kind, _, value in facts:
+            if kind.startswith("video") and value[5]:  # frames, whole, size, cuts, fault, decoder
+                value[5:] = ["there is no decoder", "1.0"]
+        path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    assert build(folder, SPEC, cache, never).report.dropped[0].reason.startswith("not a readable")
+
+
+def test_a_disk_that_is_full_for_the_ledger_is_not_blamed_on_the_videos(folder, cache, monkeypatch):
+    def full(self, kind, key, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("longreel.data.ledger.Ledger.put", full)
+    with pytest.raises(ValueError, match="is full"):
+        build(folder, SPEC, cache, never)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stub_cache import BUCKET, SPEC, add, build, encoders
+from stub_cache import BUCKET, SPEC, add, build, encoders, never
 from videos import make_video, noise, numbers, painted
 
 from longreel.data.cache import Bucket
@@ -14,10 +14,6 @@ from longreel.data.decode import examine, read_clip
 from longreel.data.files import read_about
 from longreel.data.manifest import read_manifests
 from longreel.data.shots import shots
-
-
-def never():
-    raise AssertionError("nothing is to be encoded")
 
 
 def places(prepared) -> list[tuple[str, int, int, int, int]]:

@@ -2,23 +2,19 @@
 
 import re
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
 from diffusers.models import attention_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import Dense
 from longreel.trainer.config import ConfigError
 from longreel.trainer.families import FAMILIES
-from longreel.trainer.families.codec import scaled
-from longreel.trainer.families.mochi_vae import ContinuedConv
 from longreel.trainer.flow import add_noise
 from longreel.trainer.lora import attach
 
@@ -48,11 +44,6 @@ def arguments(latents, **changes):
     """Of a call of the stock pipeline from `latents` to latents."""
     size = {"height": latents.shape[3] * 8, "width": latents.shape[4] * 8}
     return {"latents": latents, "num_inference_steps": 2, "output_type": "latent"} | size | changes
-
-
-def noise(frames=2, height=4, width=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, 12, frames, height, width, generator=generator)
 
 
 # Attention
@@ -187,7 +178,7 @@ def test_lora_targets_are_whole_names_and_spare_the_pooler():
 def test_the_two_texts_of_guidance_are_planned_each_by_its_length():
     pipe = tiny.load_pipeline(MOCHI)
     texts = [MOCHI.encode_text(pipe, text) for text in ("a rabbit in a meadow", "blurry")]
-    call = arguments(noise(), **MOCHI.pipeline_inputs(*texts, 4.5))
+    call = arguments(tiny.make_latents(MOCHI), **MOCHI.pipeline_inputs(*texts, 4.5))
     assert call["prompt_embeds"].shape == call["negative_prompt_embeds"].shape == (1, 21, 32)
     stock = pipe(**call).frames
     attention, plans = SparseAttention(Dense()), []
@@ -200,7 +191,7 @@ def test_the_two_texts_of_guidance_are_planned_each_by_its_length():
 
 def test_time_and_target_are_reversed():
     pipe = tiny.load_pipeline(MOCHI, vae=False)
-    clean, start = noise(seed=1), noise()
+    clean, start = tiny.make_latents(MOCHI, seed=1), tiny.make_latents(MOCHI)
     calls = oracle(pipe.transformer, MOCHI.target(clean, start))
     text = MOCHI.encode_text(pipe, "a rabbit")
     call = arguments(start, num_inference_steps=5, **MOCHI.pipeline_inputs(text, None, 1.0))
@@ -226,14 +217,16 @@ def test_one_step_is_refused():
         MOCHI.check_steps("steps", 1)
     MOCHI.check_steps("steps", 2)
     with pytest.raises(ZeroDivisionError):
-        tiny.load_pipeline(MOCHI, vae=False)("", **arguments(noise(), num_inference_steps=1))
+        tiny.load_pipeline(MOCHI, vae=False)(
+            "", **arguments(tiny.make_latents(MOCHI), num_inference_steps=1)
+        )
 
 
 @pytest.mark.parametrize("caption", ["", "two  cats &amp; a dog", "x" * 400])
 def test_cached_text_is_bit_equal_to_what_the_pipeline_feeds(caption):
     pipe = tiny.load_pipeline(MOCHI, vae=False)
     calls = oracle(pipe.transformer, torch.zeros(1, 12, 2, 4, 6))
-    pipe(caption, negative_prompt="blurry", **arguments(noise()))
+    pipe(caption, negative_prompt="blurry", **arguments(tiny.make_latents(MOCHI)))
     texts = [MOCHI.encode_text(pipe, text)["prompt_embeds"] for text in ("blurry", caption)]
     assert [len(text) for text in texts] == [7, min(len(caption) + 1, 256)]
     assert not texts[0].requires_grad
@@ -252,13 +245,13 @@ def test_an_empty_prompt_may_be_masked_throughout():
     assert [len(each["prompt_embeds"]) for each in (text, empty)] == [9, 0]
     batch = MOCHI.collate_text([text, empty])
     assert batch["encoder_attention_mask"].sum(dim=1).tolist() == [9, 0]
-    expected = pipe("a rabbit", **arguments(noise())).frames
+    expected = pipe("a rabbit", **arguments(tiny.make_latents(MOCHI))).frames
     MOCHI.install(pipe.transformer, SparseAttention(Dense()))
-    call = arguments(noise(), **MOCHI.pipeline_inputs(text, empty, 4.5))
+    call = arguments(tiny.make_latents(MOCHI), **MOCHI.pipeline_inputs(text, empty, 4.5))
     torch.testing.assert_close(pipe(**call).frames, expected, atol=1e-5, rtol=0)
     alone = MOCHI.pipeline_inputs(empty, None, 1.0)
     assert alone["prompt_embeds"].shape == (1, 1, 32) and not alone["prompt_attention_mask"].any()
-    assert pipe(**arguments(noise(), **alone)).frames.isfinite().all()
+    assert pipe(**arguments(tiny.make_latents(MOCHI), **alone)).frames.isfinite().all()
 
 
 def test_a_bf16_model_takes_the_pipeline_s_fp32_text_and_latents():
@@ -268,14 +261,14 @@ def test_a_bf16_model_takes_the_pipeline_s_fp32_text_and_latents():
     with pytest.raises(RuntimeError, match="type"):
         pipe = load(tiny.folder(MOCHI), None, transformer=None, dtype=torch.bfloat16)
         pipe.transformer = transformer
-        pipe("a rabbit", **arguments(noise()))
+        pipe("a rabbit", **arguments(tiny.make_latents(MOCHI)))
     for _ in range(2):
         pipe = load(tiny.folder(MOCHI), None, transformer=transformer, dtype=torch.bfloat16)
     assert len(transformer._forward_pre_hooks) == 1
     dtypes = (transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype)
     assert dtypes == (torch.bfloat16, torch.float32, torch.float32)
     calls = oracle(transformer, torch.zeros(1, 12, 2, 4, 6))
-    latents = pipe("a rabbit", **arguments(noise())).frames
+    latents = pipe("a rabbit", **arguments(tiny.make_latents(MOCHI))).frames
     assert latents.dtype == torch.float32
     names = ("hidden_states", "encoder_hidden_states", "timestep")
     dtypes = [calls[1][name].dtype for name in names]
@@ -285,132 +278,9 @@ def test_a_bf16_model_takes_the_pipeline_s_fp32_text_and_latents():
 # Pixels
 
 
-def deep_vae(**options):
-    """With a residual block at every resolution, as the real one."""
-    torch.manual_seed(0)
-    channels = {f"{part}_block_out_channels": (32,) * 4 for part in ("encoder", "decoder")}
-    return AutoencoderKLMochi(**channels, layers_per_block=(1,) * 5, **options).eval()
-
-
-@torch.no_grad()
-def test_chunks_are_those_of_decoding_at_once():
-    """Up to fp32 rounding: a convolution sums in an order that depends on its size."""
-    vae, latents = deep_vae(), noise(frames=5, height=4, width=6)
-    modules, state = dict(vae.named_modules()), list(vae.state_dict())
-    whole = vae.decode(latents).sample
-    vae.enable_tiling(16, 16, 8, 8)  # of the encoder
-    assert not torch.allclose(vae.decode(latents).sample, whole, atol=1e-2)
-    chunks = list(MOCHI.decode_chunks(vae, latents))
-    assert [chunk.shape for chunk in chunks] == [(1, 3, n, 32, 48) for n in (7, 12, 6)]
-    torch.testing.assert_close(torch.cat(chunks, dim=2), whole, atol=1e-5, rtol=0)
-    assert (whole[:, :, 6:8] - whole[:, :, 7:9]).abs().max() > 1e-2  # across the first seam
-    # Each chunk sees the one before it: by itself it is another.
-    alone, *_ = MOCHI.decode_chunks(vae, latents[:, :, 2:4])
-    assert not torch.allclose(alone[:, :, 0], chunks[1][:, :, 5], atol=1e-2)
-
-    started, other = (MOCHI.decode_chunks(vae, latents) for _ in range(2))
-    assert torch.equal(next(started), chunks[0])
-    assert torch.equal(next(other), chunks[0]) and torch.equal(next(started), chunks[1])
-    started.close()
-    assert torch.equal(next(other), chunks[1])
-    assert list(vae.state_dict()) == state and dict(vae.named_modules()) == modules
-    assert not any(isinstance(module, ContinuedConv) for module in vae.modules())
-    vae.disable_tiling()
-    assert torch.equal(vae.decode(latents).sample, whole)
-
-
-def clip(frames: int, height: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    size = (frames, height, width, 3)
-    return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "frames, attention_first", [(1, False), (7, False), (25, False), (31, False), (43, True)]
-)
-def test_encoding_in_parts_equals_encoding_at_once(frames, attention_first):
-    """Up to fp32 rounding: 12 frames at a time through convolutions, some places at a time through
-    attention; the numbers of frames are within a chunk, at its end and past it."""
-    blocks = (attention_first, True, True, False, True)
-    vae, pixels = deep_vae(add_attention_block=blocks), clip(frames, 16, 24)
-    state, modules = list(vae.state_dict()), dict(vae.named_modules())
-    whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
-    (parts,) = MOCHI.encode_chunks(vae, pixels)
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
-    assert list(vae.state_dict()) == state and dict(vae.named_modules()) == modules
-    if frames > 25:  # the last chunk goes by what came before it: by itself it is another
-        (alone,) = MOCHI.encode_chunks(vae, pixels[24:])
-        assert not torch.allclose(alone[:, :, -1], whole[:, :, -1], atol=1e-3)
-
-
-@torch.no_grad()
-def test_encoding_in_parts_takes_tiles_as_the_stock_encoder(monkeypatch):
-    """And a few rows of places at a time through attention, where there are many."""
-    monkeypatch.setattr("longreel.trainer.families.mochi_vae.MOST_PLACES", 20)
-    vae, pixels = deep_vae(), clip(19, 16, 24)
-    whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
-    vae.enable_tiling(16, 16, 8, 8)
-    tiled = vae.encode(scaled(vae, pixels)).latent_dist.mode()
-    assert not torch.allclose(tiled, whole, atol=1e-3)
-    (parts,) = MOCHI.encode_chunks(vae, pixels)
-    torch.testing.assert_close(parts, tiled, atol=1e-5, rtol=1e-5)
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that one tensor held."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return out
-
-
-@torch.no_grad()
-def test_no_layer_sees_a_whole_clip_at_its_full_size():
-    """In all frames at once 32 channels of each pixel; in parts, those of half the height and width
-    are the most that there is of a whole clip."""
-    vae, pixels = deep_vae(), clip(61, 16, 16)
-    with Largest() as at_once:
-        vae.encode(scaled(vae, pixels))
-    with Largest() as in_parts:
-        list(MOCHI.encode_chunks(vae, pixels))
-    assert at_once.numbers >= 32 * 61 * 16 * 16
-    assert in_parts.numbers <= max(32 * 61 * 8 * 8, 32 * (13 + 2) * 18 * 18)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("frames", [331, 667])
-def test_a_tile_of_the_longest_clips_is_encoded(frames):
-    """By the encoder of the published widths, in fp32."""
-    with torch.device("cuda"):
-        vae = AutoencoderKLMochi().eval()
-    pixels = clip(frames, 256, 256)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    latents = MOCHI.encode_video(SimpleNamespace(vae=vae), pixels)
-    assert latents.shape == (12, (frames - 1) // 6 + 1, 32, 32)
-    assert latents.isfinite().all()
-    at_full_size = 64 * frames * 256 * 256 * 4
-    assert torch.cuda.max_memory_allocated() - before < 3 * at_full_size
-
-
-@torch.no_grad()
-def test_the_stock_switch_to_chunks_does_not_run():
-    """Why the decoder gets convolutions of ours: this drops the padding of the stock ones."""
-    vae = deep_vae()
-    vae._enable_framewise_decoding()
-    with pytest.raises(RuntimeError, match="size"):
-        vae.decode(noise())
-
-
 def test_video_comes_back_from_latents_as_the_pipeline_decodes_them():
     pipe = tiny.load_pipeline(MOCHI)
-    latents = 1.5 * noise(frames=3)
+    latents = 1.5 * tiny.make_latents(MOCHI, frames=3)
     frames = torch.stack([torch.as_tensor(x) for x in MOCHI.decode_video(pipe, latents[0])])
     assert frames.shape == (13, 32, 48, 3) and frames.dtype == torch.uint8
     oracle(pipe.transformer, torch.zeros_like(latents))
@@ -418,20 +288,6 @@ def test_video_comes_back_from_latents_as_the_pipeline_decodes_them():
     stock = pipe("", **arguments(latents, guidance_scale=1.0, output_type="np")).frames[0]
     assert (frames.float() - 255 * torch.as_tensor(stock)).abs().max() <= 0.51
     assert not pipe.vae.use_tiling
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_normalising_is_undone_and_rounds_as_the_pipeline(known):
-    statistics = {} if known else {"latents_mean": None}
-    vae = deep_vae(scaling_factor=1.3, **statistics)
-    latents = noise()
-    mean, std = torch.zeros(12), torch.ones(12)
-    if known:
-        mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
-    mean, std = mean.view(12, 1, 1, 1), std.view(12, 1, 1, 1)
-    assert torch.equal(MOCHI.denormalise(vae, latents), latents * std / 1.3 + mean)
-    back = MOCHI.normalise(vae, MOCHI.denormalise(vae, latents))
-    torch.testing.assert_close(back, latents, atol=1e-6, rtol=1e-6)
 
 
 def test_frames_off_the_grid_would_be_padded_by_the_vae():
