@@ -19,6 +19,7 @@ from longreel.kernels.block_sparse import (
     hopper_forward,
     hopper_fused,
 )
+from longreel.kernels.block_sparse.lists import Lists
 from longreel.kernels.block_sparse.op import Backend
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
@@ -78,7 +79,10 @@ class Problem:
         )
         self.qkv = tuple(qkv)
         self.layout = build_layout(Radial(), grid, BLOCK).to(device)
-        self.followed = torch.zeros(heads, dtype=torch.int32, device=device)
+        followed = torch.zeros(heads, dtype=torch.int32, device=device)
+        rows = self.layout.row_indptr, self.layout.row_indices
+        columns = self.layout.col_indptr, self.layout.col_indices
+        self.lists = (*rows, *columns, followed)
 
     @property
     def kept_blocks(self) -> int:
@@ -116,24 +120,17 @@ class Problem:
     def launched(self, variant: str) -> Kernel:
         """One of ours, without autograd."""
         forward, backward = VARIANTS[variant]
-        layout = self.layout
-        rows = (layout.row_indptr, layout.row_indices)
-        columns = (layout.col_indptr, layout.col_indices)
-        rest = (self.followed, None, BLOCK, self.grad.shape[3] ** -0.5)
+        rest = Lists(*self.lists, None, BLOCK), self.grad.shape[3] ** -0.5
         return Kernel(
-            lambda: forward(*self.qkv, *rows, *rest),
-            lambda saved: backward(self.grad, None, *self.qkv, *saved, *rows, *columns, *rest),
+            lambda: forward(*self.qkv, *rest),
+            lambda saved: backward(self.grad, None, *self.qkv, *saved, *rest),
         )
 
     def listed(self, backend: Backend) -> Attend:
         """A backend of `block_sparse_attention` on these lists; it raises if it is not there."""
-        layout = self.layout
-        lists = (layout.row_indptr, layout.row_indices, layout.col_indptr, layout.col_indices)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_sparse_attention(
-                q, k, v, *lists, self.followed, block=BLOCK, backend=backend
-            )[0]
+            return block_sparse_attention(q, k, v, *self.lists, block=BLOCK, backend=backend)[0]
 
         return attend
 

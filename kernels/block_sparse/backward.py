@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .forward import LOG2_E
+from .lists import Lists
 from .tiles import keys_end, load_rows, own_start, store_rows, tile_start, visible_tiles
 from .tuning import choose
 
@@ -175,38 +176,34 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    col_indptr: Tensor,
-    col_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
+    lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the three kernels for dq, dk, dv. `out` and `lse` are the forward's, contiguous."""
     batch, tokens, heads, head_dim = q.shape
-    num_blocks = row_indptr.shape[1] - 1
-    padded = num_blocks * block
+    num_blocks = lists.row_indptr.shape[1] - 1
+    padded = num_blocks * lists.block
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    lse2, delta = row_sums(out, grad_out, lse, grad_lse, block, LOG2_E.value)
-    tiles = choose(q.device, head_dim, q.element_size(), block)
+    lse2, delta = row_sums(out, grad_out, lse, grad_lse, lists.block, LOG2_E.value)
+    tiles = choose(q.device, head_dim, q.element_size(), lists.block)
     strides = [s for x in (q, k, v, grad_out) for s in x.stride()[:3]]
     scales = scale, scale * LOG2_E.value
     with torch.cuda.device_of(q):
         tile = tiles.grad_kv
         _grad_kv_kernel[(triton.cdiv(tokens, tile.kv), batch * heads)](
-            q, k, v, grad_out, dk, dv, lse2, delta, col_indptr, col_indices, head_to_layout, valid,
+            q, k, v, grad_out, dk, dv, lse2, delta,
+            lists.col_indptr, lists.col_indices, lists.head_to_layout, lists.valid,
             *strides, tokens, heads, num_blocks, padded, *scales,
-            BLOCK=block, BM=tile.q, BN=tile.kv, D=head_dim,
+            BLOCK=lists.block, BM=tile.q, BN=tile.kv, D=head_dim,
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         tile = tiles.grad_q
         _grad_q_kernel[(triton.cdiv(tokens, tile.q), batch * heads)](
-            q, k, v, grad_out, dq, lse2, delta, row_indptr, row_indices, head_to_layout, valid,
+            q, k, v, grad_out, dq, lse2, delta,
+            lists.row_indptr, lists.row_indices, lists.head_to_layout, lists.valid,
             *strides, tokens, heads, num_blocks, padded, num_blocks.bit_length(), *scales,
-            BLOCK=block, BM=tile.q, BN=tile.kv, D=head_dim,
-            RAGGED=valid is not None or tokens % tile.kv != 0, STAGES=tile.stages,
+            BLOCK=lists.block, BM=tile.q, BN=tile.kv, D=head_dim,
+            RAGGED=lists.valid is not None or tokens % tile.kv != 0, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dq, dk, dv

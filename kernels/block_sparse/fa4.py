@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import PerTensor
+from .lists import Lists
 from .selfcheck import find_fault
 
 HEAD_DIMS = (64, 128)
@@ -99,19 +100,9 @@ def _failure(
     return f"flash-attn-4 fails its check against the reference at q {size} in {dtype}: {fault}"
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
     """Shapes and meanings are `block_sparse_attention`'s; valid is None and block 128."""
-    assert valid is None and block == BLOCK
+    assert lists.valid is None and lists.block == BLOCK
     q, k, v = (_not_expanded(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
         out, lse, *_ = _package()._flash_attn_fwd(
@@ -119,7 +110,9 @@ def forward(
             k,
             v,
             softmax_scale=scale,
-            block_sparse_tensors=_lists(row_indices, row_indptr, head_to_layout),
+            block_sparse_tensors=_tensors(
+                lists.row_indices, lists.row_indptr, lists.head_to_layout
+            ),
             return_lse=True,
         )
     return out, lse
@@ -133,17 +126,11 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    col_indptr: Tensor,
-    col_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
+    lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from the forward's out and lse: one pass over the columns."""
-    assert valid is None and block == BLOCK
+    assert lists.valid is None and lists.block == BLOCK
     q, k, v = (_not_expanded(x) for x in (q, k, v))
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     with torch.cuda.device_of(q):
@@ -155,7 +142,9 @@ def backward(
             grad_out,
             lse,
             softmax_scale=scale,
-            block_sparse_tensors=_lists(col_indices, col_indptr, head_to_layout),
+            block_sparse_tensors=_tensors(
+                lists.col_indices, lists.col_indptr, lists.head_to_layout
+            ),
             dlse=grad_lse,
             dq=dq,
             dk=dk,
@@ -165,7 +154,7 @@ def backward(
 
 
 @PerTensor
-def _lists(indices: Tensor, indptr: Tensor, head_to_layout: Tensor) -> Any:
+def _tensors(indices: Tensor, indptr: Tensor, head_to_layout: Tensor) -> Any:
     """CSR lists as flash-attn-4 takes them: counts [1, 1 or H, rows] and, as wide as the longest
     row, indices [1, 1 or H, rows, longest], int32.
 

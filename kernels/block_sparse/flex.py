@@ -12,22 +12,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, flex_attention
 
 from .cache import PerTensor
+from .lists import Lists
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
     """Shapes and meanings are `block_sparse_attention`'s; autograd is FlexAttention's own."""
-    lists = row_indices, row_indptr, head_to_layout, valid
-    mask = _block_mask(*lists, settings=(q.shape[1], block))
+    mask = _block_mask(
+        lists.row_indices,
+        lists.row_indptr,
+        lists.head_to_layout,
+        lists.valid,
+        settings=(q.shape[1], lists.block),
+    )
     attend = _compiled() if q.is_cuda else flex_attention
     out, aux = attend(
         q.transpose(1, 2),

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lists import Lists
 from .tiles import keys_end, load_rows, own_start, store_rows, tile_start, visible_tiles
 from .tuning import choose
 
@@ -74,30 +75,21 @@ def _forward_kernel(
     store_rows(Out + (batch * S * H + head) * D, out, start_m, S, H * D, BM, D)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
     """Launch the kernel. Shapes and meanings are `block_sparse_attention`'s."""
     batch, tokens, heads, head_dim = q.shape
-    num_rows = row_indptr.shape[1] - 1
+    num_rows = lists.row_indptr.shape[1] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    tile = choose(q.device, head_dim, q.element_size(), block).forward
+    tile = choose(q.device, head_dim, q.element_size(), lists.block).forward
     with torch.cuda.device_of(q):
         _forward_kernel[(triton.cdiv(tokens, tile.q), batch * heads)](
-            q, k, v, out, lse, row_indptr, row_indices, head_to_layout, valid,
+            q, k, v, out, lse,
+            lists.row_indptr, lists.row_indices, lists.head_to_layout, lists.valid,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             tokens, heads, num_rows, num_rows.bit_length(), scale * LOG2_E.value,
-            BLOCK=block, BM=tile.q, BN=tile.kv, D=head_dim,
-            RAGGED=valid is not None or tokens % tile.kv != 0, STAGES=tile.stages,
+            BLOCK=lists.block, BM=tile.q, BN=tile.kv, D=head_dim,
+            RAGGED=lists.valid is not None or tokens % tile.kv != 0, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse

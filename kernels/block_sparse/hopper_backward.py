@@ -41,6 +41,7 @@ from .hopper import (
     sums_of,
     tiles_of,
 )
+from .lists import Lists
 from .tiles import keys_end, own_start, tile_start, visible_tiles
 from .tuning import HOPPER
 
@@ -342,22 +343,16 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    col_indptr: Tensor,
-    col_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
+    lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the three kernels for dq, dk, dv. `out` and `lse` are the forward's, contiguous."""
     batch, tokens, heads, head_dim = q.shape
-    num_blocks = row_indptr.shape[1] - 1
-    padded = num_blocks * block
+    num_blocks = lists.row_indptr.shape[1] - 1
+    padded = num_blocks * lists.block
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     # Scores start from minus lse: it is in their unit, before the scale.
-    sums = row_sums(out, grad_out, lse, grad_lse, block, 1 / scale)
+    sums = row_sums(out, grad_out, lse, grad_lse, lists.block, 1 / scale)
     grid = num_blocks, batch * heads
     rows = ROWS.value
     scales = scale, scale * LOG2_E.value
@@ -369,18 +364,19 @@ def backward(
             *(tiles_of(x, rows) for x in (k, v)),
             *(sums_of(x.view(-1, padded), 1, pipeline.tile) for x in sums),
             *(tiles_of(x, rows) for x in (dk, dv)),
-            col_indptr, col_indices, head_to_layout, valid, tokens, heads, num_blocks, *scales,
-            BLOCK=block, BM=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
+            lists.col_indptr, lists.col_indices, lists.head_to_layout, lists.valid,
+            tokens, heads, num_blocks, *scales,
+            BLOCK=lists.block, BM=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
             REGISTERS=pipeline.registers, PRODUCER_REGISTERS=pipeline.producer_registers,
             num_warps=WARPS.value,
         )  # fmt: skip
         pipeline = HOPPER[head_dim].grad_q
         _grad_q_kernel[grid](
             *own, *(tiles_of(x, pipeline.tile) for x in (k, v)), tiles_of(dq, rows),
-            k, *sums, row_indptr, row_indices, head_to_layout, valid,
+            k, *sums, lists.row_indptr, lists.row_indices, lists.head_to_layout, lists.valid,
             *k.stride()[:3], tokens, heads, num_blocks, padded, num_blocks.bit_length(), *scales,
-            BLOCK=block, BN=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
-            RAGGED=valid is not None or tokens % pipeline.tile != 0,
+            BLOCK=lists.block, BN=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
+            RAGGED=lists.valid is not None or tokens % pipeline.tile != 0,
             REGISTERS=pipeline.registers, PRODUCER_REGISTERS=pipeline.producer_registers,
             num_warps=WARPS.value,
         )  # fmt: skip

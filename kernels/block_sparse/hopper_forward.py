@@ -37,6 +37,7 @@ from .hopper import (
     store,
     tiles_of,
 )
+from .lists import Lists
 from .tiles import keys_end, own_start, tile_start, visible_tiles
 from .tuning import HOPPER
 
@@ -195,30 +196,21 @@ def _forward_kernel(
     close_barriers(turns)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
     """Launch the kernel. Shapes and meanings are `block_sparse_attention`'s."""
     batch, tokens, heads, head_dim = q.shape
-    num_rows = row_indptr.shape[1] - 1
+    num_rows = lists.row_indptr.shape[1] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     pipeline = HOPPER[head_dim].forward
     with torch.cuda.device_of(q):
         _forward_kernel[(num_rows, batch * heads)](
             tiles_of(q, ROWS.value), tiles_of(k, pipeline.tile), tiles_of(v, pipeline.tile),
-            tiles_of(out, ROWS.value), v, lse, row_indptr, row_indices, head_to_layout, valid,
+            tiles_of(out, ROWS.value), v, lse,
+            lists.row_indptr, lists.row_indices, lists.head_to_layout, lists.valid,
             *v.stride()[:3], tokens, heads, num_rows, num_rows.bit_length(), scale * LOG2_E.value,
-            BLOCK=block, BN=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
-            RAGGED=valid is not None or tokens % pipeline.tile != 0,
+            BLOCK=lists.block, BN=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
+            RAGGED=lists.valid is not None or tokens % pipeline.tile != 0,
             REGISTERS=pipeline.registers, PRODUCER_REGISTERS=pipeline.producer_registers,
             num_warps=WARPS.value,
         )  # fmt: skip

@@ -50,6 +50,7 @@ from .hopper import (
     tiles_of,
 )
 from .hopper_backward import bring_queries, start_from
+from .lists import Lists
 from .tiles import keys_end, own_start, tile_start
 from .tuning import HOPPER
 
@@ -304,13 +305,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    col_indptr: Tensor,
-    col_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
+    lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the three kernels for dq, dk, dv. `out` and `lse` are the forward's, contiguous.
@@ -318,11 +313,11 @@ def backward(
     Takes memory for dq in fp32 besides.
     """
     batch, tokens, heads, head_dim = q.shape
-    num_blocks = col_indptr.shape[1] - 1
-    padded = num_blocks * block
+    num_blocks = lists.col_indptr.shape[1] - 1
+    padded = num_blocks * lists.block
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     # Scores start from minus lse: it is in their unit, before the scale.
-    sums = row_sums(out, grad_out, lse, grad_lse, block, 1 / scale)
+    sums = row_sums(out, grad_out, lse, grad_lse, lists.block, 1 / scale)
     chunks = padded * head_dim // CHUNK.value**2
     dq_sums = q.new_zeros(batch * heads * chunks * CHUNK_ROWS.value, 256, dtype=torch.float32)
     pipeline = HOPPER[head_dim].fused
@@ -334,10 +329,10 @@ def backward(
             *(sums_of(x.view(-1, padded), 1, pipeline.tile) for x in sums),
             *(tiles_of(x, rows) for x in (dk, dv)),
             sums_of(dq_sums, CHUNK_ROWS.value, 256),
-            k, col_indptr, col_indices, head_to_layout, valid,
+            k, lists.col_indptr, lists.col_indices, lists.head_to_layout, lists.valid,
             *k.stride()[:3], tokens, heads, num_blocks, scale, scale * LOG2_E.value,
-            BLOCK=block, BM=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
-            RAGGED=valid is not None or tokens % block != 0,
+            BLOCK=lists.block, BM=pipeline.tile, D=head_dim, SLOTS=pipeline.slots,
+            RAGGED=lists.valid is not None or tokens % lists.block != 0,
             REGISTERS=pipeline.registers, PRODUCER_REGISTERS=pipeline.producer_registers,
             num_warps=WARPS.value,
         )  # fmt: skip

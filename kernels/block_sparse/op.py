@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .lists import Lists
 from .tuning import FA4_IS_FASTER, hopper_takes
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def block_sparse_attention(
         ValueError: naming the argument, its value and the remedy.
         RuntimeError: if `fa4` is asked for and its results are wrong on this GPU.
     """
-    lists = (row_indptr, row_indices, col_indptr, col_indices, head_to_layout)
-    _check(q, k, v, lists, block, valid)
+    lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
+    _check(q, k, v, lists)
     factor: float = q.shape[3] ** -0.5 if scale is None else scale
     if not factor > 0:
         raise ValueError(f"scale is {scale}; it must be positive (negate q for a negative one)")
@@ -88,10 +89,8 @@ def block_sparse_attention(
             raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
         from . import flex
 
-        return flex.attention(
-            q, k, v, row_indptr, row_indices, head_to_layout, valid, block, factor
-        )
-    return _attention(q, k, v, *lists, valid, block, factor, resolved, asked)
+        return flex.attention(q, k, v, lists, factor)
+    return _attention(q, k, v, *lists, factor, resolved, asked)
 
 
 def resolve_backend(
@@ -211,14 +210,7 @@ def check_triton(device: torch.device) -> None:
         )
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: tuple[Tensor, ...],
-    block: int,
-    valid: Tensor | None,
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, lists: Lists) -> None:
     """Everything that shapes, dtypes and devices can tell; contents stay on the device."""
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or 0 in q.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -231,10 +223,10 @@ def _check(
                 f"{name} has strides {x.stride()}; its last dimension must be contiguous "
                 f"(pass {name}.contiguous())"
             )
+    row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block = lists
     if block not in BLOCKS:
         raise ValueError(f"block is {block}; it must be one of {BLOCKS}")
     batch, tokens, heads, _ = q.shape
-    row_indptr, row_indices, col_indptr, col_indices, head_to_layout = lists
     rows = -(-tokens // block)
     for name, indptr in (("row_indptr", row_indptr), ("col_indptr", col_indptr)):
         if indptr.ndim != 2 or indptr.shape[1] != rows + 1:
@@ -258,8 +250,7 @@ def _check(
         )
     if valid is not None and valid.shape != (batch,):
         raise ValueError(f"valid has shape {tuple(valid.shape)}; the batch is {batch}")
-    small = (*lists, *(() if valid is None else (valid,)))
-    for x in small:
+    for x in (x for x in lists if isinstance(x, Tensor)):
         if x.dtype != torch.int32 or x.device != q.device or not x.is_contiguous():
             raise ValueError(
                 "the lists, head_to_layout and valid must be contiguous int32 tensors on q's "
@@ -285,10 +276,10 @@ def _attention(
     backend: str,
     deterministic: bool,  # of the gradients
 ) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, row_indptr, row_indices, head_to_layout, valid, block, scale)
+    lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
     backend = _checked(backend, q, row_indptr)
     if backend == "reference":
-        return reference.forward(*arguments)
+        return reference.forward(q, k, v, lists, scale)
     if backend == "fa4":
         from .fa4 import forward
     elif hopper_takes(block, q, k, v):
@@ -296,7 +287,7 @@ def _attention(
     else:
         from .forward import forward
 
-    return forward(*arguments)
+    return forward(q, k, v, lists, scale)
 
 
 @_attention.register_fake
@@ -329,11 +320,11 @@ def _attention_backward(
     # The gradient of a sum arrives expanded, with strides of 0: no tile can be copied from that.
     if grad_out.stride(3) != 1 or 0 in grad_out.stride():
         grad_out = grad_out.contiguous()
-    saved = (grad_out, grad_lse, q, k, v, out, lse, row_indptr, row_indices)
-    rest = (head_to_layout, valid, block, scale)
+    lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
+    arguments = (grad_out, grad_lse, q, k, v, out, lse, lists, scale)
     backend = _checked(backend, q, row_indptr)
     if backend == "reference":
-        return reference.backward(*saved, *rest)
+        return reference.backward(*arguments)
     if backend == "fa4":
         from .fa4 import backward
     elif hopper_takes(block, q, k, v, grad_out):
@@ -344,7 +335,7 @@ def _attention_backward(
     else:
         from .backward import backward
 
-    return backward(*saved, col_indptr, col_indices, *rest)
+    return backward(*arguments)
 
 
 @_attention_backward.register_fake

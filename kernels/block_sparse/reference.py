@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .lists import Lists
+
 # Scores held at once, in elements: a few groups on a small model, tens of MiB on a large one.
 SCORE_BUDGET = 1 << 23
 
@@ -24,14 +26,13 @@ class Group(NamedTuple):
     listed: Tensor  # [r, w] bool, False on the padding
 
 
-def _groups(
-    indptr: Tensor, indices: Tensor, head_to_layout: Tensor, batch: int, block: int
-) -> Iterator[Group]:
+def _groups(lists: Lists, batch: int) -> Iterator[Group]:
     """All (head, block row) pairs, in groups within `SCORE_BUDGET`."""
+    indices, block = lists.row_indices, lists.block
     device = indices.device
-    for layout in head_to_layout.unique().tolist():
-        heads = (head_to_layout == layout).nonzero().flatten()
-        starts = indptr[layout].long()
+    for layout in lists.head_to_layout.unique().tolist():
+        heads = (lists.head_to_layout == layout).nonzero().flatten()
+        starts = lists.row_indptr[layout].long()
         counts = starts.diff()
         order = counts.argsort(descending=True)
         lengths = counts[order].clamp(min=1).tolist()
@@ -95,24 +96,14 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == float("-inf"), 0)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
     """Shapes and meanings are `block_sparse_attention`'s; lse is fp64 for fp64 inputs."""
     tokens = q.shape[1]
-    end = _keys_end(q, valid)
+    end, block = _keys_end(q, lists.valid), lists.block
     queries, keys, values = _blocked(q, block), _blocked(k, block, end), _blocked(v, block, end)
     out = torch.empty_like(queries)
     lse = queries.new_empty(queries.shape[:4])
-    for group in _groups(row_indptr, row_indices, head_to_layout, len(q), block):
+    for group in _groups(lists, len(q)):
         scores = _scores(queries, keys, group, end, scale)
         place = (slice(None), group.heads[:, None], group.rows)
         lse[place] = group_lse = scores.logsumexp(-1)
@@ -129,16 +120,12 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    row_indptr: Tensor,
-    row_indices: Tensor,
-    head_to_layout: Tensor,
-    valid: Tensor | None,
-    block: int,
+    lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from the saved out and lse; ds = p * (dp - rowsum(out * dout) + dlse)."""
     tokens = q.shape[1]
-    end = _keys_end(q, valid)
+    end, block = _keys_end(q, lists.valid), lists.block
     queries, keys, values = _blocked(q, block), _blocked(k, block, end), _blocked(v, block, end)
     grads = _blocked(grad_out, block)
     delta = (_blocked(out, block) * grads).sum(-1)
@@ -149,7 +136,7 @@ def backward(
     lse = _finite(torch.nn.functional.pad(lse, pad)).view_as(delta)
     dq = torch.empty_like(queries)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-    for group in _groups(row_indptr, row_indices, head_to_layout, len(q), block):
+    for group in _groups(lists, len(q)):
         heads, rows, blocks, _ = group
         place = (slice(None), heads[:, None], rows)
         p = (_scores(queries, keys, group, end, scale) - lse[place][..., None]).exp()

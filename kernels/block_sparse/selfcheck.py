@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .lists import Lists
 
 QUANTITIES = ("out", "lse", "dq", "dk", "dv")
 
@@ -44,19 +45,18 @@ def find_fault(
     if rows > 2:
         keep[:, 1, :] = False
         keep[:, :, 2] = False
-    by_row, by_column = _csr(keep), _csr(keep.mT)
     to_layout = (torch.arange(heads, device=device) % layouts).int()
+    lists = Lists(*_csr(keep), *_csr(keep.mT), to_layout, None, block)
     scale = head_dim**-0.5
-    rest = (to_layout, None, block, scale)
 
     exact = q.double(), k.double(), v.double()
-    out, lse = reference.forward(*exact, *by_row, *rest)
+    out, lse = reference.forward(*exact, lists, scale)
     grads = (grad_out.double(), grad_lse.double())
-    oracle = (out, lse, *reference.backward(*grads, *exact, out, lse, *by_row, *rest))
+    oracle = (out, lse, *reference.backward(*grads, *exact, out, lse, lists, scale))
 
-    out, lse = forward(q, k, v, *by_row, *rest)
+    out, lse = forward(q, k, v, lists, scale)
     saved = (grad_out, grad_lse, q, k, v, out, lse)
-    got = (out, lse, *backward(*saved, *by_row, *by_column, *rest))
+    got = (out, lse, *backward(*saved, lists, scale))
 
     key_block = torch.arange(tokens, device=device) // block
     mask = keep[to_layout.long()][:, key_block[:, None], key_block]

@@ -39,6 +39,8 @@ FOR_HOPPER = {
     "grad_kv": hopper_backward._grad_kv_kernel,
     "grad_q": hopper_backward._grad_q_kernel,
 }
+BY_COLUMN = "fused", "grad_kv"  # of keys; the others walk rows, of queries
+HOPPER_WARPS = 4
 TYPES = {"scale": "fp32", "scale_log2": "fp32"}
 TYPES |= dict.fromkeys(("Lse", "Lse2", "Delta"), "*fp32")
 TYPES |= dict.fromkeys(("indptr", "indices", "head_to_layout", "valid"), "*i32")
@@ -93,18 +95,20 @@ def compile_portable(kernel, tile: Tile, arch: int, head_dim: int, dtype: str) -
     return compile_kernel(ASTSource, kernel, types, constants, arch, **options)
 
 
-def compile_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str) -> dict:
+def described(descriptor, of: str) -> str:
+    return f"tensordesc<{of}{descriptor.block_shape},{descriptor.layout!r}>"
+
+
+def types_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str) -> dict[str, str]:
+    """Of the arguments that are not numbers."""
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     tokens = torch.empty(1, 256, 1, head_dim, dtype=torch_dtype)
     sums = torch.empty(16, 256)
 
-    def described(descriptor, of: str) -> str:
-        return f"tensordesc<{of}{descriptor.block_shape},{descriptor.layout!r}>"
-
     own = described(tiles_of(tokens, ROWS.value), dtype)
     circulating = described(tiles_of(tokens, pipeline.tile), dtype)
-    by_column = name in ("fused", "grad_kv")
-    types = {
+    by_column = name in BY_COLUMN
+    return {
         **dict.fromkeys(("queries", "grads"), circulating if by_column else own),
         **dict.fromkeys(("keys", "values"), own if by_column else circulating),
         **dict.fromkeys(("outputs", "grad_queries", "grad_keys", "grad_values"), own),
@@ -113,16 +117,26 @@ def compile_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str)
         **dict.fromkeys("KV", f"*{dtype}"),
         **TYPES,
     }
-    constants = {
+
+
+def constants_for_hopper(name: str, pipeline: Pipeline, head_dim: int) -> dict[str, int]:
+    return {
         "BLOCK": BLOCK,
-        "BM" if by_column else "BN": pipeline.tile,
+        "BM" if name in BY_COLUMN else "BN": pipeline.tile,
         "D": head_dim,
         "SLOTS": pipeline.slots,
         "RAGGED": True,
         "REGISTERS": pipeline.registers,
         "PRODUCER_REGISTERS": pipeline.producer_registers,
     }
-    return compile_kernel(GluonASTSource, FOR_HOPPER[name], types, constants, 90, num_warps=4)
+
+
+def compile_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str) -> dict:
+    types = types_for_hopper(name, pipeline, head_dim, dtype)
+    constants = constants_for_hopper(name, pipeline, head_dim)
+    return compile_kernel(
+        GluonASTSource, FOR_HOPPER[name], types, constants, 90, num_warps=HOPPER_WARPS
+    )
 
 
 def main(arch: str, head_dim: int, dtype: str) -> None:

@@ -19,6 +19,7 @@ from longreel.kernels.block_sparse import (
     resolve_backend,
     selfcheck,
 )
+from longreel.kernels.block_sparse.lists import Lists
 
 BF16 = torch.bfloat16
 CASE = Case(BF16, tokens=300, head_dim=64, block=128)
@@ -57,22 +58,21 @@ class StandIn:
         assert return_lse
         self.sizes.append(tuple(q.shape))
         lists = self._lists(block_sparse_tensors.keep(), q.shape[2])
-        rest = (lists.head_to_layout, None, 128, softmax_scale)
-        out, lse = reference.forward(q, k, v, lists.row_indptr, lists.row_indices, *rest)
+        out, lse = reference.forward(q, k, v, lists, softmax_scale)
         return self.spoil["out"](out), self.spoil["lse"](lse), None, None, None
 
     def _flash_attn_bwd(
         self, q, k, v, out, dout, lse, *, softmax_scale, block_sparse_tensors, dlse, dq, dk, dv
     ):
         lists = self._lists(block_sparse_tensors.keep().mT, q.shape[2])
-        saved = (dout, dlse, q, k, v, out, lse, lists.row_indptr, lists.row_indices)
-        grads = reference.backward(*saved, lists.head_to_layout, None, 128, softmax_scale)
+        grads = reference.backward(dout, dlse, q, k, v, out, lse, lists, softmax_scale)
         for name, to, grad in zip(("dq", "dk", "dv"), (dq, dk, dv), grads, strict=True):
             to.copy_(self.spoil[name](grad))
 
     @staticmethod
     def _lists(keep: Tensor, heads: int):
-        return make_lists(keep, 128, list(range(heads)) if len(keep) > 1 else [0] * heads)
+        made = make_lists(keep, 128, list(range(heads)) if len(keep) > 1 else [0] * heads)
+        return Lists(*made.tensors, None, 128)
 
 
 @pytest.fixture
@@ -92,17 +92,12 @@ def attend(*args, **kw):
     return block_sparse_attention(*args, **kw, backend="fa4")
 
 
-def reference_backward(*args):
-    """Called as the backends' are: with lists by column, which the reference does without."""
-    return reference.backward(*args[:9], *args[11:])
-
-
 @pytest.mark.parametrize("layouts", [(0, 0), (0, 1, 0)])
 def test_lists_equal_the_dense_layout(layouts, package):
     lists = random_lists(1100, 128, list(layouts))
     keep = lists.keep[list(layouts)] if max(layouts) else lists.keep
-    rows = fa4._lists(lists.row_indices, lists.row_indptr, lists.head_to_layout)
-    columns = fa4._lists(lists.col_indices, lists.col_indptr, lists.head_to_layout)
+    rows = fa4._tensors(lists.row_indices, lists.row_indptr, lists.head_to_layout)
+    columns = fa4._tensors(lists.col_indices, lists.col_indptr, lists.head_to_layout)
     assert torch.equal(rows.keep(), keep)
     assert torch.equal(columns.keep(), keep.mT)
     assert rows.full_block_idx.shape[-1] == lists.keep.sum(-1).max()
@@ -110,7 +105,7 @@ def test_lists_equal_the_dense_layout(layouts, package):
 
 def test_lists_of_nothing(package):
     lists = make_lists(torch.zeros(1, 3, 3, dtype=torch.bool), 128, [0])
-    assert not fa4._lists(lists.row_indices, lists.row_indptr, lists.head_to_layout).keep().any()
+    assert not fa4._tensors(lists.row_indices, lists.row_indptr, lists.head_to_layout).keep().any()
 
 
 @pytest.mark.parametrize("case", [CASE, Case(BF16, 256, 64, 128, layouts=(0,), scale=0.3)])
@@ -141,8 +136,8 @@ def test_lists_are_converted_once(package, monkeypatch):
     qkv, grads, lists, _ = CASE.make()
     attend(*qkv, *lists.tensors, block=128)  # with the conversions of the check
     made = []
-    make = fa4._lists.make
-    monkeypatch.setattr(fa4._lists, "make", lambda *x: made.append(0) or make(*x))
+    make = fa4._tensors.make
+    monkeypatch.setattr(fa4._tensors, "make", lambda *x: made.append(0) or make(*x))
     lists = random_lists(CASE.tokens, 128, list(CASE.layouts))
 
     def layer(q, k, v):
@@ -213,7 +208,7 @@ def test_auto_never_fails_with_it(wrong, package, monkeypatch, caplog):
         return lambda *args: ran.append(name) or function(*args)
 
     monkeypatch.setattr(forward, "forward", spy("forward", reference.forward))
-    monkeypatch.setattr(backward, "backward", spy("backward", reference_backward))
+    monkeypatch.setattr(backward, "backward", spy("backward", reference.backward))
     monkeypatch.setattr(op, "resolve_backend", lambda *_: "fa4")
     if wrong:
         package.spoil["dk"] = WRONG["dk"]
@@ -344,7 +339,7 @@ def test_selfcheck_knows_right_from_wrong_and_leaves_the_random_state():
             reference.forward, backward, size, 2, 16, torch.float32, torch.device("cpu")
         )
 
-    assert fault(reference_backward) is None
-    shifted = fault(lambda *x: [grad + 1e-3 for grad in reference_backward(*x)])
+    assert fault(reference.backward) is None
+    shifted = fault(lambda *x: [grad + 1e-3 for grad in reference.backward(*x)])
     assert shifted is not None and shifted.startswith("dq is off by 1.0e-03")
     assert torch.equal(torch.get_rng_state(), state)
