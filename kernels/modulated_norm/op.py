@@ -31,8 +31,8 @@ def modulated_norm(
     3.2), where scale is the whole factor, often 1 + a condition's. Everything is computed in fp32.
 
     Args:
-        x: [B, S, C] bf16, fp16 or fp32 (`reference`: fp64 too), C at most 16384; any strides with
-            contiguous C.
+        x: [B, S, C] bf16, fp16 or fp32 (`reference`: fp64 too), C at most 16384; any strides, and
+            copied where C is not contiguous.
         scale, shift: [C], [B, C] or [B, 1, C], or 1 in place of B, of any floating type; None for
             1 and 0.
         norm: "rms": over the root mean square; "layer": less the mean first.
@@ -48,7 +48,7 @@ def modulated_norm(
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
-    _check("x", x)
+    x = _checked("x", x)
     scale, shift = (_rows(n, m, x) for n, m in (("scale", scale), ("shift", shift)))
     if _resolve(backend, x, {"scale": scale, "shift": shift}) == "reference":
         return reference.modulated_norm(x, scale, shift, norm == "layer", eps)
@@ -70,8 +70,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
     Raises:
         ValueError: naming the argument, its value and the remedy.
     """
-    _check("x", x)
-    _check("y", y)
+    x, y = _checked("x", x), _checked("y", y)
     if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
         raise ValueError(
             f"x is {tuple(x.shape)} {x.dtype} on {x.device}, y {tuple(y.shape)} {y.dtype} on "
@@ -84,12 +83,13 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
     return _gated_add(x, y, rows)
 
 
-def _check(name: str, x: Tensor) -> None:
-    if x.ndim != 3 or 0 in x.shape or x.stride(2) != 1 or x.shape[2] > MOST_CHANNELS:
+def _checked(name: str, x: Tensor) -> Tensor:
+    if x.ndim != 3 or 0 in x.shape or x.shape[2] > MOST_CHANNELS:
         raise ValueError(
-            f"{name} must be [B, S, C], not empty, contiguous in C and of at most {MOST_CHANNELS} "
-            f"channels; got {tuple(x.shape)} with strides {x.stride()}"
+            f"{name} must be [B, S, C], not empty and of at most {MOST_CHANNELS} channels; got "
+            f"{tuple(x.shape)}"
         )
+    return _dense(x)
 
 
 def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
@@ -106,8 +106,12 @@ def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
         )
     if modulation.device != x.device:
         raise ValueError(f"{name} is on {modulation.device}, x on {x.device}; move it")
-    rows = modulation.reshape(-1, channels)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return _dense(modulation.reshape(-1, channels))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Contiguous in C, which the gradient of a sum is not, nor Mochi's embedding of one frame."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _resolve(backend: str, x: Tensor, modulations: dict[str, Tensor | None]) -> str:
@@ -128,11 +132,6 @@ def _resolve(backend: str, x: Tensor, modulations: dict[str, Tensor | None]) -> 
                 "backend='reference'"
             )
     return backend
-
-
-def _dense(x: Tensor) -> Tensor:
-    """The gradient of a sum arrives expanded, with strides of 0."""
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("longreel::modulated_norm", mutates_args=())
