@@ -21,7 +21,7 @@ from longreel.data.sampler import SeededBatches
 from longreel.sparse.patterns import Spatial
 from longreel.trainer import checkpoint, job, lora, metrics
 from longreel.trainer.config import ConfigError
-from longreel.trainer.families.modulated import WanBlock
+from longreel.trainer.families.modulated import WanTransformerBlock
 from longreel.trainer.job import Job
 from longreel.trainer.learner import Learner, lr_factor
 from longreel.trainer.loop import Trainer
@@ -466,7 +466,7 @@ def test_fused_kernels_are_the_recipe_s_choice(arguments, tmp_path):
     fused = "memory.fused_norms=true", "memory.fused_modulation=true"
     trainer = train(arguments, *fused, f"run.dir={tmp_path / 'fused'}")
     for block in trainer.learner.transformer.blocks:
-        assert isinstance(block, WanBlock) and block.attn1.processor.fused_norms
+        assert isinstance(block, WanTransformerBlock) and block.attn1.processor.fused_norms
     assert losses(trainer.run_dir) == pytest.approx(stock, rel=1e-4) and len(stock) == 4
 
 

@@ -14,21 +14,33 @@ from ...kernels.modulated_norm import gated_add, modulated_norm
 
 
 class Replacement(nn.Module):
-    """Computes what a stock module does, with its submodules and parameters."""
+    """Computes what a stock module does, with its submodules, parameters and mode.
+
+    Hooks stay with the module that they were put on.
+    """
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
         self._modules, self._parameters = stock._modules, stock._parameters
+        self.training = stock.training
         self.replaced = (stock,)  # in a tuple, or it would be a submodule
 
 
 def restore(module: Any) -> Any:
     """The stock module, where a replacement stands for it."""
-    return module.replaced[0] if isinstance(module, Replacement) else module
+    if not isinstance(module, Replacement):
+        return module
+    (stock,) = module.replaced
+    stock.training = module.training
+    return stock
 
 
-class WanBlock(Replacement):
-    """Wan 2.1's block; as the stock one but for its norms and gates."""
+class WanTransformerBlock(Replacement):
+    """Wan 2.1's block; as the stock one but for its norms and gates.
+
+    Of the stock one's name, by which accelerate finds what to wrap (`_no_split_modules`), diffusers
+    what to compile (`_repeated_blocks`).
+    """
 
     scale_shift_table: nn.Parameter
     norm1: Any
@@ -45,7 +57,11 @@ class WanBlock(Replacement):
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
     ) -> Tensor:
-        assert temb.ndim == 3, "one noise level a sample"
+        if temb.ndim != 3:
+            raise ValueError(
+                "Wan's fused norms take one noise level a sample, not one a token; set "
+                "memory.fused_modulation=false."
+            )
         x = hidden_states
         modulation = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation

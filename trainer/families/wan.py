@@ -14,7 +14,7 @@ from ..config import ConfigError
 from .base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
 from .chunked import ChunkedFeedForward
 from .codec import mode, scaled
-from .modulated import WanBlock, restore
+from .modulated import WanTransformerBlock, restore
 from .norm_rope import norm_and_rotate, rotate
 from .rope import RopePolicy, TemporalAxis, TemporalRope
 from .tiny import latent_statistics, let_attention_speak
@@ -100,7 +100,8 @@ class Wan(ModelFamily):
     def fuse_modulation(self, transformer: Any, fused: bool) -> None:
         blocks = transformer.blocks
         for index, block in enumerate(blocks):
-            blocks[index] = WanBlock(restore(block)) if fused else restore(block)
+            stock = restore(block)
+            blocks[index] = WanTransformerBlock(stock) if fused else stock
 
     def extend_rope(self, stock: Any, rope: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
         axis = _temporal_axis(config)
