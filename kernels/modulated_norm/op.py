@@ -5,14 +5,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..block_sparse.op import check_triton
+from ..fused import Backend, dense, resolve
 from . import reference
 
-Backend = Literal["auto", "triton", "reference"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 Norm = Literal["rms", "layer"]
 NORMS: tuple[str, ...] = get_args(Norm)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_CHANNELS = 16384  # that a program holds
 
 
@@ -50,7 +47,7 @@ def modulated_norm(
         raise ValueError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
     x = _checked("x", x)
     scale, shift = (_rows(n, m, x) for n, m in (("scale", scale), ("shift", shift)))
-    if _resolve(backend, x, {"scale": scale, "shift": shift}) == "reference":
+    if resolve(backend, x, {"scale": scale, "shift": shift}) == "reference":
         return reference.modulated_norm(x, scale, shift, norm == "layer", eps)
     return _modulated_norm(x, scale, shift, norm == "layer", eps)
 
@@ -78,7 +75,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
         )
     rows = _rows("gate", gate, x)
     assert rows is not None
-    if _resolve(backend, x, {"gate": rows}) == "reference":
+    if resolve(backend, x, {"gate": rows}) == "reference":
         return reference.gated_add(x, y, rows)
     return _gated_add(x, y, rows)
 
@@ -89,7 +86,7 @@ def _checked(name: str, x: Tensor) -> Tensor:
             f"{name} must be [B, S, C], not empty and of at most {MOST_CHANNELS} channels; got "
             f"{tuple(x.shape)}"
         )
-    return _dense(x)
+    return dense(x)
 
 
 def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
@@ -106,32 +103,7 @@ def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
         )
     if modulation.device != x.device:
         raise ValueError(f"{name} is on {modulation.device}, x on {x.device}; move it")
-    return _dense(modulation.reshape(-1, channels))
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Contiguous in C, which the gradient of a sum is not, nor Mochi's embedding of one frame."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _resolve(backend: str, x: Tensor, modulations: dict[str, Tensor | None]) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    trained = [name for name, m in modulations.items() if m is not None and m.requires_grad]
-    trained = trained if torch.is_grad_enabled() else []
-    if backend == "auto":
-        ours = x.is_cuda and torch.version.hip is None and x.dtype in DTYPES and not trained
-        return "triton" if ours else "reference"
-    if backend == "triton":
-        check_triton(x.device)
-        if x.dtype not in DTYPES:
-            raise ValueError(f"the triton backend does not compute in {x.dtype}; use 'reference'")
-        if trained:
-            raise ValueError(
-                f"the triton backend has no gradient of {trained[0]}; freeze it, or use "
-                "backend='reference'"
-            )
-    return backend
+    return dense(modulation.reshape(-1, channels))
 
 
 @torch.library.custom_op("longreel::modulated_norm", mutates_args=())
@@ -154,7 +126,7 @@ def _modulated_norm_backward(
 ) -> Tensor:
     from .kernel import norm_backward
 
-    return norm_backward(_dense(grad_out), x, scale, layer, eps)
+    return norm_backward(dense(grad_out), x, scale, layer, eps)
 
 
 @_modulated_norm_backward.register_fake
@@ -191,7 +163,7 @@ def _(x, *_):
 def _gated_add_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
     from .kernel import gate as launch
 
-    return launch(None, _dense(grad_out), gate)
+    return launch(None, dense(grad_out), gate)
 
 
 @_gated_add_backward.register_fake

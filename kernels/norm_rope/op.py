@@ -1,17 +1,12 @@
 """`norm_rope`: checks, choice of backend, and the custom op with its gradient."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from ..block_sparse.op import check_triton
+from ..fused import Backend, dense, resolve
 from . import reference
 
-Backend = Literal["auto", "triton", "reference"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 HEAD_DIMS = (16, 32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def norm_rope(
@@ -45,7 +40,8 @@ def norm_rope(
             of diffusers does; `torch.nn.RMSNorm` and `MochiRMSNorm` do not.
         text: [B, T, H, D], tokens that follow x's in the result, with the norm alone.
         text_weight: of that norm.
-        backend: "auto" is "triton" on NVIDIA GPUs, "reference" elsewhere.
+        backend: "auto" is "triton" on NVIDIA GPUs where weights and tables need no gradient, else
+            "reference".
 
     Returns:
         [B, S + T, H, D], contiguous, in x's dtype. Differentiable once in x and text; `reference`
@@ -54,26 +50,13 @@ def norm_rope(
     Raises:
         ValueError: naming the argument, its value and the remedy.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     _check(x, weight, cos, sin, across_heads)
     if text is not None:
         _check_text(x, text, text_weight, across_heads)
     options = (eps, across_heads, round_before_weight)
-    if backend == "auto":
-        backend = "triton" if x.is_cuda and torch.version.hip is None else "reference"
-    if backend == "reference":
-        return reference.norm_rope(x, weight, cos, sin, text, text_weight, *options)
-    check_triton(x.device)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"the triton backend does not compute in {x.dtype}; use 'reference'")
     constants = {"weight": weight, "text_weight": text_weight, "cos": cos, "sin": sin}
-    for name, constant in constants.items():
-        if torch.is_grad_enabled() and constant is not None and constant.requires_grad:
-            raise ValueError(
-                f"the triton backend has no gradient of {name}; freeze it, or use "
-                "backend='reference'"
-            )
+    if resolve(backend, x, constants) == "reference":
+        return reference.norm_rope(x, weight, cos, sin, text, text_weight, *options)
     return _norm_rope(x, weight, cos, sin, text, text_weight, *options)
 
 
@@ -165,10 +148,7 @@ def _norm_rope_backward(
 ) -> Tensor:
     from .kernel import backward
 
-    # The gradient of a sum arrives expanded, with strides of 0.
-    if grad_out.stride(3) != 1:
-        grad_out = grad_out.contiguous()
-    return backward(grad_out, x, weight, cos, sin, eps, across_heads)
+    return backward(dense(grad_out), x, weight, cos, sin, eps, across_heads)
 
 
 @_norm_rope_backward.register_fake
