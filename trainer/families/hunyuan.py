@@ -18,6 +18,7 @@ from .chunked import ChunkedFeedForward, chunked
 from .codec import mode, scaled
 from .joint import JointFamily, pad, trim
 from .norm_rope import norm_and_rotate, rotate
+from .processor import LayerProcessor
 from .rope import RopePolicy, TemporalAxis, TemporalRope
 from .tiny import latent_statistics, let_attention_speak
 
@@ -305,18 +306,11 @@ class Hunyuan(JointFamily):
         return pipe
 
 
-class HunyuanAttention:
-    """Attention processor of one layer: the stock one's arithmetic around `SparseAttention`.
-
-    In a dual block text has projections of its own, in a single block it shares the video's. The
+class HunyuanAttention(LayerProcessor):
+    """In a dual block text has projections of its own, in a single block it shares the video's. The
     mask that the model builds is ignored: the plan knows the lengths, and a mask would cost SDPA
     its fused kernels.
     """
-
-    def __init__(self, layer_index: int, attention: SparseAttention, fused_norms: bool) -> None:
-        self.layer_index = layer_index
-        self.attention = attention
-        self.fused_norms = fused_norms
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ from .joint import JointFamily, pad, trim
 from .mochi_vae import EncoderInParts, continuing
 from .modulated import MochiNorm, MochiZeroNorm, restore
 from .norm_rope import norm_and_rotate, rotate
+from .processor import LayerProcessor
 from .rope import NATIVE, RopePolicy
 from .tiny import latent_statistics, let_attention_speak
 
@@ -238,16 +239,8 @@ class Mochi(JointFamily):
         return self.pipeline_class(scheduler, vae, text_encoder, tokenizer, transformer.eval())
 
 
-class MochiJointAttention:
-    """Attention processor of one layer: the stock one's arithmetic around `SparseAttention`.
-
-    The stock one loops over the samples and cuts their padding off; here the plan knows it.
-    """
-
-    def __init__(self, layer_index: int, attention: SparseAttention, fused_norms: bool) -> None:
-        self.layer_index = layer_index
-        self.attention = attention
-        self.fused_norms = fused_norms
+class MochiJointAttention(LayerProcessor):
+    """The stock one loops over the samples and cuts their padding off; here the plan knows it."""
 
     def __call__(
         self,

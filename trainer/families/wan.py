@@ -16,6 +16,7 @@ from .chunked import ChunkedFeedForward
 from .codec import mode, scaled
 from .modulated import WanTransformerBlock, restore
 from .norm_rope import norm_and_rotate, rotate
+from .processor import LayerProcessor
 from .rope import RopePolicy, TemporalAxis, TemporalRope
 from .tiny import latent_statistics, let_attention_speak
 
@@ -246,13 +247,8 @@ class Wan(ModelFamily):
         return self.pipeline_class(tokenizer, text_encoder, vae, scheduler, transformer.eval())
 
 
-class WanSelfAttention:
-    """Attention processor of one layer: the stock one's arithmetic around `SparseAttention`."""
-
-    def __init__(self, layer_index: int, attention: SparseAttention, fused_norms: bool) -> None:
-        self.layer_index = layer_index
-        self.attention = attention
-        self.fused_norms = fused_norms
+class WanSelfAttention(LayerProcessor):
+    """Self-attention, over the video alone."""
 
     def __call__(
         self,
