@@ -10,6 +10,7 @@ import torch
 from plans import H200, job_of
 from torch import nn
 
+from longreel.kernels.modulated_norm import kernel, op, reference
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer import lora, parallel, rates
@@ -40,16 +41,30 @@ def test_knobs_are_read():
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_bytes_a_block_keeps_are_those_autograd_saves(name, dtype, tmp_path):
+def fuse_modulation(monkeypatch):
+    """Through the custom ops, which decide what is saved, with the eager twins for kernels."""
+    monkeypatch.setattr(op, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(kernel, "norm", reference.modulated_norm)
+    monkeypatch.setattr(kernel, "gate", reference.gated_add)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, fused",
+    [
+        *((name, dtype, False) for name in FAMILIES for dtype in ("float32", "bfloat16")),
+        *((name, "bfloat16", True) for name, f in FAMILIES.items() if f.fuses_modulation),
+    ],
+)
+def test_bytes_a_block_keeps_are_those_autograd_saves(name, dtype, fused, tmp_path, monkeypatch):
     """Every tensor that the forward of a bf16 block saves, once, against the sum of the parts."""
     family = FAMILIES[name]
-    job = job_of(f"tiny_{name}", "memory.base_dtype=bfloat16", cache=tmp_path)
-    model = anatomy(job)
+    settings = ["memory.base_dtype=bfloat16", f"memory.fused_modulation={str(fused).lower()}"]
+    model = anatomy(job_of(f"tiny_{name}", *settings, cache=tmp_path))
     transformer = tiny.load_transformer(family, torch.bfloat16)
     lora.attach(transformer, family, rank=model.rank, compute_dtype=dtype)
-    family.install(transformer, SparseAttention(Dense()))
+    if fused:
+        fuse_modulation(monkeypatch)
+    family.install(transformer, SparseAttention(Dense()), fused_modulation=fused)
     transformer.train()
     knobs = Knobs(lora_dtype=dtype)
     parameters = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
