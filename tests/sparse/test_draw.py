@@ -86,4 +86,6 @@ def test_long_videos_leave_frames_out_but_never_the_centre():
 
 
 def test_one_frame_and_one_token():
-    draw_pattern(Radial(), TokenGrid(1, 1, 1), 16, "least")
+    figure = draw_pattern(Radial(), TokenGrid(1, 1, 1), 16, "least")
+    assert images(figure)[0].tolist() == [[1.0]]
+    assert figure.axes[-1].lines[0].get_ydata().tolist() == [1.0]
