@@ -93,16 +93,26 @@ def strike(kill: Kill, started: list[subprocess.Popen], run: Path, typical: dict
     """Wait for a moment and kill; where that was, or None for a run that ended first."""
     metrics, since = run / "metrics.csv", time.time()
     before = metrics.stat().st_ino if metrics.exists() else None
-    while kill.place != "start":
-        if any(process.poll() is not None for process in started):
-            return None
-        # A start replaces the file, and in it the lines of steps that it makes again.
-        begun = metrics.exists() and metrics.stat().st_ino != before
-        met = kill.place == "step" or saving(run, since)
-        if begun and newest_step(run) > kill.after and met:
-            break
-        time.sleep(0.002)
-    time.sleep(kill.wait * typical[kill.place])
+
+    def begun() -> bool:
+        """A start replaces the file, and in it the lines of steps that it makes again."""
+        return metrics.exists() and metrics.stat().st_ino != before
+
+    if kill.place == "start":
+        # Which takes as long as the machine is busy: with the first step it is over.
+        latest = since + kill.wait * typical["start"]
+        while time.time() < latest and not begun():
+            time.sleep(0.002)
+    else:
+        while not (
+            begun()
+            and newest_step(run) > kill.after
+            and (kill.place == "step" or saving(run, since))
+        ):
+            if any(process.poll() is not None for process in started):
+                return None
+            time.sleep(0.002)
+        time.sleep(kill.wait * typical[kill.place])
     step, in_save = newest_step(run), saving(run, since)
     for process in started if kill.victim is None else [started[kill.victim]]:
         process.send_signal(signal.SIGKILL)
