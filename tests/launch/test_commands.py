@@ -166,6 +166,7 @@ def test_refusals_of_export(run, tmp_path, options, message):
         (["frames=0"], "frames=0 must be positive."),
         (["fps=-4"], "fps=-4 must be positive."),
         (["steps=0"], "steps=0 must be positive."),
+        (["seed=4294967296"], "seed=4294967296 must be from 0 to below 2^32."),
         (["height=50"], "height=50 must be a multiple of 16; the nearest are 48 and 64."),
         (["device=gpu"], "device=gpu cannot be used"),
         (["out=a.avi"], "out=a.avi must end in .mp4."),
