@@ -143,7 +143,7 @@ def _check(options: Sample) -> None:
 def _check_given(options: Sample | Export, *keys: str) -> None:
     for key in keys:
         if not getattr(options, key):
-            raise ConfigError(f"{key}=... is missing.\n\n{USAGE}")
+            raise ConfigError(f"{key}=... is missing. `longreel --help` lists the keys.")
 
 
 @dataclass(frozen=True)
