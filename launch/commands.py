@@ -196,6 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE)
         return
     name, *rest = argv
+    if {"-h", "--help"} & set(rest):
+        print(USAGE)
+        return
     try:
         if name not in COMMANDS:
             raise ConfigError(f"{name!r} is no command.\n\n{USAGE}")

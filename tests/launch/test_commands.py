@@ -218,3 +218,9 @@ def test_mistakes_are_told_without_loading_models():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "error: lora.rnk is not a setting. Did you mean lora.rank?"
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["sample", "--help"], ["train", "-h"]])
+def test_help_is_given_wherever_it_is_asked_for(argv, capsys):
+    main(argv)
+    assert capsys.readouterr().out.startswith("longreel sample lora=RUN")
