@@ -121,10 +121,12 @@ def _parquet_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Ro
 
 
 def _check_head(path: Path, where: str, columns: Iterable[str], needed: tuple[str, ...]) -> None:
+    columns = list(columns)
     if needed and not set(needed) & set(columns):
         raise ValueError(
-            f"{path} {where} names no column {' or '.join(needed)}: "
-            "the video's file name and its caption are needed"
+            f"{path} {where} names no column {' or '.join(needed)}, but "
+            f"{', '.join(columns) or 'nothing'}: the video's file name and its caption are needed, "
+            "and data.video and data.caption tell columns of other names"
         )
 
 

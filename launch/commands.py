@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..trainer.config import Cache, ConfigError
+from ..trainer.config import SEEDS, Cache, ConfigError
 from ..trainer.export import export_comfyui
 from ..trainer.families import RopePolicy, family_of
 from ..trainer.job import Job
@@ -130,6 +130,8 @@ def _check(options: Sample) -> None:
         value = getattr(options, key)
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value} must be positive.")
+    if not 0 <= options.seed < SEEDS:
+        raise ConfigError(f"seed={options.seed} must be from 0 to below 2^32.")
     if options.device is not None:
         try:
             torch.empty(0, device=options.device)
@@ -141,7 +143,7 @@ def _check(options: Sample) -> None:
 def _check_given(options: Sample | Export, *keys: str) -> None:
     for key in keys:
         if not getattr(options, key):
-            raise ConfigError(f"{key}=... is missing.\n\n{USAGE}")
+            raise ConfigError(f"{key}=... is missing. `longreel --help` lists the keys.")
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE)
         return
     name, *rest = argv
+    if {"-h", "--help"} & set(rest):
+        print(USAGE)
+        return
     try:
         if name not in COMMANDS:
             raise ConfigError(f"{name!r} is no command.\n\n{USAGE}")

@@ -12,7 +12,7 @@ from ..trainer.recipe import load
 DRAW_USAGE = """\
 longreel draw recipe=NAME [key=value ...]               draw a recipe's attention to out=mask.png,
                                                         and say how much and how far it attends;
-                                                        reads the model's JSON files, no weights"""
+                                                        from the model's sizes, no weights"""
 
 
 def draw(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def draw(argv: list[str]) -> None:
     from ..trainer.report import density_by_layer, save_figure, solved_density
 
     quiet_libraries()
-    job = Job.from_config(config)
+    job = Job.from_config(config, published=True)
 
     attention, grid, geometry = job.attention(), job.grid(job.frames), job.geometry
     pattern, block, heads = attention.pattern, attention.block, geometry.heads

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..trainer.config import Config, ConfigError
 from ..trainer.job import Job
 from ..trainer.recipe import load, parse
-from ..trainer.settings import check_known, leaf_types
+from ..trainer.settings import check_known, leaf_types, split_arguments
 
 if TYPE_CHECKING:
     from ..trainer.plan import Plan, SamplingPlan
@@ -42,12 +42,17 @@ def plan(argv: list[str]) -> None:
     from ..trainer.progress import quiet_libraries
 
     gpu = rates.gpu_named(options.gpu)
+    if config.memory.base_dtype == "float8" and not gpu.float8:
+        raise ConfigError(
+            f"memory.base_dtype=float8: gpu={gpu.name} does not multiply in float8, as GPUs since "
+            "Ada do: use bfloat16."
+        )
     quiet_libraries()
     job = Job.from_config(config, published=True)
     made = plan(job, gpu, gpus=options.gpus, memory=options.memory)
     rows = [
         *_work(job, made),
-        *_memory(job, made),
+        *_memory(job, made, gpu),
         *_time(job, made, options),
         *_faster(job, made, gpu),
         ("sampling", _sampling(plan_sampling(job, gpu), made.memory_limit)),
@@ -61,8 +66,8 @@ def plan(argv: list[str]) -> None:
 def _read(argv: list[str]) -> tuple[PlanOptions, Config]:
     """The options among the arguments, and the recipe of the rest."""
     names = leaf_types(PlanOptions)
-    keys = [argument.partition("=")[0] for argument in argv]
-    plain = [key for key in keys if key and "." not in key]
+    keys = list(split_arguments(argv))
+    plain = [key for key in keys if "." not in key]
     check_known(plain, ["recipe", *names, *leaf_types(Config)])
     own = [argument for argument, key in zip(argv, keys, strict=True) if key in names]
     options = parse(PlanOptions, own)
@@ -124,7 +129,7 @@ def _work(job: Job, made: Plan) -> Rows:
     )
 
 
-def _memory(job: Job, made: Plan) -> Rows:
+def _memory(job: Job, made: Plan, gpu: Gpu) -> Rows:
     from ..trainer.estimate import read_knobs
     from ..trainer.plan import advice, longest_training
 
@@ -140,7 +145,7 @@ def _memory(job: Job, made: Plan) -> Rows:
     less = "" if longest is None or longest >= native else f", less than the native {native}"
     yield "longest", f"{known} in {_gib(limit)} as set{less}"
     if not made.fits:
-        yield "change", advice(job, made.model, limit, gpus=made.gpus)
+        yield "change", advice(job, made.model, limit, gpus=made.gpus, float8=gpu.float8)
 
 
 def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:

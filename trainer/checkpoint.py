@@ -131,7 +131,9 @@ def _write(
     (folder / STATE).write_text(json.dumps(about, indent=1))
     if extra is not None:
         extra(folder)
+    mode = (folder / STATE).stat().st_mode  # as the umask has it: safetensors' files are 0600
     for file in folder.iterdir():
+        file.chmod(mode)
         _sync(file)
     _sync(folder)
 
@@ -139,6 +141,12 @@ def _write(
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint that can be read, None if there is none."""
     return next((path for path in reversed(_by_age(folder)) if _readable(path)), None)
+
+
+def passed_over(newest: Path | None, folder: Path) -> list[Path]:
+    """The checkpoints of `folder` after `newest`, its `latest`: none of them can be read."""
+    found = _by_age(folder)
+    return found if newest is None else [path for path in found if _step(path) > _step(newest)]
 
 
 def load_progress(path: Path) -> Progress:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,10 +14,11 @@ from typing import Any, Literal
 
 from ..kernels.block_sparse.op import BLOCKS
 from ..sparse.patterns.radial import Radial
-from .settings import ConfigError, flatten
+from .settings import ConfigError, flatten, not_finite
 
 EngineName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 RopeName = Literal["native", "riflex", "interpolate"]
+SEEDS = 2**32  # seeds are below it: what is drawn of one multiplies it, within 64 bits
 
 
 @dataclass(frozen=True)
@@ -336,12 +336,7 @@ def check(config: Config) -> None:
 def problems(config: Config) -> Iterator[str]:
     """What `check` refuses, a sentence each."""
     train, validate = config.train, config.validate
-    values = flatten(dataclasses.asdict(config)).items()
-    yield from (
-        f"{key}={value} is not a finite number."
-        for key, value in values
-        if isinstance(value, float) and not math.isfinite(value)
-    )
+    yield from not_finite(flatten(dataclasses.asdict(config)))
     positive = {
         "height": config.height,
         "width": config.width,
@@ -362,10 +357,15 @@ def problems(config: Config) -> Iterator[str]:
         "validate.steps": validate.steps,
         "log.every": config.log.every,
     }
+    seeds = {
+        "data.synthetic.seed": config.data.synthetic.seed,
+        "train.seed": train.seed,
+        "validate.seed": validate.seed,
+    }
     not_negative = {
+        **seeds,
         "data.stride": config.data.stride,
         "data.least_scale": config.data.least_scale,
-        "data.synthetic.seed": config.data.synthetic.seed,
         "train.weight_decay": train.weight_decay,
         "train.warmup": train.warmup,
         "train.clip": train.clip,
@@ -373,8 +373,6 @@ def problems(config: Config) -> Iterator[str]:
         "train.max_skips": train.max_skips,
         "checkpoint.every_minutes": config.checkpoint.every_minutes,
         "checkpoint.retry_minutes": config.checkpoint.retry_minutes,
-        "train.seed": train.seed,
-        "validate.seed": validate.seed,
         "validate.clips": validate.clips,
         "lora.dropout": config.lora.dropout,
         "memory.offload_keep": config.memory.offload_keep,
@@ -398,6 +396,9 @@ def problems(config: Config) -> Iterator[str]:
     yield from (f"{key}={value} must be positive." for key, value in positive.items() if value <= 0)
     yield from (
         f"{key}={value} must not be negative." for key, value in not_negative.items() if value < 0
+    )
+    yield from (
+        f"{key}={value} must be below 2^32." for key, value in seeds.items() if value >= SEEDS
     )
     density = config.sparse.density
     if density is not None and not 0 < density <= 1:

@@ -95,12 +95,18 @@ def quantise_layers(
     return quantised, parameters
 
 
+def is_supported(device: torch.device) -> bool:
+    """False for a GPU that cannot multiply in float8; a CPU computes what a GPU would."""
+    if device.type != "cuda":
+        return True
+    nvidia = torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
 def check_device(device: torch.device) -> None:
     """Raise ConfigError for a GPU that cannot multiply in float8."""
-    if device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is not None or capability < LEAST_CAPABILITY:
+    if not is_supported(device):
+        capability = torch.cuda.get_device_capability(device)
         raise ConfigError(
             "memory.base_dtype=float8 needs an NVIDIA GPU of compute capability 8.9 (Ada) or "
             f"newer, and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import exp, log, prod, sqrt
@@ -90,6 +91,8 @@ class Job:
                 "synthetic:NAME."
             )
         check_clips(self)
+        _check_folder("run.dir", self.config.run_dir)
+        _check_folder("cache.dir", Path(self.config.cache.dir))
         _check_resumable(self.config, self.config.run_dir)
 
     @property
@@ -324,6 +327,16 @@ def _train_guidance(config: Config, family: ModelFamily, geometry: Geometry) -> 
 
 def _sample_guidance(config: Config, family: ModelFamily) -> float:
     return family.guidance if config.validate.guidance is None else config.validate.guidance
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """Files can be written to the folder, or it can be made."""
+    path = folder.absolute()
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{key}={folder}: {existing} is a file, not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder}: nothing can be written to {existing}.")
 
 
 def _check_resumable(config: Config, run_dir: Path) -> None:

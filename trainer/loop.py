@@ -152,6 +152,8 @@ class Trainer:
         self._clips = checkpoint.fingerprint(entry.id for entry in self.dataset.entries)
         self._start, self.sampler = 0, self._make_sampler(None)
         newest = self._newest()
+        for path in checkpoint.passed_over(newest, self.run_dir / "checkpoints"):
+            log.warning(f"{path} cannot be read, and is passed over.")
         if newest is None:
             return 0
         progress = checkpoint.load_progress(newest)

@@ -32,6 +32,7 @@ from .estimate import (
     work,
 )
 from .families.published import blank_encoders
+from .float8 import is_supported
 from .job import FREE_KEYS, Job
 from .parallel import check_sequence
 from .rates import MEMORY_ERROR, RESERVE, Gpu
@@ -255,19 +256,28 @@ NO_SETTING = (
 
 
 def remedies(
-    config: Config, model: Anatomy, tokens: int, limit: float, gpus: int | None = None
+    config: Config,
+    model: Anatomy,
+    tokens: int,
+    limit: float,
+    gpus: int | None = None,
+    *,
+    float8: bool = True,
 ) -> tuple[dict[str, float], Knobs]:
     """Settings that bring a step of `tokens` under `limit` bytes, each on top of those before it,
     with the peak in bytes that it leaves; and the knobs as they then are.
 
     Only those that help, and that go with the settings before them, one of which may be another
-    value of the same. The last one may still not be enough; a limit of 0 gives all.
+    value of the same. The last one may still not be enough; a limit of 0 gives all. float8: whether
+    the GPU multiplies in it.
     """
     turned: dict[str, float] = {}
     peak = training_memory(model, tokens, read_knobs(config, gpus)).peak
     for setting, value in REMEDIES:
         if peak <= limit:
             break
+        if value == "float8" and not float8:
+            continue
         tried = turned_to(config, setting, value)
         lower = training_memory(model, tokens, read_knobs(tried, gpus)).peak
         if lower < peak and not any(problems(tried)):
@@ -289,16 +299,22 @@ def told(setting: str, value: Any) -> str:
 
 
 def advice(
-    job: Job, model: Anatomy, limit: float, *, gpus: int | None = None, resuming: bool = False
+    job: Job,
+    model: Anatomy,
+    limit: float,
+    *,
+    gpus: int | None = None,
+    resuming: bool = False,
+    float8: bool = True,
 ) -> str:
     """What to change so that the job trains in `limit` bytes: settings and the peaks they leave,
     and where they are not enough, the length.
 
     gpus: of the run. resuming: a run goes on with the change, so what begins another run is told
-    apart.
+    apart. float8: whether the GPU multiplies in it.
     """
     tokens = job.config.train.batch * len(job.grid(job.frames))
-    found, knobs = remedies(job.config, model, tokens, limit, gpus)
+    found, knobs = remedies(job.config, model, tokens, limit, gpus, float8=float8)
     steps = {setting: f"{setting} ({peak / GIB:.1f} GiB)" for setting, peak in found.items()}
     more = None
     if not found or [*found.values()][-1] > limit:
@@ -331,15 +347,15 @@ def check_memory(job: Job, device: torch.device, gpus: int | None = None) -> str
     if needed.peak <= limit:
         return None
     has = f"and the GPU has {limit / GIB:.1f} GiB"
+    helps = advice(job, model, limit, gpus=gpus, float8=is_supported(device))
     if needed.fixed > limit:
         raise ConfigError(
             f"The frozen base and the adapter alone take {needed.fixed / GIB:.1f} GiB, {has}. "
-            f"What would help: {advice(job, model, limit, gpus=gpus)}."
+            f"What would help: {helps}."
         )
     return (
         f"A step is predicted to take {needed.peak / GIB:.1f} GiB, {has}: it may run out. "
-        f"`longreel plan` shows the parts. What would help: "
-        f"{advice(job, model, limit, gpus=gpus)}."
+        f"`longreel plan` shows the parts. What would help: {helps}."
     )
 
 
@@ -366,7 +382,8 @@ def _relief(job: Job, device: torch.device, resuming: bool) -> str:
     predicted = predicted_memory(job, model).peak
     verdict = "" if predicted > limit else ": the prediction is too low"
     # Where it is, what is meant to fit must be below it by as much as below the GPU's memory.
-    helps = advice(job, model, 0.9 * min(limit, predicted), resuming=resuming)
+    known = 0.9 * min(limit, predicted)
+    helps = advice(job, model, known, resuming=resuming, float8=is_supported(device))
     return (
         f"A step was predicted to take {predicted / GIB:.1f} GiB, and the GPU has "
         f"{limit / GIB:.1f} GiB{verdict}.\n{change}, with the peak then predicted: {helps}"

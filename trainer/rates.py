@@ -20,7 +20,7 @@ class Gpu:
 
     bf16, fp32: TFLOP/s of tensor cores and of plain fp32. bandwidth: of its memory, TB/s.
     link: to the host, GB/s each way, of PCIe at 16 lanes. peer: to the other GPUs of one machine
-        together, GB/s each way, of NVLink.
+        together, GB/s each way, of NVLink. float8: whether they multiply in it, as since Ada.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Gpu:
     bandwidth: float
     link: float
     peer: float
+    float8: bool = True
 
 
 GPUS: dict[str, Gpu] = {
@@ -37,8 +38,8 @@ GPUS: dict[str, Gpu] = {
     for gpu in (
         Gpu("h200", 139.8, 989, 67, 4.8, 64, 450),  # NVIDIA H200 SXM
         Gpu("h100", 79.2, 989, 67, 3.35, 64, 450),  # NVIDIA H100 SXM 80 GB
-        Gpu("a100", 79.2, 312, 19.5, 2.04, 32, 300),  # NVIDIA A100 SXM 80 GB
-        Gpu("a100_40", 39.4, 312, 19.5, 1.56, 32, 300),  # NVIDIA A100 SXM 40 GB
+        Gpu("a100", 79.2, 312, 19.5, 2.04, 32, 300, float8=False),  # NVIDIA A100 SXM 80 GB
+        Gpu("a100_40", 39.4, 312, 19.5, 1.56, 32, 300, float8=False),  # NVIDIA A100 SXM 40 GB
     )
 }
 MEASURED = GPUS["h200"]

@@ -22,6 +22,7 @@ from .settings import (
     check_known,
     did_you_mean,
     leaf_types,
+    not_finite,
     parse_text,
     read_yaml,
     split_arguments,
@@ -55,7 +56,10 @@ def parse(schema: type[T], argv: list[str]) -> T:
     """`key=value ...` for a command with a schema of its own; the same rules as `load`."""
     given, hints = split_arguments(argv), leaf_types(schema)
     check_known(given, hints)
-    return build(schema, {key: parse_text(key, text, hints[key]) for key, text in given.items()})
+    made = build(schema, {key: parse_text(key, text, hints[key]) for key, text in given.items()})
+    for problem in not_finite({key: getattr(made, key) for key in given}):
+        raise ConfigError(problem)
+    return made
 
 
 def load_file(path: str | Path) -> Config:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -66,6 +67,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def not_finite(flat: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each number among the values that is NaN or infinite."""
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value} is not a finite number."
 
 
 def leaf_types(schema: Any, prefix: str = "") -> dict[str, Any]:

@@ -55,11 +55,15 @@ def run(options: Options) -> bool:
     scale, out = SCALES[options.scale], Path(options.out)
     if not all(text.strip().isdigit() for text in options.seeds.split(",")):
         raise ConfigError(f"seeds={options.seeds} must be numbers with commas between.")
+    if options.seconds < 0:
+        raise ConfigError(f"seconds={options.seconds} must not be negative; 0 is without an end.")
     cells = plan([int(text) for text in options.seeds.split(",")], options.only)
     if options.dry:
         print(estimate.table(cells, scale))
         return True
     store, done = Store(out), True
+    if options.page == "only" and not summary(store):
+        raise ConfigError(f"out={out} holds no results to fill the page with.")
     if options.page != "only":
         done = Experiment(scale, out, options.seconds).run(cells)
         for check in checks(store, scale):

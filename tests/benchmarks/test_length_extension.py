@@ -322,6 +322,15 @@ def test_controls_hold_where_they_should_and_fail_where_not(tmp_path):
     assert [c.passed for c in checks(store, FULL)] == [False, False, False, True, False]
 
 
+def test_mistakes_of_the_command_leave_the_page_alone(tmp_path):
+    before = page.PAGE.read_text()
+    with pytest.raises(ConfigError, match=f"out={tmp_path} holds no results to fill the page with"):
+        run(Options(out=str(tmp_path), page="only"))
+    with pytest.raises(ConfigError, match="seconds=-1.0 must not be negative"):
+        run(Options(out=str(tmp_path), seconds=-1.0))
+    assert page.PAGE.read_text() == before
+
+
 def test_the_page_says_what_was_found_and_whether_to_believe_it(tmp_path):
     store, path = Store(tmp_path), tmp_path / "page.md"
     path.write_text(page.PAGE.read_text())

@@ -119,14 +119,14 @@ def test_nothing_captioned_is_not_an_error_here(tmp_path):
         ({"metadata.jsonl": '{"caption": "a dog"}\n'}, "metadata.jsonl line 1 has no file_name"),
         (
             {"metadata.csv": "name,caption\na.mp4,a\n"},
-            "metadata.csv line 1 names no column file_name",
+            "metadata.csv line 1 names no column file_name or video, but name, caption: ",
         ),
         ({"metadata.csv": "file_name,caption\n,a\n"}, "metadata.csv line 2 has no file_name"),
         (
             {"metadata.csv": "file_name,caption\na.mp4,a dog, running\n"},
             "metadata.csv line 2 has more fields than line 1 has names: put captions with commas",
         ),
-        ({"metadata.csv": ""}, "metadata.csv line 1 names no column file_name"),
+        ({"metadata.csv": ""}, "and data.video and data.caption tell columns of other names"),
         ({"metadata.csv": b"file_name,caption\na.mp4,\xff\n"}, "metadata.csv is not UTF-8 text"),
         ({"metadata.csv": "", "metadata.jsonl": ""}, "holds both metadata.jsonl and metadata.csv"),
     ],

@@ -117,6 +117,7 @@ def test_show_decodes_a_clip(tmp_path, capsys):
         (["list"], "cache 'list' is no command"),
         (["verify", "dir=/no/such"], "dir=/no/such is no cache"),
         (["gc", "day=3"], "day is not a setting. Did you mean days?"),
+        (["gc", "days=nan", "delete=true"], "days=nan is not a finite number"),
         (["show", "x"], "clip=x must be a whole number"),
     ],
 )

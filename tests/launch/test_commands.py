@@ -166,6 +166,7 @@ def test_refusals_of_export(run, tmp_path, options, message):
         (["frames=0"], "frames=0 must be positive."),
         (["fps=-4"], "fps=-4 must be positive."),
         (["steps=0"], "steps=0 must be positive."),
+        (["seed=4294967296"], "seed=4294967296 must be from 0 to below 2^32."),
         (["height=50"], "height=50 must be a multiple of 16; the nearest are 48 and 64."),
         (["device=gpu"], "device=gpu cannot be used"),
         (["out=a.avi"], "out=a.avi must end in .mp4."),
@@ -217,3 +218,9 @@ def test_mistakes_are_told_without_loading_models():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "error: lora.rnk is not a setting. Did you mean lora.rank?"
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["sample", "--help"], ["train", "-h"]])
+def test_help_is_given_wherever_it_is_asked_for(argv, capsys):
+    main(argv)
+    assert capsys.readouterr().out.startswith("longreel sample lora=RUN")

@@ -7,6 +7,7 @@ from PIL import Image
 
 from longreel.launch.draw_command import draw
 from longreel.trainer.config import ConfigError
+from longreel.trainer.families.base import ModelFamily
 
 
 @pytest.fixture
@@ -72,3 +73,12 @@ def test_mistakes_are_told(options, message):
     with pytest.raises(ConfigError) as error:
         draw(options)
     assert message in str(error.value)
+
+
+def test_a_published_model_is_drawn_without_its_files(tmp_path, capsys, monkeypatch):
+    def read(*_):
+        raise AssertionError("a file of the model was asked for")
+
+    monkeypatch.setattr(ModelFamily, "read_json", read)
+    draw(["recipe=wan_1_3b_2x", "sparse.pattern.name=power", f"out={tmp_path / 'mask.png'}"])
+    assert "63,960: 41 x 30 x 52 video and 0 text tokens" in capsys.readouterr().out

@@ -80,6 +80,12 @@ def test_gpus_that_share_a_clip(command):
         (["recipe=tiny_wan", "memory.chekpoint=1"], "Did you mean memory.checkpoint?"),
         (["recipe=tiny_wan", "gpu=h20"], "gpu=h20 is unknown. Did you mean h200?"),
         (["recipe=tiny_wan", "gpus=0"], "gpus=0 must be positive"),
+        (["recipe=tiny_wan", "memory=nan"], "memory=nan is not a finite number"),
+        (["hunyuan_2x"], "'hunyuan_2x' is not of the form key=value"),
+        (
+            ["recipe=wan_14b_2x", "gpu=a100", "memory.base_dtype=float8"],
+            "memory.base_dtype=float8: gpu=a100 does not multiply in float8",
+        ),
         (["recipe=tiny_wan", "memory=much"], "memory=much must be a number"),
         (["recipe=wan_1_3b_2x", "model.path=/no/such"], "model.path=/no/such cannot be loaded"),
         (["recipe=wan_1_3b_2x", "extend.factor=null", "frames=82"], "the nearest are 81 and 85"),
@@ -89,6 +95,13 @@ def test_mistakes_are_told(options, message):
     with pytest.raises(ConfigError) as error:
         plan(options)
     assert message in str(error.value)
+
+
+def test_what_is_advised_is_what_the_gpu_can(command):
+    """Both GPUs have as much memory; float8 is Hopper's alone."""
+    change = {gpu: command("wan_14b_4x", f"gpu={gpu}")["change"] for gpu in ("h100", "a100")}
+    assert "memory.base_dtype=float8" in change["h100"]
+    assert "float8" not in change["a100"] and "memory.optimizer=adamw8bit" in change["a100"]
 
 
 def test_plan_is_a_command(capsys):

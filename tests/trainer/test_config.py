@@ -286,6 +286,7 @@ MISTAKES = {
     "train.lr=nan": "train.lr=nan is not a finite number.",
     "lora.rank=0": "lora.rank=0 must be positive.",
     "train.seed=-1": "train.seed=-1 must not be negative.",
+    "train.seed=4294967296": "train.seed=4294967296 must be below 2^32.",
     "memory.offload_keep=-1": "memory.offload_keep=-1 must not be negative.",
     "memory.mlp_chunk=-1": "memory.mlp_chunk=-1 must not be negative.",
     "memory.checkpoint=all": "memory.checkpoint=all must be one of none, full, attention.",

@@ -25,6 +25,22 @@ def test_a_run_trains_on_drawn_clips(arguments):
 
 
 @pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("run.dir", "^run.dir=.*/taken/below: .*/taken is a file, not a folder.$"),
+        ("cache.dir", "^The cache's folder .*/taken/below cannot be made .Not a directory.: name"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_told(key, words, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    given = {"recipe": "tiny_wan", "data.path": str(tmp_path), "cache.dir": str(tmp_path / "c")}
+    given |= {key: str(taken / "below")}
+    with pytest.raises(ConfigError, match=words):
+        Job.from_config(load([f"{k}={v}" for k, v in given.items()])).check_trainable()
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         (["data.source=synthetic:hop"], "data.source=synthetic:hop is no set.*bounce, occlude"),

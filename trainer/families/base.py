@@ -98,7 +98,13 @@ class ModelFamily(VideoCodec):
             return path or self.default_path
         folder = Path(cache_dir).absolute() / f"tiny-{self.name}-{self.tiny_version}"
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"The cache's folder {folder.parent} cannot be made ({error.strerror}): "
+                    "name another."
+                ) from error
             with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder.parent) as temporary:
                 finished = Path(temporary) / folder.name
                 with torch.random.fork_rng(devices=[]):
@@ -225,9 +231,10 @@ class ModelFamily(VideoCodec):
             raise ConfigError(
                 f"model.path={path} cannot be loaded: {reason}\n"
                 f"Fetch the model once with `hf download {self.default_path} --local-dir {local}` "
-                f"and set model.path={local}; model.path takes any local folder in the layout of "
-                "the Hub (model_index.json, transformer/, vae/, text_encoder/, ...), a repository, "
-                "or `tiny`."
+                f"and set model.path={local} (model={local} for `longreel sample`, `export` and "
+                "`cache show`); it takes any local folder in the layout of the Hub "
+                "(model_index.json, transformer/, vae/, text_encoder/, ...), a repository, or "
+                "`tiny`."
             ) from error
 
     # Settings
