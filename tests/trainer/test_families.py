@@ -118,7 +118,7 @@ def test_fused_kernels_train_an_adapter_in_triton(family, interpreted, monkeypat
     for module, name in ops:
         kernel = functools.partial(compiled, getattr(module, name), name)
         monkeypatch.setattr(module, name, kernel)
-    inputs = make_inputs(family, frames=5, texts=(5,))
+    inputs = make_inputs(family, frames=2, height=4, width=6, texts=(5,))
     grads = []
     for options in ({}, tiny.fusions(family)):
         transformer = tiny.load_transformer(family)
