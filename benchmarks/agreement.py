@@ -62,32 +62,37 @@ def check(dense: Job, radial: Job, device: torch.device) -> str:
     radial = _small(replace(radial, config=replace(radial.config, sparse=sparse)))
     dense = _small(dense)
     expected = _run(dense, shared, device, fastest_dense())
-    noise = apart(expected, _run(dense, shared, device, sdpa_kernel([*OTHER], set_priority=True)))
-    errors = apart(expected, _run(radial, shared, device, fastest_dense()))
+    other_kernel = _run(dense, shared, device, sdpa_kernel([*OTHER], set_priority=True))
+    *noise, _ = apart(expected, other_kernel)
+    *errors, name = apart(expected, _run(radial, shared, device, fastest_dense()))
     eps = torch.finfo(expected.output.dtype).eps
     parts = [
         f"{what} {error:.1e} ({other:.1e})"
-        for what, error, other in zip(("output", "gradients"), errors, noise, strict=True)
+        for what, error, other in zip(("output", "gradient"), errors, noise, strict=True)
     ]
     told = (
         f"{len(radial.grid(radial.frames)):,} tokens, all blocks kept, against the dense row, "
-        f"relative: {', '.join(parts)}; in brackets another dense kernel against it"
+        f"relative: {', '.join(parts)}; in brackets another dense kernel against it. The gradient "
+        f"is the furthest, {name}"
     )
     if any(error > ROOM * max(other, eps) for error, other in zip(errors, noise, strict=True)):
         raise SystemExit(f"error: the sparse step is wrong, nothing is timed. {told}")
     return f"Before timing: {told}."
 
 
-def apart(expected: Result, found: Result) -> tuple[float, float]:
-    """Relative distance of outputs, and of that gradient which is furthest from its own."""
+def apart(expected: Result, found: Result) -> tuple[float, float, str]:
+    """Relative distance of outputs, and of that gradient which is furthest from its own, with its
+    name."""
 
     def relative(a: Tensor, b: Tensor) -> float:
         return float((a.float() - b.float()).norm() / a.float().norm())
 
     gradients: Mapping[str, Tensor] = found.gradients
     assert gradients.keys() == expected.gradients.keys()
-    furthest = max(relative(grad, gradients[name]) for name, grad in expected.gradients.items())
-    return relative(expected.output, found.output), furthest
+    furthest, name = max(
+        (relative(grad, gradients[name]), name) for name, grad in expected.gradients.items()
+    )
+    return relative(expected.output, found.output), furthest, name
 
 
 def _small(job: Job) -> Job:

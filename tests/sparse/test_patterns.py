@@ -136,14 +136,15 @@ def test_widths_run_from_sparse_to_full(name, sizes):
     assert pattern.width in set(vars(pattern))
 
 
-def test_the_longest_lists_take_seconds_and_little_memory():
-    """460,800 tokens in under 1 GiB and 5 s: one bool for each token pair would be 198 GiB.
+@pytest.mark.slow
+def test_the_longest_lists_take_little_memory():
+    """460,800 tokens in under 1 GiB: one bool for each token pair would be 198 GiB.
 
     In a process of its own, because the peak of one that ran other tests says nothing, and
     `tracemalloc` does not see tensors.
     """
     script = """
-import resource, time
+import resource
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import PATTERNS
@@ -152,19 +153,17 @@ for cls in PATTERNS.values():
     build_layout(cls(), TokenGrid(4, 3, 4), 16)  # loads what torch loads late
 before = peak()
 for name, cls in PATTERNS.items():
-    start = time.process_time()
     grid = TokenGrid(128, 45, 80, 256)
     rows = build_layout(cls(), grid, 128).rows
-    print(name, rows, (peak() - before) / 2**20, time.process_time() - start)
+    print(name, rows, (peak() - before) / 2**20)
 """
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
     )
     for line in run.stdout.splitlines():
-        name, rows, gibibytes, seconds = line.split()
+        name, rows, gibibytes = line.split()
         assert int(rows) == 3602, name
         assert float(gibibytes) < 1, name
-        assert float(seconds) < 5, name
 
 
 def test_patterns_by_name():

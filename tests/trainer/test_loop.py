@@ -265,7 +265,7 @@ main(["train", *sys.argv[3:]])
 """
 
 
-@pytest.mark.parametrize("place", ["save_file", "rename"])
+@pytest.mark.parametrize("place", [pytest.param("save_file", marks=pytest.mark.slow), "rename"])
 def test_killed_during_a_save(arguments, tmp_path, place):
     """SIGKILL in the second save, in the middle of the tensors or just before the rename."""
     run_dir = tmp_path / "run"
