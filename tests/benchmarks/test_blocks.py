@@ -44,7 +44,12 @@ def test_a_whole_model_is_not_extrapolated():
     assert design.total([5.0]) == 5.0 and design.per_block([5.0]) == {}
 
 
-@pytest.mark.parametrize("arguments", KINDS)
+QUICK = "hunyuan_2x sparse.dense_layers=[0,-1]", "wan_14b_2x"
+
+
+@pytest.mark.parametrize(
+    "arguments", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_published_models_from_few_blocks(arguments):
     """Parameters, operations and predicted seconds of the whole model, from one to two blocks of
     each kind: first and last layers, and Mochi's last block, count once."""
