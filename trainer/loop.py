@@ -151,9 +151,15 @@ class Trainer:
     def _restore(self) -> int:
         self._clips = checkpoint.fingerprint(entry.id for entry in self.dataset.entries)
         self._start, self.sampler = 0, self._make_sampler(None)
-        newest = self._newest()
-        for path in checkpoint.passed_over(newest, self.run_dir / "checkpoints"):
+        newest, folder = self._newest(), self.run_dir / "checkpoints"
+        unread = checkpoint.passed_over(newest, folder)
+        for path in unread:
             log.warning(f"{path} cannot be read, and is passed over.")
+        if newest is None and unread:
+            raise ConfigError(
+                f"No checkpoint in {folder} can be read, and beginning anew would replace them: "
+                "bring them back, or delete that folder."
+            )
         if newest is None:
             return 0
         progress = checkpoint.load_progress(newest)

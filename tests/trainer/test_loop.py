@@ -284,11 +284,15 @@ def test_killed_during_a_save(arguments, tmp_path, place):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_torn_checkpoint_is_passed_over(arguments):
+def test_a_torn_checkpoint_is_passed_over_and_no_run_begins_anew_over_them(arguments):
     run_dir = train(arguments).run_dir
-    newest = run_dir / "checkpoints/step-000004/state.safetensors"
-    newest.write_bytes(newest.read_bytes()[:100])
+    tensors = [run_dir / f"checkpoints/step-{step:06d}/state.safetensors" for step in (4, 2)]
+    tensors[0].write_bytes(tensors[0].read_bytes()[:100])
     assert checkpoint.latest(run_dir / "checkpoints").name == "step-000002"
+    tensors[1].write_bytes(tensors[1].read_bytes()[:100])
+    with pytest.raises(ConfigError, match="No checkpoint in .* can be read, and beginning anew"):
+        train(arguments)
+    assert all(path.stat().st_size == 100 for path in tensors)
 
 
 def test_a_removal_that_is_cut_short_leaves_no_torn_checkpoint(tmp_path, monkeypatch):
