@@ -83,8 +83,9 @@ def linear(monkeypatch, unchecked):
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
 def test_every_row(benchmark, family, capsys):
     section, text = benchmark(family, "gpu=h200", "repeats=1")
-    rows = rows_for(replace(Config(), memory=Memory(base_dtype="float32")))
+    rows = rows_for(replace(Config(), family=family, memory=Memory(base_dtype="float32")))
     assert list(section.rows) == list(rows)
+    assert ("fused_modulation" in rows) == (family != "hunyuan")
     for name, row in section.rows.items():
         if name == "optimizer" and find_spec("bitsandbytes") is None:
             assert "needs the package bitsandbytes" in row.complaint and row.seconds is None

@@ -70,13 +70,19 @@ def compile_kernel(source, kernel, types: dict, constants: dict, arch: int, **op
         name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
         command = [get_ptxas(arch).path, "-v", f"-arch={name}", file.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    barriers = re.findall(r"mbarrier\.init\S* \[([^]]+)\]", ptx)
+    alive, made, aliased = set(), 0, 0
+    for begins, address in re.findall(r"mbarrier\.(init|inval)\S* \[([^]]+)\]", ptx):
+        if begins == "init":
+            made, aliased = made + 1, aliased + (address in alive)
+            alive.add(address)
+        else:  # its memory may serve the next one
+            alive.discard(address)
     return {
         "shared": compiled.metadata.shared,
         "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
         "serialized": "erialized" in log,
-        "aliased": len(barriers) - len(set(barriers)),
-        "left": len(barriers) - ptx.count("mbarrier.inval"),
+        "aliased": aliased,
+        "left": made - ptx.count("mbarrier.inval"),
     }
 
 
