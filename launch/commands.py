@@ -192,13 +192,10 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
         print(USAGE)
         return
     name, *rest = argv
-    if {"-h", "--help"} & set(rest):
-        print(USAGE)
-        return
     try:
         if name not in COMMANDS:
             raise ConfigError(f"{name!r} is no command.\n\n{USAGE}")

@@ -155,12 +155,12 @@ class Trainer:
         unread = checkpoint.passed_over(newest, folder)
         for path in unread:
             log.warning(f"{path} cannot be read, and is passed over.")
-        if newest is None and unread:
-            raise ConfigError(
-                f"No checkpoint in {folder} can be read, and beginning anew would replace them: "
-                "bring them back, or delete that folder."
-            )
         if newest is None:
+            if unread:
+                raise ConfigError(
+                    f"No checkpoint in {folder} can be read, and beginning anew would replace "
+                    "them: bring them back, or delete that folder."
+                )
             return 0
         progress = checkpoint.load_progress(newest)
         changed = checkpoint.check_continues(newest, progress, self._progress(progress.step))
