@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import SparsePattern
-from longreel.trainer.device import fastest_dense
 from longreel.trainer.job import Job
+from longreel.trainer.memory.device import fastest_dense
 
 OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kernel, for the budget
 # How many times further apart than two dense kernels: the products of ours are split otherwise, and

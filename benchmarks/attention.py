@@ -22,7 +22,7 @@ from report import RESULTS, dated, measured_on, resumed, with_sections, write
 from table import Row, table, verdict
 
 from longreel.sparse.grid import TokenGrid
-from longreel.trainer.probe import milliseconds, take_turns
+from longreel.trainer.run.attention_speedup import milliseconds, take_turns
 
 GRIDS = {
     **{f"hunyuan-3600x{frames}": TokenGrid(frames, 45, 80) for frames in (32, 64, 128)},

@@ -17,8 +17,8 @@ import torch
 from report import RESULTS, dated, measured_on, write
 from torch import Tensor, nn
 
-from longreel.trainer.float8 import Float8Linear, check_device, quantise
-from longreel.trainer.probe import milliseconds, take_turns
+from longreel.trainer.memory.float8 import Float8Linear, check_device, quantise
+from longreel.trainer.run.attention_speedup import milliseconds, take_turns
 
 REPEATS = 10
 # in and out features: attention's projections, and the two layers of the MLP

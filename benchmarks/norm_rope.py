@@ -20,7 +20,7 @@ from report import RESULTS, dated, measured_on, write
 from torch import Tensor
 
 from longreel.kernels.norm_rope import norm_rope
-from longreel.trainer.probe import milliseconds, take_turns
+from longreel.trainer.run.attention_speedup import milliseconds, take_turns
 
 REPEATS = 10
 NOTES = (

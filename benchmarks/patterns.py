@@ -30,8 +30,8 @@ from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import PATTERNS, Radial, SparsePattern
 from longreel.sparse.reach import layers_to_full_reach
-from longreel.trainer.device import DENSE_BACKENDS
-from longreel.trainer.probe import milliseconds, take_turns
+from longreel.trainer.memory.device import DENSE_BACKENDS
+from longreel.trainer.run.attention_speedup import milliseconds, take_turns
 
 BLOCK = 128
 DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"

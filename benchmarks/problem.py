@@ -24,7 +24,7 @@ from longreel.kernels.block_sparse.op import Backend
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import Radial
-from longreel.trainer.probe import milliseconds
+from longreel.trainer.run.attention_speedup import milliseconds
 
 BLOCK = 128
 # Our kernels: launchers with the signatures of those in forward.py and backward.py.

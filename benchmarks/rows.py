@@ -18,15 +18,15 @@ from untrained import random_batch, untrained
 
 from longreel.sparse.grid import TokenGrid
 from longreel.trainer import flow
-from longreel.trainer.config import Config, Lora, Memory
+from longreel.trainer.config.recipe import load
+from longreel.trainer.config.schema import Config, Lora, Memory
+from longreel.trainer.config.values import split_arguments
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.base import ModelFamily, Text
 from longreel.trainer.job import Job
-from longreel.trainer.learner import Learner
-from longreel.trainer.plan import told
-from longreel.trainer.progress import open_console
-from longreel.trainer.recipe import load
-from longreel.trainer.settings import split_arguments
+from longreel.trainer.plan.predict import told
+from longreel.trainer.run.progress import open_console
+from longreel.trainer.step import Learner
 
 DENSE = ("sparse.pattern.name=dense",)
 FUSED = ("fused_norms", "fused_modulation")

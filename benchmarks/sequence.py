@@ -39,15 +39,15 @@ from step import free, job_of
 from torch import Tensor, nn
 from training import say
 
-from longreel.trainer import rates
-from longreel.trainer.config import ConfigError
-from longreel.trainer.device import fastest_dense, grow_segments
-from longreel.trainer.estimate import GIB
+from longreel.trainer.config.recipe import parse
+from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import leaf_types
 from longreel.trainer.job import Job
-from longreel.trainer.metrics import peak_memory_gib
-from longreel.trainer.plan import plan
-from longreel.trainer.recipe import parse
-from longreel.trainer.settings import leaf_types
+from longreel.trainer.memory.device import fastest_dense, grow_segments
+from longreel.trainer.plan import rates
+from longreel.trainer.plan.estimate import GIB
+from longreel.trainer.plan.predict import plan
+from longreel.trainer.run.metrics import peak_memory_gib
 
 NOTES = (
     "s: of an update, on the slowest process, the median; efficiency: seconds of a clip on each "

@@ -16,7 +16,7 @@ from report import short, with_sections, write
 from rows import Point
 
 from longreel.data.files import replacing
-from longreel.trainer.estimate import GIB
+from longreel.trainer.plan.estimate import GIB
 
 # Seconds a step that earlier runs have found on this GPU, by recipe and row. A run in which they
 # come out otherwise compares our rows with something else.

@@ -44,13 +44,13 @@ from speedup import WHOLE, Record, Section
 from torch import nn
 from training import say
 
-from longreel.trainer import rates
-from longreel.trainer.config import Config, ConfigError
-from longreel.trainer.estimate import GIB
+from longreel.trainer.config.recipe import load, parse
+from longreel.trainer.config.schema import Config, ConfigError
+from longreel.trainer.config.values import did_you_mean, leaf_types
 from longreel.trainer.job import Job
-from longreel.trainer.plan import plan
-from longreel.trainer.recipe import load, parse
-from longreel.trainer.settings import did_you_mean, leaf_types
+from longreel.trainer.plan import rates
+from longreel.trainer.plan.estimate import GIB
+from longreel.trainer.plan.predict import plan
 
 STOCK_SLOWER = 537 / 344  # of a masked step to one without, for predictions: `speedup.KNOWN`
 MAKING = 5.0  # seconds for a model, assumed

@@ -39,18 +39,18 @@ from report import (
 )
 from untrained import random_batch, untrained
 
-from longreel.trainer import rates
-from longreel.trainer.config import Config, ConfigError
-from longreel.trainer.device import ALLOCATOR, grow_segments
-from longreel.trainer.estimate import GIB, Passes, read_knobs, work
+from longreel.trainer.config.recipe import load, parse
+from longreel.trainer.config.schema import Config, ConfigError
+from longreel.trainer.config.values import leaf_types
 from longreel.trainer.job import Job
-from longreel.trainer.learner import Learner
-from longreel.trainer.metrics import peak_memory_gib
-from longreel.trainer.plan import Plan, plan
-from longreel.trainer.progress import open_console
-from longreel.trainer.recipe import load, parse
-from longreel.trainer.report import density_by_layer
-from longreel.trainer.settings import leaf_types
+from longreel.trainer.memory.device import ALLOCATOR, grow_segments
+from longreel.trainer.plan import rates
+from longreel.trainer.plan.estimate import GIB, Passes, read_knobs, work
+from longreel.trainer.plan.predict import Plan, plan
+from longreel.trainer.run.metrics import peak_memory_gib
+from longreel.trainer.run.progress import open_console
+from longreel.trainer.step import Learner
+from longreel.trainer.summary import density_by_layer
 
 PARTS = ("batch", "forward", "backward", "optimizer")
 # Settings that say where files lie.

@@ -15,11 +15,11 @@ from ..data.files import replacing
 from ..sparse.attention import SparseAttention
 from ..sparse.density import layer_density, nearest_density
 from ..sparse.patterns import PATTERNS, SparsePattern
-from ..trainer import lora
-from ..trainer.config import ConfigError
+from ..trainer.adapter import lora
+from ..trainer.config.recipe import load, load_file, parse
+from ..trainer.config.schema import ConfigError
+from ..trainer.config.source import is_drawn
 from ..trainer.job import Job
-from ..trainer.recipe import load, load_file, parse
-from ..trainer.source import is_drawn
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def analyze(argv: list[str]) -> None:
     job = _job(options, [text for text in argv if text not in own])
     masks = at_density(job, options.masks)
 
-    from ..trainer.progress import quiet_libraries
+    from ..trainer.run.progress import quiet_libraries
 
     quiet_libraries()
     figures = observe(job, options, masks)
@@ -94,8 +94,8 @@ def observe(
     from accelerate import Accelerator
 
     from ..data.dataset import LatentDataset
-    from ..trainer.analyze import Observer, summary
-    from ..trainer.caching import prepare_data
+    from ..sparse.analyze import Observer, summary
+    from ..trainer.clips import prepare_data
     from ..trainer.flow import add_noise
 
     accelerator = Accelerator()

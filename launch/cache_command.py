@@ -14,8 +14,8 @@ from ..data.files import UNREADABLE, digest, read_about, read_tensors
 from ..data.ledger import FOLDER as LEDGER
 from ..data.manifest import FOLDER as MANIFESTS
 from ..data.manifest import Manifest, read_manifests
-from ..trainer.config import Cache, ConfigError
-from ..trainer.recipe import parse
+from ..trainer.config.recipe import parse
+from ..trainer.config.schema import Cache, ConfigError
 
 CACHE_USAGE = """\
 longreel cache verify [key=value ...]                   check every file of the cache
@@ -147,7 +147,7 @@ def show(argv: list[str]) -> None:
 
     from ..data.decode import write_video
     from ..trainer.families import FAMILIES
-    from ..trainer.progress import quiet_libraries
+    from ..trainer.run.progress import quiet_libraries
 
     quiet_libraries()
     name, _, rest = about["encoder"].partition(":")

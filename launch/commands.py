@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..trainer.config import SEEDS, Cache, ConfigError
-from ..trainer.export import export_comfyui
+from ..trainer.adapter.lora import check_fits, read_entry
+from ..trainer.config.recipe import load, parse, pattern_from_dict
+from ..trainer.config.schema import SEEDS, Cache, ConfigError
 from ..trainer.families import RopePolicy, family_of
 from ..trainer.job import Job
-from ..trainer.lora import check_fits, read_entry
-from ..trainer.recipe import load, parse, pattern_from_dict
-from ..trainer.sampling import base_model
+from ..trainer.sampling.comfyui import export_comfyui
+from ..trainer.sampling.pipeline import base_model
 from .analyze_command import ANALYZE_USAGE, analyze
 from .cache_command import CACHE_USAGE, cache
 from .draw_command import DRAW_USAGE, draw
@@ -92,9 +92,9 @@ def sample(argv: list[str]) -> None:
     pattern_from_dict(entry["pattern"])
 
     from ..data.decode import write_video
-    from ..trainer.parallel import join_all
-    from ..trainer.progress import quiet_libraries
-    from ..trainer.sampling import encode_captions, generate, load_pipeline, share_tokens
+    from ..trainer.parallel.sequence import join_all
+    from ..trainer.run.progress import quiet_libraries
+    from ..trainer.sampling.pipeline import encode_captions, generate, load_pipeline, share_tokens
 
     group, device = join_all(geometry.heads, options.device)
     quiet_libraries()

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..trainer.families import FAMILIES
-from ..trainer.metrics import column, read_rows
+from ..trainer.run.metrics import column, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "demo"

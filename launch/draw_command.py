@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ..trainer.config import ConfigError
+from ..trainer.config.recipe import load
+from ..trainer.config.schema import ConfigError
 from ..trainer.job import Job
-from ..trainer.recipe import load
 
 DRAW_USAGE = """\
 longreel draw recipe=NAME [key=value ...]               draw a recipe's attention to out=mask.png,
@@ -29,8 +29,8 @@ def draw(argv: list[str]) -> None:
 
     from ..sparse.draw import draw_pattern
     from ..sparse.reach import layers_to_full_reach
-    from ..trainer.progress import quiet_libraries
-    from ..trainer.report import density_by_layer, save_figure, solved_density
+    from ..trainer.run.progress import quiet_libraries
+    from ..trainer.summary import density_by_layer, save_figure, solved_density
 
     quiet_libraries()
     job = Job.from_config(config, published=True)

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ..trainer.config import Config, ConfigError
+from ..trainer.config.recipe import load, parse
+from ..trainer.config.schema import Config, ConfigError
+from ..trainer.config.values import check_known, leaf_types, split_arguments
 from ..trainer.job import Job
-from ..trainer.recipe import load, parse
-from ..trainer.settings import check_known, leaf_types, split_arguments
 
 if TYPE_CHECKING:
-    from ..trainer.plan import Plan, SamplingPlan
-    from ..trainer.rates import Gpu
+    from ..trainer.plan.predict import Plan, SamplingPlan
+    from ..trainer.plan.rates import Gpu
 
 PLAN_USAGE = """\
 longreel plan recipe=NAME [key=value ...]               predict a recipe's memory, time and cost,
@@ -37,9 +37,9 @@ def plan(argv: list[str]) -> None:
     """Print tokens, densities, operations, memory by part, seconds, cost and lengths that fit."""
     options, config = _read(argv)
 
-    from ..trainer import rates
-    from ..trainer.plan import plan, plan_sampling
-    from ..trainer.progress import quiet_libraries
+    from ..trainer.plan import rates
+    from ..trainer.plan.predict import plan, plan_sampling
+    from ..trainer.run.progress import quiet_libraries
 
     gpu = rates.gpu_named(options.gpu)
     if config.memory.base_dtype == "float8" and not gpu.float8:
@@ -82,7 +82,7 @@ Rows = Iterator[tuple[str, str]]
 
 
 def _work(job: Job, made: Plan) -> Rows:
-    from ..trainer.report import density_by_layer
+    from ..trainer.summary import density_by_layer
 
     config, model, grid, flops = job.config, made.model, made.grid, made.flops
     adapter = f"LoRA of rank {model.rank} with {model.lora / 1e6:.1f} M"
@@ -130,8 +130,8 @@ def _work(job: Job, made: Plan) -> Rows:
 
 
 def _memory(job: Job, made: Plan, gpu: Gpu) -> Rows:
-    from ..trainer.estimate import read_knobs
-    from ..trainer.plan import advice, longest_training
+    from ..trainer.plan.estimate import read_knobs
+    from ..trainer.plan.predict import advice, longest_training
 
     memory, limit = made.memory, made.memory_limit
     lines = [f"{_gib(memory.peak)} of {_gib(limit)}: {made.verdict}"]
@@ -168,7 +168,7 @@ def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:
 
 
 def _faster(job: Job, made: Plan, gpu: Gpu) -> Rows:
-    from ..trainer.faster import faster
+    from ..trainer.plan.faster import faster
 
     if found := faster(job, made, gpu):
         sizes = f"{_gib(found.memory.peak)}, host {_gib(found.memory.host_peak)}"

@@ -13,11 +13,11 @@ import time
 
 import torch.distributed as dist
 
+from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
-from longreel.trainer.recipe import load
-from longreel.trainer.saving import Saver
-from longreel.trainer.validate import Validator
+from longreel.trainer.run.saving import Saver
+from longreel.trainer.sampling.validate import Validator
 
 SLOW = 8.0
 

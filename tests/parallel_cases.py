@@ -19,16 +19,17 @@ from torch import Tensor
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense, Radial, SlidingTile, SpatialTemporal
-from longreel.trainer import checkpoint, lora
-from longreel.trainer.checkpoint import State
-from longreel.trainer.config import Config, Memory, Parallel, Train
-from longreel.trainer.engines import open_engine, trainable
+from longreel.trainer.adapter import lora
+from longreel.trainer.config.schema import Config, Memory, Parallel, Train
 from longreel.trainer.families import FAMILIES, RopePolicy
 from longreel.trainer.families.base import diffusers_class
 from longreel.trainer.flow import flow_matching_loss
-from longreel.trainer.memory import block_checkpoint
-from longreel.trainer.offload import Offload
-from longreel.trainer.parallel import SequenceGroup
+from longreel.trainer.memory.checkpointing import block_checkpoint
+from longreel.trainer.memory.offload import Offload
+from longreel.trainer.parallel.engine import open_engine, trainable
+from longreel.trainer.parallel.sequence import SequenceGroup
+from longreel.trainer.run import checkpoint
+from longreel.trainer.run.checkpoint import State
 
 PATTERNS = {
     "dense": Dense(),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from longreel.trainer import rates
-from longreel.trainer.config import Memory
+from longreel.trainer.config.recipe import load
+from longreel.trainer.config.schema import Memory
 from longreel.trainer.job import Job
-from longreel.trainer.recipe import load
+from longreel.trainer.plan import rates
 
 H200 = rates.GPUS["h200"]
 

@@ -7,11 +7,11 @@ import pytest
 from safetensors.torch import load_file
 
 from longreel.data.decode import probe, read_clip
-from longreel.trainer import lora
+from longreel.trainer.adapter import lora
+from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
-from longreel.trainer.learner import Learner
 from longreel.trainer.loop import Trainer
-from longreel.trainer.recipe import load
+from longreel.trainer.step import Learner
 
 TIMES = ("seconds_per_step", "tokens_per_second", "peak_memory_gib")
 

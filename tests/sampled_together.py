@@ -9,10 +9,10 @@ import tiny
 from runs import SHORT
 
 from longreel.sparse.patterns import Radial
-from longreel.trainer import lora
+from longreel.trainer.adapter import lora
 from longreel.trainer.families import FAMILIES
-from longreel.trainer.parallel import SequenceGroup, join_all
-from longreel.trainer.sampling import apply_sparse_attention, generate, share_tokens
+from longreel.trainer.parallel.sequence import SequenceGroup, join_all
+from longreel.trainer.sampling.pipeline import apply_sparse_attention, generate, share_tokens
 
 HEADS = 2  # of the tiny models
 SIZE = {"height": 48, "width": 48, "steps": 3, "guidance": 4.0, "seed": 3}

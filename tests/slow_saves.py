@@ -5,7 +5,7 @@ import sys
 import time
 
 from longreel.launch.commands import main
-from longreel.trainer import checkpoint
+from longreel.trainer.run import checkpoint
 
 PIECES, PAUSE = 5, 0.01  # of each file, and seconds after each
 

@@ -184,7 +184,7 @@ def test_reading_a_recipe_imports_no_model_library():
     """A typo on the command line is told in a moment."""
     script = """
 import sys
-from longreel.trainer.recipe import load
+from longreel.trainer.config.recipe import load
 load(["recipe=tiny_wan"])
 print(*({"diffusers", "transformers", "peft", "accelerate", "av", "triton"} & set(sys.modules)))
 """

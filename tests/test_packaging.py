@@ -75,7 +75,7 @@ for name in {modules!r}:
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to({str(tmp_path)!r}), module
 from longreel.launch.commands import main
-from longreel.trainer.recipe import load
+from longreel.trainer.config.recipe import load
 print(callable(main), load(["recipe=tiny_wan"]).recipe)
 """
     run = subprocess.run(

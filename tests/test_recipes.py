@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from longreel.trainer.config.recipe import RECIPES, load, load_file, recipe_names, save
 from longreel.trainer.families import FAMILIES
-from longreel.trainer.recipe import RECIPES, load, load_file, recipe_names, save
 
 
 @pytest.mark.parametrize("name", recipe_names())

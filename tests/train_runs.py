@@ -3,9 +3,9 @@
 import json
 import sys
 
+from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
-from longreel.trainer.recipe import load
 
 for arguments in json.loads(sys.argv[1]):
     Trainer(Job.from_config(load(arguments))).fit()

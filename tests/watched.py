@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from longreel.trainer.watch import Watch
+from longreel.trainer.run.watchdog import Watch
 
 
 def fail(case: str) -> None:

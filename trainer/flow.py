@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Sigma
+from .config.schema import Sigma
 from .families.base import ModelFamily, Text
 
 

@@ -15,16 +15,16 @@ from ..sparse.attention import SparseAttention
 from ..sparse.density import with_density
 from ..sparse.grid import TokenGrid
 from ..sparse.patterns import SparsePattern, pattern_name
-from . import checkpoint
-from .config import Config, ConfigError
+from .config.recipe import config_hash, load_file, pattern_to_dict, to_dict
+from .config.schema import Config, ConfigError
+from .config.source import check_clips, check_source, is_drawn
+from .config.values import flatten
 from .families import FAMILIES
 from .families.base import Geometry, ModelFamily
 from .families.published import published_geometry
 from .families.rope import NATIVE, RopePolicy
-from .parallel import check_sequence
-from .recipe import config_hash, load_file, pattern_to_dict, to_dict
-from .settings import flatten
-from .source import check_clips, check_source, is_drawn
+from .parallel.sequence import check_sequence
+from .run import checkpoint
 
 # A resumed run may differ from the one that it continues in these alone: they do not change what
 # is learnt, or what held-out losses are compared with. The clips are compared by themselves.

@@ -17,21 +17,23 @@ from ..data.encode import Prepared
 from ..data.loader import Loader
 from ..data.sampler import SeededBatches
 from ..sparse.draw import draw_pattern
-from . import checkpoint, lora, report
-from .caching import extra_captions, prepare_data
-from .config import ConfigError
+from . import summary
+from .adapter import lora
+from .clips import extra_captions, prepare_data
+from .config.recipe import pattern_to_dict, save, to_dict, to_yaml
+from .config.schema import ConfigError
 from .job import Job
-from .learner import Learner
-from .metrics import Metrics
-from .parallel import any_process
-from .plan import how_to_go_on
-from .probe import Speedup, measure_speedup
-from .progress import StepProgress, open_console
-from .recipe import pattern_to_dict, save, to_dict, to_yaml
-from .saving import Saver
-from .signals import REQUEUE, StopSignals
-from .step_probe import is_probed
-from .validate import Validator
+from .parallel.sequence import any_process
+from .plan.predict import how_to_go_on
+from .plan.trial_step import is_probed
+from .run import checkpoint
+from .run.attention_speedup import Speedup, measure_speedup
+from .run.metrics import Metrics
+from .run.progress import StepProgress, open_console
+from .run.saving import Saver
+from .run.signals import REQUEUE, StopSignals
+from .sampling.validate import Validator
+from .step import Learner
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +111,14 @@ class Trainer:
         log.info(
             f"{job.native_frames} -> {job.frames} frames: {len(grid):,} tokens "
             f"({grid.frames} x {grid.height} x {grid.width}). Attention computes "
-            f"{report.density_by_layer(self.learner.layer_densities)}."
+            f"{summary.density_by_layer(self.learner.layer_densities)}."
         )
         if job.rope.policy != "native":
             log.info(f"RoPE: {job.rope.describe(job.geometry.rope)}.")
         sparse, heads = self.config.sparse, job.geometry.heads
         if sparse.density is not None:
             achieved = self.learner.cost.layer_density
-            log.info(f"sparse.density sets {report.solved_density(job, achieved)}.")
+            log.info(f"sparse.density sets {summary.solved_density(job, achieved)}.")
         rounded = job.pattern.note(grid.without_text(), sparse.block)
         if rounded is not None:
             log.info(rounded)
@@ -130,7 +132,7 @@ class Trainer:
                 f"{self.learner.cost.layer_density:.1%}"
             )
             figure = draw_pattern(job.pattern, grid, sparse.block, title, heads)
-            report.save_figure(figure, self.run_dir / "mask.png")
+            summary.save_figure(figure, self.run_dir / "mask.png")
 
     def _prepare_data(self) -> Prepared:
         """All processes fill the cache, each its share."""
@@ -378,12 +380,12 @@ class Trainer:
     def _report(self, speedup: str) -> None:
         """What the complete run shows."""
         rows = self.metrics.rows()
-        report.save_figure(report.draw_losses(rows), self.run_dir / "loss.png")
+        summary.save_figure(summary.draw_losses(rows), self.run_dir / "loss.png")
         self.metrics.image("losses", self.run_dir / "loss.png", self.config.train.steps)
         names = (lora.WEIGHTS, "metrics.csv", "mask.png", "loss.png")
         samples = self.validator.samples(self.config.train.steps)
         files = [*(self.run_dir / name for name in names), *samples]
-        self.console.print(report.summary(self.job, self.learner.cost, speedup, rows, files))
+        self.console.print(summary.summary(self.job, self.learner.cost, speedup, rows, files))
         note = self.job.rope.stock_note("Stock pipelines apply")
         if note is not None:
             log.info(note)

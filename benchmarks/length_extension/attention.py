@@ -10,10 +10,10 @@ import torch
 
 from longreel.data.files import replacing
 from longreel.data.synthetic import Source
+from longreel.sparse.analyze import Observer, summary
 from longreel.sparse.patterns import PATTERNS, Dense
-from longreel.trainer.analyze import Observer, summary
 from longreel.trainer.flow import add_noise
-from longreel.trainer.validate import evaluating
+from longreel.trainer.sampling.validate import evaluating
 
 from .cells import Cell, pattern_of, solved
 from .pixels import Bf16Attention, PixelWan, to_latents

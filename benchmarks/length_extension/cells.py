@@ -18,8 +18,8 @@ from longreel.sparse.patterns import (
     SparsePattern,
     Spatial,
 )
-from longreel.trainer.config import ConfigError, RopeName
-from longreel.trainer.recipe import pattern_to_dict
+from longreel.trainer.config.recipe import pattern_to_dict
+from longreel.trainer.config.schema import ConfigError, RopeName
 
 from .settings import Scale
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longreel.sparse.attention import SparseAttention
 from longreel.trainer.families.base import Geometry, Text, diffusers_class
 from longreel.trainer.families.rope import TemporalAxis
-from longreel.trainer.families.wan import ROPE_THETA, Wan
+from longreel.trainer.families.wan.family import ROPE_THETA, Wan
 
 from .settings import Scale
 

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from longreel.data.files import replacing
 from longreel.data.sampler import SeededBatches
 from longreel.sparse.patterns import Dense, SparsePattern
-from longreel.trainer import checkpoint, flow, lora
-from longreel.trainer.config import Rope, RopeName, Sigma
+from longreel.trainer import flow
+from longreel.trainer.adapter import lora
+from longreel.trainer.config.schema import Rope, RopeName, Sigma
 from longreel.trainer.families.rope import RopePolicy
-from longreel.trainer.learner import lr_factor
-from longreel.trainer.optimizer import build_optimizer
+from longreel.trainer.memory.optimizer import build_optimizer
+from longreel.trainer.run import checkpoint
+from longreel.trainer.step import lr_factor
 
 from .cells import Cell, solved
 from .clips import Bank

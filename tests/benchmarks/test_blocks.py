@@ -3,11 +3,11 @@
 import pytest
 from blocks import Design, count_blocks, describe, with_blocks
 
-from longreel.trainer import rates
-from longreel.trainer.anatomy import anatomy
+from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
-from longreel.trainer.plan import plan
-from longreel.trainer.recipe import load
+from longreel.trainer.plan import rates
+from longreel.trainer.plan.anatomy import anatomy
+from longreel.trainer.plan.predict import plan
 
 KINDS = {
     "hunyuan_2x": {"dual dense": 2, "dual sparse": 18, "single sparse": 40},

@@ -6,7 +6,7 @@ from parts import PARTS, Profile
 from rows import Point
 from speedup import Record, Results, Section
 
-from longreel.trainer.estimate import GIB
+from longreel.trainer.plan.estimate import GIB
 
 H200 = "NVIDIA H200, torch 2"
 PER_BLOCK = {"dual dense": 5.0, "dual sparse": 1.5, "single dense": 5.0, "single sparse": 1.25}

@@ -13,9 +13,9 @@ from blocks import STREAMS, count_blocks, with_blocks
 from rows import Caption, Point, Stepper, rows_for
 
 from longreel.sparse.patterns import Radial
-from longreel.trainer.config import Config, ConfigError, Lora, Memory
-from longreel.trainer.learner import Learner
-from longreel.trainer.recipe import load
+from longreel.trainer.config.recipe import load
+from longreel.trainer.config.schema import Config, ConfigError, Lora, Memory
+from longreel.trainer.step import Learner
 
 CPU = torch.device("cpu")
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")

@@ -10,13 +10,13 @@ import torch
 import training
 from untrained import random_transformer, untrained
 
-from longreel.trainer import plan, rates
-from longreel.trainer.anatomy import anatomy
-from longreel.trainer.config import ConfigError
+from longreel.trainer.config.recipe import load
+from longreel.trainer.config.schema import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
-from longreel.trainer.learner import Learner
-from longreel.trainer.recipe import load
+from longreel.trainer.plan import predict, rates
+from longreel.trainer.plan.anatomy import anatomy
+from longreel.trainer.step import Learner
 
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")
 NATIVE = {"wan": 9, "hunyuan": 9, "mochi": 7}
@@ -138,7 +138,7 @@ def test_a_file_of_another_machine_is_told_before_the_run(benchmark, monkeypatch
 def test_moments_of_a_prediction_add_up():
     """HunyuanVideo at 2x: from the parts that `longreel plan` prints."""
     job = Job.from_config(load(["recipe=hunyuan_2x"]), published=True)
-    made = plan.plan(job, rates.GPUS["h200"])
+    made = predict.plan(job, rates.GPUS["h200"])
     parts = {name: size / 2**30 for name, size in made.memory.gpu.items()}
     moments = training.predicted_gib(made)
     assert moments["GiB at the peak"] == pytest.approx(sum(parts.values()) - rates.RESERVE)

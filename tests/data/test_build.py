@@ -171,10 +171,10 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from accelerate import Accelerator
-from longreel.trainer.caching import prepare_data
+from longreel.trainer.clips import prepare_data
 from longreel.trainer.job import Job
-from longreel.trainer.progress import quiet_libraries
-from longreel.trainer.recipe import load
+from longreel.trainer.run.progress import quiet_libraries
+from longreel.trainer.config.recipe import load
 
 accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
 quiet_libraries()

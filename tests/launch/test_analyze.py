@@ -9,8 +9,8 @@ from tiny import WAN, load_transformer, make_inputs, randomise
 from videos import write_waves
 
 from longreel.launch.analyze_command import analyze, merge
-from longreel.trainer import lora
-from longreel.trainer.config import ConfigError
+from longreel.trainer.adapter import lora
+from longreel.trainer.config.schema import ConfigError
 
 MASKS = ("radial", "spatial", "harmonic")
 

@@ -12,9 +12,9 @@ from videos import noise, write_waves
 
 from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import main
-from longreel.trainer.caching import prepare_data
+from longreel.trainer.clips import prepare_data
+from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
-from longreel.trainer.recipe import load
 
 
 @pytest.fixture

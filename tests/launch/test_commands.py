@@ -18,9 +18,10 @@ from tiny import WAN, randomise
 from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import COMMANDS, main
 from longreel.sparse.patterns import Radial
-from longreel.trainer import lora, sampling
-from longreel.trainer.config import ConfigError
-from longreel.trainer.parallel import join_all
+from longreel.trainer.adapter import lora
+from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.parallel.sequence import join_all
+from longreel.trainer.sampling import pipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,8 +194,8 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(run, tmp_
     def loads(*args, **kwargs):
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(sampling, "encode_captions", loads)
-    monkeypatch.setattr(sampling, "load_pipeline", loads)
+    monkeypatch.setattr(pipeline, "encode_captions", loads)
+    monkeypatch.setattr(pipeline, "load_pipeline", loads)
     with pytest.raises(SystemExit, match=r"does not fit this model"):
         main(["sample", f"lora={run}", "prompt=x", f"model={tmp_path / 'shallow'}"])
 

@@ -6,8 +6,8 @@ import pytest
 
 from longreel.launch.commands import main
 from longreel.launch.plan_command import plan
-from longreel.trainer.config import ConfigError
-from longreel.trainer.recipe import recipe_names
+from longreel.trainer.config.recipe import recipe_names
+from longreel.trainer.config.schema import ConfigError
 
 
 @pytest.fixture

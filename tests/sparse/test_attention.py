@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint as plain_checkpoint
 from longreel.kernels.block_sparse import block_sparse_attention
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
-from longreel.sparse.keep import keeping_attention
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import Dense, Radial
+from longreel.trainer.memory.keep_attention import keeping_attention
 
 SMALL = TokenGrid(12, 3, 5)  # 180 tokens: frames straddle blocks of 16 and the end is ragged
 WITH_TEXT = TokenGrid(12, 3, 5, text=21)

@@ -35,8 +35,9 @@ from runs import arguments_of, rows  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from videos import write_waves  # noqa: E402
 
-from longreel.trainer import checkpoint, lora  # noqa: E402
-from longreel.trainer.metrics import column, read_rows  # noqa: E402
+from longreel.trainer.adapter import lora  # noqa: E402
+from longreel.trainer.run import checkpoint  # noqa: E402
+from longreel.trainer.run.metrics import column, read_rows  # noqa: E402
 
 STEPS, EVERY = 120, 2
 SAVE = 0.1  # seconds that a slow save takes, about

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from longreel.trainer.config import Sigma
+from longreel.trainer.config.schema import Sigma
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.flow import add_noise, flow_matching_loss, sample, sample_sigmas
 

@@ -13,7 +13,7 @@ import torch
 from videos import write_waves
 
 from longreel.data.decode import probe
-from longreel.trainer import lora
+from longreel.trainer.adapter import lora
 from longreel.trainer.families import FAMILIES
 
 pytestmark = pytest.mark.gpu

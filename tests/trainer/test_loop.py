@@ -19,16 +19,18 @@ from tiny import WAN
 
 from longreel.data.sampler import SeededBatches
 from longreel.sparse.patterns import Spatial
-from longreel.trainer import checkpoint, job, lora, metrics
-from longreel.trainer.config import ConfigError
+from longreel.trainer import job
+from longreel.trainer.adapter import lora
+from longreel.trainer.config.recipe import load
+from longreel.trainer.config.recipe import load_file as load_config
+from longreel.trainer.config.schema import ConfigError
 from longreel.trainer.families.modulated import WanTransformerBlock
 from longreel.trainer.job import Job
-from longreel.trainer.learner import Learner, lr_factor
 from longreel.trainer.loop import Trainer
-from longreel.trainer.recipe import load
-from longreel.trainer.recipe import load_file as load_config
-from longreel.trainer.saving import Saver
-from longreel.trainer.validate import Validator
+from longreel.trainer.run import checkpoint, metrics
+from longreel.trainer.run.saving import Saver
+from longreel.trainer.sampling.validate import Validator
+from longreel.trainer.step import Learner, lr_factor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -238,7 +240,7 @@ def test_torn_checkpoints_are_not_kept_in_place_of_whole_ones(arguments):
 
 KILLED = """
 import os, signal, sys
-import longreel.trainer.checkpoint as checkpoint
+import longreel.trainer.run.checkpoint as checkpoint
 from longreel.launch.commands import main
 
 def die(*args):

@@ -11,10 +11,11 @@ from tiny import WAN
 from longreel.data import decode
 from longreel.launch.commands import main
 from longreel.sparse.patterns import PATTERNS, pattern_name
-from longreel.trainer import lora, sampling
+from longreel.trainer.adapter import lora
+from longreel.trainer.config.recipe import pattern_from_dict
 from longreel.trainer.families import installed_attention
-from longreel.trainer.metrics import column
-from longreel.trainer.recipe import pattern_from_dict
+from longreel.trainer.run.metrics import column
+from longreel.trainer.sampling import pipeline
 
 # What makes a pattern sparse on 17 frames of 6 x 6 tokens in blocks of 16, for two heads.
 SPARSE = {
@@ -37,14 +38,14 @@ def sampled(cache, tmp_path, monkeypatch):
     """`longreel sample` as (pipeline, frames): an mp4 would not give the frames back."""
 
     def sample(run_dir: Path, *options: str):
-        pipes, frames, real = [], [], sampling.load_pipeline
+        pipes, frames, real = [], [], pipeline.load_pipeline
 
         def load_pipeline(*args, **kwargs):
             pipes.append(real(*args, **kwargs))
             return pipes[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(sampling, "load_pipeline", load_pipeline)
+            patch.setattr(pipeline, "load_pipeline", load_pipeline)
             patch.setattr(decode, "write_video", lambda path, video, fps: frames.extend(video))
             given = [f"lora={run_dir}", "prompt=waves", "steps=3", f"out={tmp_path / 'a.mp4'}"]
             main(["sample", *given, f"cache={cache}", "device=cpu", *options])
@@ -57,7 +58,7 @@ def video_of(trainer):
     """What the transformer in training samples, as `sampled` does from its adapter."""
     pipe = tiny.load_pipeline(WAN, trainer.learner.transformer)
     size = {"frames": trainer.job.frames, "height": 96, "width": 96}
-    return np.stack(list(sampling.generate(pipe, prompt="waves", steps=3, seed=0, **size)))
+    return np.stack(list(pipeline.generate(pipe, prompt="waves", steps=3, seed=0, **size)))
 
 
 def test_every_pattern_has_its_run():

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from ..config import ConfigError
+from ..config.schema import ConfigError
 from .base import Geometry, ModelFamily, installed_attention
-from .hunyuan import Hunyuan
-from .mochi import Mochi
+from .hunyuan.family import Hunyuan
+from .mochi.family import Mochi
 from .rope import RopePolicy, installed_rope
-from .wan import Wan
+from .wan.family import Wan
 
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (Wan(), Hunyuan(), Mochi())}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, Rope, RopeName
+from ..config.schema import ConfigError, Rope, RopeName
 
 RIFLEX_MARGIN = 0.9  # share of its period that the video may fill (the authors' code)
 

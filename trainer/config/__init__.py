@@ -1,0 +1,1 @@
+"""Settings: their schema, the ranges that they must lie in, and recipes."""

@@ -1,0 +1,1 @@
+"""Mochi 1, text to video."""

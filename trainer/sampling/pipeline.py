@@ -1,0 +1,277 @@
+"""Videos from a trained adapter: `pipe = load_pipeline("runs/x")`, then any stock pipeline call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.block_sparse.op import Backend
+from ...sparse.attention import SparseAttention, Step
+from ...sparse.patterns import Dense
+from ..adapter import lora
+from ..config.recipe import pattern_from_dict
+from ..config.schema import Cache, ConfigError
+from ..families import (
+    FAMILIES,
+    ModelFamily,
+    RopePolicy,
+    family_of,
+    installed_attention,
+    installed_rope,
+)
+from ..families.base import Text
+from ..parallel.sequence import SequenceGroup
+from .validate import evaluating
+
+
+def load_pipeline(
+    run: str | Path,
+    *,
+    model_path: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    sparse: bool = True,
+    text: bool = True,
+    backend: Backend = "auto",
+    cache_dir: str | Path = Cache.dir,
+) -> Any:
+    """The stock diffusers pipeline with the adapter, under the attention and RoPE of its training.
+
+        pipe = load_pipeline("runs/x")
+        frames = pipe(prompt="...", num_frames=161).frames[0]
+
+    run: an adapter's folder or file. model_path: in place of the recorded base model. dtype: None
+    for bf16 on a GPU and fp32 on a CPU. sparse: False for the model's own dense attention; RoPE is
+    the adapter's all the same.
+    text: False to leave out the text encoders, for prompts that `encode_captions` has encoded.
+    backend: of the block-sparse kernel. cache_dir: where a `tiny` base model is kept.
+    """
+    entry, file = lora.read_entry(run), lora.adapter_file(run)
+    family = family_of(entry)
+    path, revision = base_model(entry, model_path, cache_dir)
+    family.geometry(path, revision)  # refuses what is missing or unsupported before any weights
+    lora.check_fits(family.blank_transformer(path, revision), file)
+    device, dtype = _device_and_dtype(device, dtype)
+    transformer = family.load_transformer(path, revision, dtype)
+    pipe = family.load_pipeline(path, revision, transformer=transformer, text=text, dtype=dtype)
+    pipe.to(device)
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="longreel")
+    if sparse:
+        apply_sparse_attention(pipe, entry, backend=backend)
+    else:
+        apply_rope(pipe, entry)
+    return pipe
+
+
+def encode_captions(
+    run: str | Path,
+    captions: Sequence[str],
+    *,
+    model_path: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    cache_dir: str | Path = Cache.dir,
+) -> list[Text]:
+    """What `generate` takes for prompts, by the base model's text encoders alone.
+
+    They are freed again: HunyuanVideo's take 16 GB, which the transformer and its activations can
+    use. Parameters as of `load_pipeline`.
+    """
+    entry = lora.read_entry(run)
+    family = family_of(entry)
+    path, revision = base_model(entry, model_path, cache_dir)
+    device, dtype = _device_and_dtype(device, dtype)
+    pipe = family.load_pipeline(path, revision, vae=False, dtype=dtype).to(device)
+    texts = [family.encode_text(pipe, caption) for caption in captions]
+    del pipe
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return texts
+
+
+def _device_and_dtype(
+    device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def base_model(
+    entry: dict[str, Any], model_path: str | None, cache_dir: str | Path
+) -> tuple[str, str | None]:
+    """Folder or repository, and revision, of an adapter's base; `model_path` overrides both."""
+    path, revision = entry["model"]["path"], entry["model"]["revision"]
+    if model_path is not None:
+        path, revision = model_path, None
+    return family_of(entry).resolve(path, cache_dir), revision
+
+
+def apply_sparse_attention(
+    pipe: Any, entry: dict[str, Any], *, backend: Backend = "auto"
+) -> SparseAttention:
+    """Let a stock pipeline attend as the adapter of `entry` (`lora.read_entry`) was trained, its
+    RoPE included.
+
+    Returns the attention, whose fields may be changed between calls of the pipeline.
+    """
+    family = _family_for(pipe, entry)
+    apply_rope(pipe, entry)
+    attention = SparseAttention(
+        pattern_from_dict(entry["pattern"]),
+        block=entry["block"],
+        backend=backend,
+        dense_layers=entry["dense_layers"],
+        dense_steps=entry["dense_steps"],
+    )
+    attention.schedule = _step_of(pipe)
+    family.install(pipe.transformer, attention)
+    return attention
+
+
+def share_tokens(pipe: Any, group: SequenceGroup) -> None:
+    """Let the processes of a group compute each video together; without an adapter's attention,
+    dense.
+
+    Each process then calls the pipeline with the same arguments and noise, and each has all of the
+    latents that come of it. After everything else that changes the pipeline.
+    """
+    family = next(f for f in FAMILIES.values() if f.pipeline_name == type(pipe).__name__)
+    attention = installed_attention(pipe.transformer)
+    if attention is None:  # the stock processors know nothing of other processes
+        attention = SparseAttention(Dense())
+        family.install(pipe.transformer, attention)
+    group.attach(family, pipe.transformer, attention)
+
+
+def apply_rope(pipe: Any, entry: dict[str, Any]) -> None:
+    """Let a stock pipeline's RoPE follow the policy of the adapter of `entry` (`lora.read_entry`).
+
+    Its attention stays as it is: for an adapter that is to be sampled dense.
+    """
+    _family_for(pipe, entry).set_rope(pipe.transformer, RopePolicy.recorded(entry))
+
+
+def _family_for(pipe: Any, entry: dict[str, Any]) -> ModelFamily:
+    """The family of both; ConfigError if the pipeline is another's."""
+    family = family_of(entry)
+    if type(pipe).__name__ != family.pipeline_name:
+        raise ConfigError(
+            f"The adapter is for {family.pipeline_name}, the pipeline is a {type(pipe).__name__}."
+        )
+    return family
+
+
+def _step_of(pipe: Any) -> Callable[[Tensor], Step]:
+    """Index of the diffusion step that a model's forward belongs to, and the number of steps.
+
+    As the scheduler counts, whose `step` ends a step however often guidance calls the model in it.
+    Not by the timestep: under a bf16 HunyuanVideo neighbours are rounded to the same value. Only a
+    scheduler that does not count leaves no other way.
+    """
+
+    def step(timestep: Tensor) -> Step:
+        timesteps = pipe.scheduler.timesteps
+        if hasattr(pipe.scheduler, "step_index"):
+            index = pipe.scheduler.step_index or 0  # None until the first step has ended
+        else:
+            index = (timesteps - timestep.flatten()[0].to(timesteps.device)).abs().argmin()
+        return int(index), len(timesteps)
+
+    return step
+
+
+def generate(
+    pipe: Any,
+    *,
+    prompt: str | Text,
+    negative: str | Text = "",
+    frames: int,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float | None = None,
+    seed: int,
+    progress: bool = False,
+) -> Iterator[np.ndarray]:
+    """The frames of one video, uint8 `[height, width, 3]`, decoded as they are asked for.
+
+    pipe: of one of the FAMILIES, with a VAE. prompt, negative: text, or what the family's
+    `encode_text` gave when the pipeline has no text encoder.
+    guidance: None for the family's; at most 1 for none, which leaves `negative` unread, as does a
+    model that is told its guidance. seed: of the initial noise, drawn on the CPU, so it does not
+    depend on the device.
+
+    The transformer may be one in training: its modes, its attention's plan and schedule, gradients
+    and torch's global random state are left as they were.
+    """
+    family = next(f for f in FAMILIES.values() if f.pipeline_name == type(pipe).__name__)
+    geometry = family.geometry_of(pipe)
+    family.check_steps("steps", steps)
+    guidance = family.guidance if guidance is None else guidance
+    rope = installed_rope(pipe.transformer)
+    shape = family.latent_shape(frames, height, width, geometry, rope)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+    text = _encoded(pipe, family, prompt)
+    uses_negative = family.uses_negative(geometry, guidance)
+    against = _encoded(pipe, family, negative) if uses_negative else None
+    device = pipe._execution_device
+    inputs = family.pipeline_inputs(text, against, guidance)
+    with _sampling(pipe, progress):
+        latents = pipe(
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            latents=noise,
+            output_type="latent",
+            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()},
+        ).frames[0]
+    return family.decode_video(pipe, latents)
+
+
+def _encoded(pipe: Any, family: ModelFamily, text: str | Text) -> Text:
+    if not isinstance(text, str):
+        return text
+    if any(getattr(pipe, name) is None for name in family.text_components):
+        raise ValueError(
+            f"The pipeline has no text encoder for {text!r}: give what `encode_text` made of it."
+        )
+    return family.encode_text(pipe, text)
+
+
+@contextmanager
+def _sampling(pipe: Any, progress: bool) -> Iterator[None]:
+    """Evaluation mode, dense steps and a quiet pipeline; afterwards everything as it was."""
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    logger = logging.getLogger(type(pipe).__module__)
+    level = logger.level
+    with evaluating(pipe.transformer), _scheduled(installed_attention(pipe.transformer), pipe):
+        try:
+            pipe.set_progress_bar_config(**bar | {"disable": not progress})
+            # It warns of a rounded `num_frames`; sizes are checked, and `latents` decide.
+            logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            pipe.set_progress_bar_config(**bar)
+            logger.setLevel(level)
+
+
+@contextmanager
+def _scheduled(attention: SparseAttention | None, pipe: Any) -> Iterator[None]:
+    """Let an installed attention know the diffusion step; its own plan and schedule come back."""
+    if attention is None:
+        yield
+        return
+    schedule, attention.schedule = attention.schedule, _step_of(pipe)
+    try:
+        with attention.using(attention.current):
+            yield
+    finally:
+        attention.schedule = schedule
