@@ -28,9 +28,10 @@ from longreel.data.dataset import LatentDataset
 from longreel.data.encode import prepare
 from longreel.data.files import save_tensors
 from longreel.data.ledger import Ledger, stamp
+from longreel.data.listing import SourceSpec
 from longreel.data.loader import Loader
 from longreel.data.sampler import SeededBatches
-from longreel.data.sources import SourceSpec, list_videos
+from longreel.data.sources import list_videos
 
 CLIPS = 100_000
 LATENTS = (16, 128, 90, 160)

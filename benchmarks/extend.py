@@ -18,7 +18,7 @@ def main() -> None:
     from length_extension.run import Options, run
 
     from longreel.trainer.config.recipe import parse
-    from longreel.trainer.config.schema import ConfigError
+    from longreel.trainer.config.values import ConfigError
 
     try:
         done = run(parse(Options, sys.argv[1:]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from longreel.data.files import replacing
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,9 +16,9 @@ from .cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry, Intact
 from .captions import CaptionLimit, cut_captions
 from .files import digest, save_tensors, told_when_full
 from .ledger import Ledger
+from .listing import Dropped, Listing
 from .manifest import Ready, read_ready, state, write_manifest
 from .report import Report, refusal
-from .sources import Dropped, Listing
 from .survey import CHANGED, Progress, Survey, Team, Video, hashed, survey, unreadable
 
 if TYPE_CHECKING:

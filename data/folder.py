@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .sources import VIDEO_SUFFIXES, Dropped, Kind, Listing, Source, SourceSpec
+from .listing import VIDEO_SUFFIXES, Dropped, Kind, Listing, Source, SourceSpec
 from .tables import first_text, read_rows, span
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -17,7 +17,7 @@ from typing import Any
 
 from .files import FULL, read_json_lines, replacing, told_when_full
 from .folder import suffix
-from .sources import VIDEO_SUFFIXES, Dropped, Listing, Source, SourceSpec
+from .listing import VIDEO_SUFFIXES, Dropped, Listing, Source, SourceSpec
 from .tables import first_text, span
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from typing import Any
 from .cache import SCHEMA, CacheSpec, Entry, short_hash
 from .files import read_json_lines, replacing
 from .ledger import stamp
-from .sources import Dropped, Listing
+from .listing import Dropped, Listing
 
 FOLDER = "manifests"
 DROPPED = ".dropped.jsonl"

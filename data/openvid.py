@@ -14,7 +14,7 @@ import posixpath
 from pathlib import Path
 
 from .folder import check_folder, suffix, visible_files
-from .sources import VIDEO_SUFFIXES, Dropped, Listing, Source, SourceSpec
+from .listing import VIDEO_SUFFIXES, Dropped, Listing, Source, SourceSpec
 from .tables import first_text, read_rows
 
 SHORT = {

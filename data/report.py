@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .cache import Bucket
-from .sources import Dropped
+from .listing import Dropped
 
 NAMED = 5  # of each kind of what was dropped, and of the notes
 

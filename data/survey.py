@@ -15,10 +15,10 @@ from pathlib import Path
 from .cache import Bucket, CacheSpec, Entry, short_hash
 from .files import FULL
 from .ledger import Ledger, stamp
+from .listing import Dropped, Listing, Source
 from .manifest import version
 from .report import too_short
 from .shots import shots
-from .sources import Dropped, Listing, Source
 
 Progress = Callable[[int, int, str], None]
 TOLERANCE = 1e-6  # frames: 1.2 s of 30 fps are 36 frames

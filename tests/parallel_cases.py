@@ -26,7 +26,8 @@ from longreel.trainer.families.base import diffusers_class
 from longreel.trainer.flow import flow_matching_loss
 from longreel.trainer.memory.checkpointing import block_checkpoint
 from longreel.trainer.memory.offload import Offload
-from longreel.trainer.parallel.engine import open_engine, trainable
+from longreel.trainer.parallel.engine import trainable
+from longreel.trainer.parallel.open import open_engine
 from longreel.trainer.parallel.sequence import SequenceGroup
 from longreel.trainer.run import checkpoint
 from longreel.trainer.run.checkpoint import State

@@ -10,7 +10,8 @@ from videos import numbers, steady
 
 from longreel.data.cache import Bucket, CacheSpec, Encoders
 from longreel.data.encode import Prepared, prepare
-from longreel.data.sources import SourceSpec, list_videos
+from longreel.data.listing import SourceSpec
+from longreel.data.sources import list_videos
 
 BUCKET = Bucket(9, 32, 48)
 SPEC = CacheSpec((BUCKET,), fps=16, video_encoder="tiny-vae", text_encoder="tiny-text")

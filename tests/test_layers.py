@@ -1,6 +1,7 @@
 """The architecture: which folder may import which, and what a bare machine can import."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -25,6 +26,21 @@ THIRD_PARTY = {
     "data": {"torch", "numpy", "safetensors", "av", "datasets", "pyarrow"},
 }
 MOST_LINES = 500
+# The rooms of trainer/, each of which may import those in the lines above it. Files directly in
+# trainer/ are rooms of their own.
+ROOMS = (
+    {"config"},
+    {"families", "memory"},
+    {"adapter"},
+    {"run", "flow"},
+    {"parallel"},
+    {"job"},
+    {"plan", "sampling", "clips", "summary"},
+    {"step"},
+    {"loop"},
+)
+MOVED = {"lora"}  # names that documents gave before, which lead to where things are now
+MOST_FILES = 9  # directly in trainer/
 
 
 def modules():
@@ -84,6 +100,44 @@ def test_imports_point_down(folder):
         assert ours <= MAY_IMPORT[folder] | {folder}, path
 
 
+def test_rooms_of_the_trainer_import_down():
+    floor = {room: index for index, rooms in enumerate(ROOMS) for room in rooms}
+    files = [path for path in modules() if path.relative_to(ROOT).parts[0] == "trainer"]
+    rooms = {path: path.relative_to(ROOT / "trainer").with_suffix("").parts[0] for path in files}
+    assert set(rooms.values()) - MOVED == set(floor)
+    for path, room in rooms.items():
+        names = [name.split(".") for name in imported(path) if name.startswith("longreel.trainer.")]
+        others = {parts[2] for parts in names} - {room}
+        up = {other for other in others if floor[other] >= floor.get(room, len(ROOMS))}
+        assert not up, path
+
+
+def test_no_two_files_import_each_other():
+    """Directly or around a corner, imports inside functions and for type checkers included."""
+    names = {
+        ".".join(["longreel", *p.relative_to(ROOT).with_suffix("").parts]): p for p in modules()
+    }
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+    def needed(path):
+        for name in imported(path):
+            parents = [name, name.rpartition(".")[0]]
+            yield from (names[parent] for parent in parents if parent in names)
+
+    graph = {path: {other for other in needed(path) if other != path} for path in names.values()}
+    for path, others in graph.items():  # a package that gathers names is no part of a circle
+        graph[path] = {o for o in others if o.name != "__init__.py" or o.parent != path.parent}
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        circle = " -> ".join(str(path.relative_to(ROOT)) for path in error.args[1])
+        raise AssertionError(circle) from None
+
+
+def test_the_trainer_has_few_files_outside_of_its_rooms():
+    assert len(list((ROOT / "trainer").glob("*.py"))) <= MOST_FILES
+
+
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_imports_of_our_own_are_relative(folder):
     """Type checkers and editors follow these from a bare checkout."""
@@ -127,6 +181,31 @@ def python(script, *, cwd=ROOT, **environment):
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
+
+
+def test_every_module_can_be_imported_first():
+    """Each in a process of its own, forked from one that has imported no module of ours."""
+    names = [
+        ".".join(["longreel", *path.relative_to(ROOT).with_suffix("").parts]) for path in modules()
+    ]
+    script = f"""
+import importlib, os, sys, traceback
+import accelerate, av, diffusers, matplotlib.figure, peft, rich.console, torch, transformers
+failed = []
+for name in {names!r}:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+print(*failed)
+"""
+    assert python(script) == ""
 
 
 def test_top_folders_hold_no_init():

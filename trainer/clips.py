@@ -14,11 +14,14 @@ from torch import Tensor
 from ..data.cache import CacheSpec, Encoders
 from ..data.captions import CaptionLimit
 from ..data.encode import Prepared, prepare
+from ..data.listing import SourceSpec
 from ..data.report import Report
-from ..data.sources import SourceSpec, list_videos
+from ..data.sources import list_videos
 from ..data.survey import Team
-from .config.schema import Config, ConfigError
-from .config.source import clips_folder, is_drawn
+from ..data.synthetic import Arena, Source, write_folder
+from .config.schema import Config
+from .config.source import SYNTHETIC, is_drawn
+from .config.values import ConfigError
 from .families.base import Text
 from .job import Job
 from .run.progress import StageLog
@@ -84,6 +87,34 @@ def source_spec(job: Job) -> SourceSpec:
         top_by=data.top_by,
         cache_dir=config.cache.dir,
     )
+
+
+def check_clips(job: Job) -> None:
+    """Raise ConfigError if there are none to train on, or none of the job's size can be drawn."""
+    if job.config.data.path is None and not is_drawn(job.config):
+        raise ConfigError(
+            "data.path is not set: the folder of videos with captions; or set data.source="
+            "synthetic:NAME."
+        )
+    if is_drawn(job.config):
+        _source(job)
+
+
+def clips_folder(job: Job) -> Path:
+    """The folder of a job's synthetic clips, which are drawn there if need be."""
+    config = job.config
+    parent = Path(config.cache.dir) / "synthetic"
+    return write_folder(_source(job), config.data.synthetic.clips, job.fps, parent)
+
+
+def _source(job: Job) -> Source:
+    config = job.config
+    try:
+        arena = Arena(job.frames, config.height, config.width, job.native_frames)
+        name = config.data.source.removeprefix(SYNTHETIC)
+        return Source(name, arena, config.data.synthetic.seed)
+    except ValueError as error:
+        raise ConfigError(f"data.source={config.data.source}: {error}") from error
 
 
 def cache_spec(job: Job, dtype: torch.dtype) -> CacheSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import exp, log, prod, sqrt
@@ -15,34 +14,15 @@ from ..sparse.attention import SparseAttention
 from ..sparse.density import with_density
 from ..sparse.grid import TokenGrid
 from ..sparse.patterns import SparsePattern, pattern_name
-from .config.recipe import config_hash, load_file, pattern_to_dict, to_dict
-from .config.schema import Config, ConfigError
-from .config.source import check_clips, check_source, is_drawn
-from .config.values import flatten
+from .config.recipe import config_hash, pattern_to_dict
+from .config.schema import Config
+from .config.source import check_source
+from .config.values import ConfigError
 from .families import FAMILIES
 from .families.base import Geometry, ModelFamily
 from .families.published import published_geometry
 from .families.rope import NATIVE, RopePolicy
 from .parallel.sequence import check_sequence
-from .run import checkpoint
-
-# A resumed run may differ from the one that it continues in these alone: they do not change what
-# is learnt, or what held-out losses are compared with. The clips are compared by themselves.
-FREE_KEYS = (
-    "recipe",
-    "run",
-    "log",
-    "cache",
-    "checkpoint",
-    *(f"memory.{key}" for key in ("checkpoint", "offload", "offload_keep", "mlp_chunk", "probe")),
-    "data.path",
-    "data.revision",
-    "data.strict",
-    "parallel",
-    "train.workers",
-    "train.max_skips",
-    *(f"validate.{key}" for key in ("every", "prompts", "frames", "steps", "guidance")),
-)
 
 
 @dataclass(frozen=True)
@@ -81,19 +61,6 @@ class Job:
         job = cls(config, family, geometry, model_path)
         job.buckets()
         return job
-
-    def check_trainable(self) -> None:
-        """Raise ConfigError if there is no data to train on, or the run folder is another run's."""
-        data = self.config.data
-        if data.path is None and not is_drawn(self.config):
-            raise ConfigError(
-                "data.path is not set: the folder of videos with captions; or set data.source="
-                "synthetic:NAME."
-            )
-        check_clips(self)
-        _check_folder("run.dir", self.config.run_dir)
-        _check_folder("cache.dir", Path(self.config.cache.dir))
-        _check_resumable(self.config, self.config.run_dir)
 
     @property
     def frames(self) -> int:
@@ -327,33 +294,3 @@ def _train_guidance(config: Config, family: ModelFamily, geometry: Geometry) -> 
 
 def _sample_guidance(config: Config, family: ModelFamily) -> float:
     return family.guidance if config.validate.guidance is None else config.validate.guidance
-
-
-def _check_folder(key: str, folder: Path) -> None:
-    """Files can be written to the folder, or it can be made."""
-    path = folder.absolute()
-    existing = next(part for part in (path, *path.parents) if part.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"{key}={folder}: {existing} is a file, not a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}={folder}: nothing can be written to {existing}.")
-
-
-def _check_resumable(config: Config, run_dir: Path) -> None:
-    """A run folder belongs to one config, but for FREE_KEYS and, at a constant rate, its steps."""
-    path = run_dir / "config.yaml"
-    if not path.is_file() or checkpoint.latest(run_dir / "checkpoints") is None:
-        return
-    before, now = flatten(to_dict(load_file(path))), flatten(to_dict(config))
-    free = FREE_KEYS + (("train.steps",) if config.train.schedule == "constant" else ())
-    changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == name or key.startswith(name + ".") for name in free)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{run_dir} holds a run with other settings ({'; '.join(changed)}). Choose another "
-            "run.dir, delete the folder, or go back to its settings to resume it."
-        )

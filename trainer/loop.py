@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,9 @@ from ..data.sampler import SeededBatches
 from ..sparse.draw import draw_pattern
 from . import summary
 from .adapter import lora
-from .clips import extra_captions, prepare_data
+from .clips import check_clips, extra_captions, prepare_data
 from .config.recipe import pattern_to_dict, save, to_dict, to_yaml
-from .config.schema import ConfigError
+from .config.values import ConfigError
 from .job import Job
 from .parallel.sequence import any_process
 from .plan.predict import how_to_go_on
@@ -30,6 +31,7 @@ from .run import checkpoint
 from .run.attention_speedup import Speedup, measure_speedup
 from .run.metrics import Metrics
 from .run.progress import StepProgress, open_console
+from .run.resume import check_resumable
 from .run.saving import Saver
 from .run.signals import REQUEUE, StopSignals
 from .sampling.validate import Validator
@@ -40,6 +42,24 @@ log = logging.getLogger(__name__)
 # Seconds between looks for what another machine has written: network file systems answer from
 # memory for up to a minute.
 SHOWN_LATE = (0, 5, 20, 45)
+
+
+def check_trainable(job: Job) -> None:
+    """Raise ConfigError if there is no data to train on, or the run folder is another run's."""
+    check_clips(job)
+    _check_folder("run.dir", job.config.run_dir)
+    _check_folder("cache.dir", Path(job.config.cache.dir))
+    check_resumable(job.config, job.config.run_dir)
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """Files can be written to the folder, or it can be made."""
+    path = folder.absolute()
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{key}={folder}: {existing} is a file, not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder}: nothing can be written to {existing}.")
 
 
 class Trainer:
@@ -53,7 +73,7 @@ class Trainer:
         self.job = job
         self.config = job.config
         self.run_dir = job.config.run_dir
-        job.check_trainable()
+        check_trainable(job)
         self.learner = Learner(job)
         self.accelerator, self.sequence = self.learner.accelerator, self.learner.sequence
         self.console = open_console(self.accelerator.is_main_process)

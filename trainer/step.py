@@ -21,14 +21,15 @@ from ..kernels.block_sparse import resolve_backend
 from ..sparse.grid import TokenGrid
 from . import flow
 from .adapter import lora
-from .config.schema import Config, ConfigError
+from .config.schema import Config
+from .config.values import ConfigError
 from .families.base import Text
 from .job import Job
 from .memory import float8
 from .memory.checkpointing import block_checkpoint
 from .memory.device import fastest_dense, grow_segments
 from .memory.optimizer import build_optimizer, check_installed
-from .parallel.engine import open_engine
+from .parallel.open import open_engine
 from .parallel.sequence import SequenceGroup
 from .plan.predict import check_memory
 from .plan.trial_step import Taken, try_step

@@ -13,7 +13,7 @@ from longreel.data.synthetic import Source
 from longreel.sparse.analyze import Observer, summary
 from longreel.sparse.patterns import PATTERNS, Dense
 from longreel.trainer.flow import add_noise
-from longreel.trainer.sampling.validate import evaluating
+from longreel.trainer.sampling.pipeline import evaluating
 
 from .cells import Cell, pattern_of, solved
 from .pixels import Bf16Attention, PixelWan, to_latents

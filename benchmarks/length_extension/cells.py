@@ -19,7 +19,8 @@ from longreel.sparse.patterns import (
     Spatial,
 )
 from longreel.trainer.config.recipe import pattern_to_dict
-from longreel.trainer.config.schema import ConfigError, RopeName
+from longreel.trainer.config.schema import RopeName
+from longreel.trainer.config.values import ConfigError
 
 from .settings import Scale
 

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from report import RESULTS, measured_on, write
 
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 
 from . import estimate, figures, page
 from .attention import ANALYSED, analyse

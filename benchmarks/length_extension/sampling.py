@@ -11,7 +11,7 @@ import torch
 from longreel.data.files import replacing
 from longreel.data.synthetic import CAPTIONS, SETS, Source
 from longreel.trainer.families.base import diffusers_class
-from longreel.trainer.sampling.validate import evaluating
+from longreel.trainer.sampling.pipeline import evaluating
 
 from .pixels import PixelWan, to_pixels
 from .training import half_products

@@ -362,3 +362,6 @@ def _differentiate(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
+
+# The operator as dispatch modes and `torch.compile` see it.
+OPERATOR = torch.ops.longreel.block_sparse_attention.default

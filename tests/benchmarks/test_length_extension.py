@@ -27,7 +27,7 @@ from length_extension.workers import Workers
 from longreel.data.coherence import measure
 from longreel.data.synthetic import CAPTIONS, Source
 from longreel.sparse.patterns import PATTERNS, Dense, Radial, Spatial
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from rows import Caption, Point, Stepper, rows_for
 
 from longreel.sparse.patterns import Radial
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import Config, ConfigError, Lora, Memory
+from longreel.trainer.config.schema import Config, Lora, Memory
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.step import Learner
 
 CPU = torch.device("cpu")

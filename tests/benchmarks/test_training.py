@@ -11,7 +11,7 @@ import training
 from untrained import random_transformer, untrained
 
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
 from longreel.trainer.plan import predict, rates

@@ -15,7 +15,8 @@ from stub_cache import SPEC, add, build, encoders, never
 from videos import noise
 
 from longreel.data.encode import prepare
-from longreel.data.sources import SourceSpec, list_videos
+from longreel.data.listing import SourceSpec
+from longreel.data.sources import list_videos
 from longreel.data.survey import Team
 from longreel.launch.demo import fetch_videos
 from longreel.trainer.families import FAMILIES

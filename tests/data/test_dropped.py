@@ -10,7 +10,7 @@ from videos import noise
 from longreel.data import decode
 from longreel.data.cache import Encoders
 from longreel.data.decode import write_video
-from longreel.data.sources import Dropped
+from longreel.data.listing import Dropped
 
 
 @pytest.fixture

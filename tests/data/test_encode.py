@@ -16,8 +16,8 @@ from longreel.data.dataset import LatentDataset, read_text, split
 from longreel.data.decode import read_clip
 from longreel.data.encode import Prepared
 from longreel.data.files import digest, read_tensors
+from longreel.data.listing import Dropped
 from longreel.data.report import Report
-from longreel.data.sources import Dropped
 
 
 def test_what_is_built(folder, cache):
@@ -149,7 +149,8 @@ import os, signal, sys, torch
 from pathlib import Path
 from longreel.data.cache import Bucket, CacheSpec, Encoders
 from longreel.data.encode import prepare
-from longreel.data.sources import SourceSpec, list_videos
+from longreel.data.listing import SourceSpec
+from longreel.data.sources import list_videos
 spec = CacheSpec((Bucket(9, 32, 48),), 16, "tiny-vae", "tiny-text")
 written = 0
 write_bytes = Path.write_bytes

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from longreel.data.sources import Dropped, Source, SourceSpec, list_videos
+from longreel.data.listing import Dropped, Source, SourceSpec
+from longreel.data.sources import list_videos
 
 
 def write(folder, files: dict[str, str | bytes]):

@@ -35,7 +35,8 @@ from longreel.data.cache import Bucket, CacheSpec
 from longreel.data.encode import prepare
 from longreel.data.loader import Loader
 from longreel.data.sampler import SeededBatches
-from longreel.data.sources import SourceSpec, list_videos
+from longreel.data.listing import SourceSpec
+from longreel.data.sources import list_videos
 spec = CacheSpec((Bucket(9, 32, 48),), 16, "tiny-vae", "tiny-text")
 listing = list_videos(SourceSpec(path=sys.argv[1]))
 prepared = prepare(listing, spec, sys.argv[2], load_encoders=None)

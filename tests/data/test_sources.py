@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from videos import steady
 
-from longreel.data.sources import SOURCES, SourceSpec, list_videos
+from longreel.data.listing import SourceSpec
+from longreel.data.sources import SOURCES, list_videos
 
 
 def listing(folder, **options):

@@ -6,7 +6,8 @@ import pytest
 
 from longreel.data.coherence import measure
 from longreel.data.decode import examine, read_clip
-from longreel.data.sources import SourceSpec, list_videos
+from longreel.data.listing import SourceSpec
+from longreel.data.sources import list_videos
 from longreel.data.synthetic import CAPTIONS, SETS, Arena, Source, shown, write_folder
 
 ARENA = Arena(41, 40, 48, 21)

@@ -10,7 +10,7 @@ from videos import write_waves
 
 from longreel.launch.analyze_command import analyze, merge
 from longreel.trainer.adapter import lora
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 
 MASKS = ("radial", "spatial", "harmonic")
 

@@ -19,7 +19,7 @@ from longreel.data.decode import probe, read_clip
 from longreel.launch.commands import COMMANDS, main
 from longreel.sparse.patterns import Radial
 from longreel.trainer.adapter import lora
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.parallel.sequence import join_all
 from longreel.trainer.sampling import pipeline
 

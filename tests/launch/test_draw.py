@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from longreel.launch.draw_command import draw
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families.base import ModelFamily
 
 

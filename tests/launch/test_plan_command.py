@@ -7,7 +7,7 @@ import pytest
 from longreel.launch.commands import main
 from longreel.launch.plan_command import plan
 from longreel.trainer.config.recipe import recipe_names
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from longreel.trainer import job
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.recipe import load_file as load_config
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families.modulated import WanTransformerBlock
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer

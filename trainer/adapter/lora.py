@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config.schema import ConfigError
+from ..config.values import ConfigError
 from ..families.base import ModelFamily
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for

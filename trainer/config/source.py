@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...data.sources import SOURCES
-from ...data.synthetic import Arena, Source, check_name, write_folder
-from .schema import Config, ConfigError
-
-if TYPE_CHECKING:
-    from ..job import Job
+from ...data.synthetic import check_name
+from .schema import Config
+from .values import ConfigError
 
 SYNTHETIC = "synthetic:"
 
@@ -35,26 +32,3 @@ def check_source(config: Config) -> None:
         )
     elif source != "datasets" and path is not None and not Path(path).is_dir():
         raise ConfigError(f"data.path={path} is not a folder.")
-
-
-def check_clips(job: Job) -> None:
-    """Raise ConfigError unless clips of the job's size and length can be drawn."""
-    if is_drawn(job.config):
-        _source(job)
-
-
-def clips_folder(job: Job) -> Path:
-    """The folder of a job's synthetic clips, which are drawn there if need be."""
-    config = job.config
-    parent = Path(config.cache.dir) / "synthetic"
-    return write_folder(_source(job), config.data.synthetic.clips, job.fps, parent)
-
-
-def _source(job: Job) -> Source:
-    config = job.config
-    try:
-        arena = Arena(job.frames, config.height, config.width, job.native_frames)
-        name = config.data.source.removeprefix(SYNTHETIC)
-        return Source(name, arena, config.data.synthetic.seed)
-    except ValueError as error:
-        raise ConfigError(f"data.source={config.data.source}: {error}") from error

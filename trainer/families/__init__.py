@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..config.schema import ConfigError
+from ..config.values import ConfigError
 from .base import Geometry, ModelFamily, installed_attention
 from .hunyuan.family import Hunyuan
 from .mochi.family import Mochi

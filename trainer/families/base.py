@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
-from ..config.schema import ConfigError
+from ..config.values import ConfigError
 from .codec import VideoCodec
 from .hub import hub_file
 from .rope import NATIVE, RopePolicy, TemporalAxis, stock_rope

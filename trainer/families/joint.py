@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...sparse.grid import TokenGrid
-from ..config.schema import ConfigError
+from ..config.values import ConfigError
 from .base import Geometry, ModelFamily, Text
 
 

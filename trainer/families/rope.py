@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import ConfigError, Rope, RopeName
+from ..config.schema import Rope, RopeName
+from ..config.values import ConfigError
 
 RIFLEX_MARGIN = 0.9  # share of its period that the video may fill (the authors' code)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from ...kernels.block_sparse.op import OPERATOR
+
 # Given a tensor, what gives it back.
 Keep = Callable[[Tensor], Callable[[], Tensor]]
 
@@ -17,7 +19,7 @@ Keep = Callable[[Tensor], Callable[[], Tensor]]
 # plain matrix products and a softmax, has no such op: it would have to keep queries x keys.
 ATTENTION_OPS = frozenset(
     {
-        torch.ops.longreel.block_sparse_attention.default,
+        OPERATOR,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,

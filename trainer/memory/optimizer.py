@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import ConfigError
+from ..config.values import ConfigError
 
 
 def check_installed(name: str) -> None:

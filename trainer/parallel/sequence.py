@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ...sparse.attention import SparseAttention
 from ...sparse.grid import TokenGrid
-from ..config.schema import ConfigError, Parallel
+from ..config.schema import Parallel
+from ..config.values import ConfigError
 from ..families.base import ModelFamily
 
 

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config
+from ..config.values import ConfigError
 from ..run import checkpoint
 from .engine import BuildOptimizer, Engine
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ...sparse.grid import TokenGrid
-from ..config.schema import Config, ConfigError, problems
+from ..config.schema import Config, problems
+from ..config.values import ConfigError
 from ..families.published import blank_encoders
-from ..job import FREE_KEYS, Job
+from ..job import Job
 from ..memory.float8 import is_supported
 from ..parallel.sequence import check_sequence
 from ..run import checkpoint
+from ..run.resume import FREE_KEYS
 from .anatomy import Anatomy, anatomy
 from .estimate import (
     GIB,

@@ -10,8 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config.schema import ConfigError
-from ..config.values import did_you_mean
+from ..config.values import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)

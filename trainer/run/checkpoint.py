@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..config.schema import ConfigError
+from ..config.values import ConfigError
 from ..memory.optimizer import moments_of, restore_moments
 
 TENSORS = "state.safetensors"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...data.files import read_tensors, replacing, save_tensors
 from ..adapter.lora import WEIGHTS, adapter_file, read_entry, read_updates, some
-from ..config.schema import Cache, ConfigError
+from ..config.schema import Cache
+from ..config.values import ConfigError
 from ..families import ModelFamily, RopePolicy, family_of
 from .pipeline import base_model
 

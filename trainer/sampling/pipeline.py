@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.block_sparse.op import Backend
 from ...sparse.attention import SparseAttention, Step
 from ...sparse.patterns import Dense
 from ..adapter import lora
 from ..config.recipe import pattern_from_dict
-from ..config.schema import Cache, ConfigError
+from ..config.schema import Cache
+from ..config.values import ConfigError
 from ..families import (
     FAMILIES,
     ModelFamily,
@@ -28,7 +29,6 @@ from ..families import (
 )
 from ..families.base import Text
 from ..parallel.sequence import SequenceGroup
-from .validate import evaluating
 
 
 def load_pipeline(
@@ -275,3 +275,15 @@ def _scheduled(attention: SparseAttention | None, pipe: Any) -> Iterator[None]:
             yield
     finally:
         attention.schedule = schedule
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout inside; afterwards every submodule is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

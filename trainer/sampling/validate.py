@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..families.base import ModelFamily, Text
 from ..flow import flow_matching_loss
 from ..job import Job
 from ..run.metrics import Metrics, Row
+from .pipeline import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -160,15 +160,3 @@ def heldout_loss(
                 )
                 losses.append(loss.item())
     return sum(losses) / len(losses)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout inside; afterwards every submodule is in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

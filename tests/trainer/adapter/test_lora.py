@@ -13,7 +13,7 @@ from tiny import WAN, randomise
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer.adapter import lora
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 
 ENTRY = {"version": 1, "family": "wan", "pattern": {"name": "radial", "decay": 0.5}, "fps": 16}
 

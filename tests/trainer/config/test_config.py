@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -24,7 +23,8 @@ from longreel.trainer.config.recipe import (
     to_dict,
     to_yaml,
 )
-from longreel.trainer.config.schema import Config, ConfigError, Rope, Sparse, Validate
+from longreel.trainer.config.schema import Config, Rope, Sparse, Validate
+from longreel.trainer.config.values import ConfigError
 
 TINY = "recipe=tiny_wan"
 
@@ -386,7 +386,7 @@ def test_a_recipe_that_is_no_text(tmp_path):
 # a command's own schema
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     prompt: str = ""
     steps: int = 50

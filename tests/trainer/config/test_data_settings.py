@@ -12,7 +12,7 @@ from videos import write_waves
 
 from longreel.trainer import clips
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.job import Job
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 from runs import rows, train
 
-from longreel.data.sources import SourceSpec, list_videos
+from longreel.data.listing import SourceSpec
+from longreel.data.sources import list_videos
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.job import Job
+from longreel.trainer.loop import check_trainable
 
 SYNTHETIC = ("data.path=null", "data.source=synthetic:mix", "data.synthetic.clips=3")
 
@@ -37,7 +39,7 @@ def test_a_file_in_the_place_of_a_folder_is_told(key, words, tmp_path):
     given = {"recipe": "tiny_wan", "data.path": str(tmp_path), "cache.dir": str(tmp_path / "c")}
     given |= {key: str(taken / "below")}
     with pytest.raises(ConfigError, match=words):
-        Job.from_config(load([f"{k}={v}" for k, v in given.items()])).check_trainable()
+        check_trainable(Job.from_config(load([f"{k}={v}" for k, v in given.items()])))
 
 
 @pytest.mark.parametrize(
@@ -54,5 +56,5 @@ def test_mistakes_are_told_before_anything_is_drawn(settings, words, tmp_path):
     given = ["recipe=tiny_wan", f"cache.dir={tmp_path}", "height=64", "width=64", *settings]
     merged = dict(pair.partition("=")[::2] for pair in given)
     with pytest.raises(ConfigError, match=words):
-        Job.from_config(load([f"{k}={v}" for k, v in merged.items()])).check_trainable()
+        check_trainable(Job.from_config(load([f"{k}={v}" for k, v in merged.items()])))
     assert not (tmp_path / "synthetic").exists()

@@ -22,7 +22,7 @@ from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer.adapter import lora
 from longreel.trainer.clips import prepare_data
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES, installed_attention, modulated, norm_rope
 from longreel.trainer.families.codec import scaled
 from longreel.trainer.flow import add_noise

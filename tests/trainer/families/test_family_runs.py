@@ -13,7 +13,7 @@ from longreel.launch.commands import main
 from longreel.trainer.adapter import lora
 from longreel.trainer.clips import extra_captions
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
 from longreel.trainer.memory import offload

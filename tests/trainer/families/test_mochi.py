@@ -14,7 +14,7 @@ from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import Dense
 from longreel.trainer.adapter.lora import attach
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.flow import add_noise
 

@@ -18,7 +18,8 @@ from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError, Rope
+from longreel.trainer.config.schema import Rope
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES, RopePolicy, installed_attention, installed_rope
 from longreel.trainer.families.base import Geometry
 from longreel.trainer.families.rope import NATIVE, TemporalAxis, TemporalRope

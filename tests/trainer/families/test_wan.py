@@ -8,7 +8,7 @@ from tiny import WAN
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import Dense
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 
 BF16 = torch.bfloat16
 

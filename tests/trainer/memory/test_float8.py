@@ -13,7 +13,7 @@ from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load_file
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.memory import float8
 from longreel.trainer.memory.float8 import E4M3, Float8Linear, quantise

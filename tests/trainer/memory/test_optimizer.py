@@ -10,7 +10,7 @@ from torch import nn
 
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.memory import optimizer
 from longreel.trainer.memory.optimizer import (
     build_optimizer,

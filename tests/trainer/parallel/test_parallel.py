@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from longreel.launch.plan_command import plan
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
 from longreel.trainer.parallel import engine, sequence
@@ -325,9 +325,7 @@ def test_deepspeed_without_gpus_is_refused(arguments, monkeypatch, told):
 def test_launch_files_name_their_engine(name, engine, monkeypatch):
     """Through what accelerate itself makes of the file."""
     pytest.importorskip("deepspeed") if name.startswith("zero") else None
-    script = (
-        "from longreel.trainer.parallel.engine import launched_engine as l; print('engine', l())"
-    )
+    script = "from longreel.trainer.parallel.open import launched_engine as l; print('engine', l())"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     command += ["--config_file", f"launch/{name}.yaml", "--no_python", sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -9,7 +9,7 @@ from plans import H200, job_of
 
 from longreel.launch.commands import main
 from longreel.trainer.config.recipe import recipe_names
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.plan import predict
 from longreel.trainer.plan.anatomy import anatomy
 from longreel.trainer.plan.estimate import GIB, Knobs, training_memory

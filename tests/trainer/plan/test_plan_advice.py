@@ -11,7 +11,8 @@ from plans import job_of
 from runs import train
 
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError, Memory
+from longreel.trainer.config.schema import Memory
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.plan import predict
 from longreel.trainer.plan.anatomy import anatomy
 from longreel.trainer.plan.estimate import GIB, training_memory

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.run import checkpoint
 
 

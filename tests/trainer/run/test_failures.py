@@ -21,7 +21,7 @@ from longreel.data.files import read_tensors, save_tensors
 from longreel.trainer import loop
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.run import checkpoint, signals
 from longreel.trainer.run.metrics import Metrics
 from longreel.trainer.run.saving import Saver

@@ -14,7 +14,7 @@ from tiny import WAN, randomise
 
 from longreel.data import files
 from longreel.trainer.adapter import lora
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.sampling import comfyui
 from longreel.trainer.sampling.comfyui import export_comfyui

@@ -12,7 +12,7 @@ from tiny import WAN, randomise
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer.adapter import lora
-from longreel.trainer.config.schema import ConfigError
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES, installed_attention
 from longreel.trainer.sampling.pipeline import (
     _step_of,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....sparse.attention import SparseAttention
-from ...config.schema import ConfigError
+from ...config.values import ConfigError
 from ..base import Geometry, Text, diffusers_class
 from ..chunked import ChunkedFeedForward, chunked
 from ..codec import mode, scaled

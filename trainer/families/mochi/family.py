@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....sparse.attention import SparseAttention
-from ...config.schema import ConfigError
+from ...config.values import ConfigError
 from ..base import Geometry, Text, channel_statistics, diffusers_class
 from ..chunked import ChunkedFeedForward
 from ..codec import scaled

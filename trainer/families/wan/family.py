@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ....sparse.attention import SparseAttention
 from ....sparse.grid import TokenGrid
-from ...config.schema import ConfigError
+from ...config.values import ConfigError
 from ..base import Geometry, ModelFamily, Text, channel_statistics, diffusers_class
 from ..chunked import ChunkedFeedForward
 from ..codec import mode, scaled
