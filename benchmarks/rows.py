@@ -18,8 +18,9 @@ from untrained import random_batch, untrained
 
 from longreel.sparse.grid import TokenGrid
 from longreel.trainer import flow
+from longreel.trainer.config.fields import settings_of
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import Config, Lora, Memory
+from longreel.trainer.config.schema import Config
 from longreel.trainer.config.values import split_arguments
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.base import ModelFamily, Text
@@ -29,16 +30,19 @@ from longreel.trainer.run.progress import open_console
 from longreel.trainer.step import Learner
 
 DENSE = ("sparse.pattern.name=dense",)
-FUSED = ("fused_norms", "fused_modulation")
 # As diffusers and PEFT train: blocks are checkpointed whole, the adapter computes in fp32, and
 # nothing else is done.
-PLAIN = (
-    *(
-        told(f"memory.{key}", getattr(Memory(), key))
-        for key in ("checkpoint", "offload", "mlp_chunk", *FUSED, "optimizer")
-    ),
-    told("lora.compute_dtype", Lora().compute_dtype),
+NEUTRAL = (
+    "memory.recompute",
+    "memory.offload",
+    "memory.mlp_chunk",
+    "speed.fused_norms",
+    "speed.fused_modulation",
+    "train.optimizer",
+    "lora.compute_dtype",
 )
+DEFAULTS = {setting.key: setting.default for setting in settings_of(Config)}
+PLAIN = tuple(told(key, DEFAULTS[key]) for key in NEUTRAL)
 CHUNK = 16384  # tokens, of docs/memory.md
 SCALE = 0.02  # of the adapter's weights where gradients are compared
 SHORT_FRAMES = 4  # latent ones, of a warm-up that compiles and little else
@@ -61,22 +65,24 @@ class Row:
             given = {k: v for k, v in given.items() if not k.startswith(of_pattern)}
         config = load([f"{key}={value}" for key, value in (given | own).items()])
         # Accumulation repeats what is measured.
-        return replace(config, train=replace(config.train, accumulate=1))
+        return replace(config, train=replace(config.train, gradient_accumulation=1))
 
 
 def rows_for(config: Config) -> dict[str, Row]:
     """By name. config: the recipe's, of which each memory option is also turned, alone."""
-    memory, fp32 = config.memory, config.lora.compute_dtype == "float32"
+    memory, speed, optimizer = config.memory, config.speed, config.train.optimizer
+    keeps_attention = memory.recompute == "all_but_attention"
+    fp32 = config.lora.compute_dtype == "float32"
     turned: dict[str, Any] = {
-        "memory.checkpoint": "full" if memory.checkpoint == "attention" else "attention",
+        "memory.recompute": "all" if keeps_attention else "all_but_attention",
         "memory.offload": not memory.offload,
         "memory.mlp_chunk": 0 if memory.mlp_chunk else CHUNK,
-        "memory.fused_norms": not memory.fused_norms,
+        "speed.fused_norms": not speed.fused_norms,
         "memory.base_dtype": "bfloat16" if memory.base_dtype == "float8" else "float8",
-        "memory.optimizer": "adamw" if memory.optimizer == "adamw8bit" else "adamw8bit",
+        "train.optimizer": "adamw" if optimizer == "adamw8bit" else "adamw8bit",
     }
     if FAMILIES[config.family].fuses_modulation:
-        turned["memory.fused_modulation"] = not memory.fused_modulation
+        turned["speed.fused_modulation"] = not speed.fused_modulation
     if memory.base_dtype != "float32":  # with which bf16 products do not go
         turned["lora.compute_dtype"] = "bfloat16" if fp32 else "float32"
     rows = [

@@ -1,7 +1,7 @@
 """Training steps, sparse against dense, side by side in one process: time, memory, and where it
 goes.
 
-    python benchmarks/step.py recipe=hunyuan_2x [memory.fused_norms=true ...] [rows=fair,radial]
+    python benchmarks/step.py recipe=hunyuan_2x [speed.fused_norms=true ...] [rows=fair,radial]
 
 Rows are what changes of the recipe: `stock` (diffusers and PEFT alone), `dense`, `fair` (dense,
 with every memory setting of the recipe), `radial` (the recipe), `sparse` (without dense layers),

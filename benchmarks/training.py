@@ -307,7 +307,7 @@ def section(job: Job, made: Plan, gpu: rates.Gpu | None, found: Measured, about:
 
 def operations(job: Job, made: Plan, found: Measured) -> str:
     knobs, train = read_knobs(job.config), job.config.train
-    samples = train.batch * train.accumulate
+    samples = train.batch * train.gradient_accumulation
     once = work(made.model, made.grid, made.densities, knobs, Passes(1, 1, 1), samples)
     total, needed = made.flops.total / 1e12, once.total / 1e12
     text = (

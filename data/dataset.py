@@ -109,7 +109,7 @@ def split(entries: Sequence[Entry], holdout: int) -> tuple[list[Entry], list[Ent
     if holdout >= len(names):
         raise ValueError(
             f"holding out {holdout} of {len(names)} usable videos leaves none to train on: "
-            "hold out fewer (validate.clips) or add videos"
+            "hold out fewer (validate.videos) or add videos"
         )
     held_out = set(names[:holdout])
     return (

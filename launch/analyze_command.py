@@ -17,8 +17,8 @@ from ..sparse.density import layer_density, nearest_density
 from ..sparse.patterns import PATTERNS, SparsePattern
 from ..trainer.adapter import lora
 from ..trainer.config.recipe import load, load_file, parse
-from ..trainer.config.schema import ConfigError
 from ..trainer.config.source import is_drawn
+from ..trainer.config.values import ConfigError
 from ..trainer.job import Job
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from ..data.ledger import FOLDER as LEDGER
 from ..data.manifest import FOLDER as MANIFESTS
 from ..data.manifest import Manifest, read_manifests
 from ..trainer.config.recipe import parse
-from ..trainer.config.schema import Cache, ConfigError
+from ..trainer.config.schema import Cache
+from ..trainer.config.values import ConfigError
 
 CACHE_USAGE = """\
 longreel cache verify [key=value ...]                   check every file of the cache

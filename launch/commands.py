@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 
 from ..trainer.adapter.lora import check_fits, read_entry
+from ..trainer.config.fields import SEED_LIMIT
 from ..trainer.config.recipe import load, parse, pattern_from_dict
-from ..trainer.config.schema import SEEDS, Cache, ConfigError
+from ..trainer.config.schema import Cache
+from ..trainer.config.values import ConfigError
 from ..trainer.families import RopePolicy, family_of
 from ..trainer.job import Job
 from ..trainer.sampling.comfyui import export_comfyui
@@ -130,7 +132,7 @@ def _check(options: Sample) -> None:
         value = getattr(options, key)
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value} must be positive.")
-    if not 0 <= options.seed < SEEDS:
+    if not 0 <= options.seed < SEED_LIMIT:
         raise ConfigError(f"seed={options.seed} must be from 0 to below 2^32.")
     if options.device is not None:
         try:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ..trainer.config.recipe import load
-from ..trainer.config.schema import ConfigError
+from ..trainer.config.values import ConfigError
 from ..trainer.job import Job
 
 DRAW_USAGE = """\

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from ..trainer.config.recipe import load, parse
-from ..trainer.config.schema import Config, ConfigError
-from ..trainer.config.values import check_known, leaf_types, split_arguments
+from ..trainer.config.schema import Config
+from ..trainer.config.values import ConfigError, check_known, leaf_types, split_arguments
 from ..trainer.job import Job
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ class Case:
     pattern: str = "radial"
     frames: int = 9
     texts: tuple[int, ...] = (3, 7)
-    checkpoint: str = "none"
+    recompute: str = "none"
     offload: bool = False
     mlp_chunk: int = 0
     fused: bool = False
@@ -82,7 +82,7 @@ def build(case: Case, group: SequenceGroup):
     family.install(transformer, attention, **(tiny.fusions(family) if case.fused else {}))
     if case.mlp_chunk:
         family.chunk_mlp(transformer, case.mlp_chunk)
-    blocks = block_checkpoint(Memory(checkpoint=case.checkpoint), attention, CPU)
+    blocks = block_checkpoint(Memory(recompute=case.recompute), attention, CPU)
     if blocks is not None:
         blocks.offload = Offload(CPU, page=512) if case.offload else None
         transformer.enable_gradient_checkpointing(blocks)

@@ -208,7 +208,7 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
     native = config.extend.native or family.native_frames
     _check_frames("extend.native", native, family, geometry, NATIVE)
     family.check_steps("validate.steps", config.validate.steps)
-    family.check_modulation(config.memory.fused_modulation)
+    family.check_modulation(config.speed.fused_modulation)
     _check_dense_steps(config.sparse.dense_steps, config.validate.steps)
     if config.train.guidance is not None and not geometry.guidance_embeds:
         raise ConfigError(

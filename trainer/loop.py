@@ -162,9 +162,9 @@ class Trainer:
 
     def _split(self, prepared: Prepared) -> tuple[LatentDataset, LatentDataset]:
         try:
-            train, heldout = split(prepared.entries, self.config.validate.clips)
+            train, heldout = split(prepared.entries, self.config.validate.videos)
         except ValueError as error:
-            raise ConfigError(f"validate.clips={self.config.validate.clips}: {error}") from error
+            raise ConfigError(f"validate.videos={self.config.validate.videos}: {error}") from error
         log.info(f"{len(train)} clips to train on, {len(heldout)} held out.")
         # Processes that share a clip read a part each; held-out clips are few, and read whole.
         part, pinned = self.learner.clip_part, self.learner.device.type == "cuda"
@@ -202,7 +202,7 @@ class Trainer:
             self.learner.engine.restore(state)
         except ValueError as error:
             raise ConfigError(
-                f"{newest} was written under another memory.optimizer: {error}."
+                f"{newest} was written under another train.optimizer: {error}."
             ) from error
         if self.accelerator.is_main_process:
             # The run may have ended between the checkpoint and this copy.
@@ -227,7 +227,9 @@ class Trainer:
         )
 
     def _progress(self, step: int) -> checkpoint.Progress:
-        drawn = self.sampler.drawn_after((step - self._start) * self.config.train.accumulate)
+        drawn = self.sampler.drawn_after(
+            (step - self._start) * self.config.train.gradient_accumulation
+        )
         return checkpoint.Progress(step, self.sequence.data_size, self._clips, drawn)
 
     def _make_sampler(self, drawn: list[int] | None) -> SeededBatches:

@@ -74,7 +74,7 @@ class Learner:
         self.dtype = torch.float32 if base_dtype == "float32" else torch.bfloat16
         if base_dtype == "float8":
             float8.check_device(self.device)
-        check_installed(self.config.memory.optimizer)
+        check_installed(self.config.train.optimizer)
         self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
         lora.check_targets(
             job.family.blank_transformer(job.model_path, self.config.model.revision),
@@ -111,8 +111,8 @@ class Learner:
         job.family.install(
             transformer,
             self.attention,
-            fused_norms=config.memory.fused_norms,
-            fused_modulation=config.memory.fused_modulation,
+            fused_norms=config.speed.fused_norms,
+            fused_modulation=config.speed.fused_modulation,
         )
         if config.memory.mlp_chunk:
             job.family.chunk_mlp(transformer, config.memory.mlp_chunk)
@@ -124,7 +124,7 @@ class Learner:
         transformer.train()
         count = sum(p.numel() for _, p in parameters)
         log.info(f"LoRA of rank {config.lora.rank}: {count:,} parameters to train.")
-        name, train = config.memory.optimizer, config.train
+        name, train = config.train.optimizer, config.train
         self.engine.prepare(
             transformer,
             lambda trained: build_optimizer(name, trained, train.lr, train.weight_decay),
@@ -175,20 +175,20 @@ class Learner:
         grids: list[TokenGrid] = []  # of each forward: captions differ in length
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        for micro in range(train.accumulate):
+        for micro in range(train.gradient_accumulation):
             self.watch.enter(f"step {step}: reading clips")
             batch = next(batches)
-            last = micro == train.accumulate - 1
+            last = micro == train.gradient_accumulation - 1
             with self.dense_kernels(), self.engine.batch(last=last):
                 self.watch.enter(f"step {step}: forward of batch {micro}")
-                part = self.loss(batch, step, micro) / train.accumulate
+                part = self.loss(batch, step, micro) / train.gradient_accumulation
                 assert self.attention.current is not None
                 grids.append(self.attention.current.grid)
                 self.watch.enter(f"step {step}: backward of batch {micro}")
                 self.engine.backward(part)
             loss += part.detach()
             parts.append((batch["ids"], part.detach()))
-        limit = train.clip or math.inf
+        limit = train.max_grad_norm or math.inf
         self.watch.enter(f"step {step}: exchange of loss and gradient norm")
         total = self.engine.clip(limit)
         # Together, so that every process sees the same, and all skip the update or none.
@@ -207,7 +207,7 @@ class Learner:
         samples = train.batch * self.sequence.data_size
         tokens = samples * sum(len(grid) for grid in grids)
         cost = AttentionCost.sum([self.cost_of(grid) for grid in grids])
-        cost = cost.training(samples, recomputed=self.config.memory.checkpoint == "full")
+        cost = cost.training(samples, recomputed=self.config.memory.recompute == "all")
         return {
             "step": step,
             "loss": mean_loss,

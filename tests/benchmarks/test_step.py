@@ -14,7 +14,7 @@ from rows import Caption, Point, Stepper, rows_for
 
 from longreel.sparse.patterns import Radial
 from longreel.trainer.config.recipe import load
-from longreel.trainer.config.schema import Config, Lora, Memory
+from longreel.trainer.config.schema import Config, Lora, Memory, Speed
 from longreel.trainer.config.values import ConfigError
 from longreel.trainer.step import Learner
 
@@ -216,7 +216,7 @@ def test_a_sparse_step_that_is_wrong_is_not_timed(jobs, monkeypatch, family):
 
 
 def test_the_recipes_settings_are_every_rows_but_the_baselines():
-    given = ["recipe=hunyuan_2x", "memory.checkpoint=attention", "sparse.pattern.decay=2"]
+    given = ["recipe=hunyuan_2x", "memory.recompute=all_but_attention", "sparse.pattern.decay=2"]
     rows = rows_for(load(given))
     configs = {name: row.config(given) for name, row in rows.items()}
     assert configs["stock"].memory == configs["dense"].memory == Memory()
@@ -224,9 +224,11 @@ def test_the_recipes_settings_are_every_rows_but_the_baselines():
     assert configs["stock"].lora == configs["dense"].lora == Lora()
     assert configs["fair"].lora == configs["radial"].lora == Lora(compute_dtype="bfloat16")
     assert configs["compute_dtype"].lora == Lora()
-    own = Memory(checkpoint="attention", offload=True, fused_norms=True)
+    own = Memory(recompute="all_but_attention", offload=True)
     assert configs["fair"].memory == own
-    assert configs["checkpoint"].memory == replace(own, checkpoint="full")
+    assert configs["fair"].speed == Speed(fused_norms=True)
+    assert configs["stock"].speed == configs["dense"].speed == Speed()
+    assert configs["recompute"].memory == replace(own, recompute="all")
     assert configs["offload"].memory == replace(own, offload=False)
     assert configs["sparse"].sparse.dense_layers == 0
     assert configs["radial"].sparse.pattern == Radial(decay=2)

@@ -43,7 +43,7 @@ def test_a_base_model_is_analysed(settings, tmp_path, capsys):
 def test_a_run_is_analysed_with_its_adapter(settings, tmp_path):
     videos = write_waves(tmp_path / "videos", 2, 17, 64, 64, 16)
     arguments = arguments_of("wan", videos, tmp_path / "cache", tmp_path / "run")
-    train(arguments, "train.steps=2", "train.lr=0.1", "validate.clips=0")
+    train(arguments, "train.steps=2", "train.lr=0.1", "validate.videos=0")
     analyze([f"run={tmp_path / 'run'}", *settings])
     adapted = figures_of(tmp_path)
     analyze([*arguments, *settings])

@@ -77,7 +77,7 @@ def test_gpus_that_share_a_clip(command):
     [
         ([], "recipe=NAME is missing"),
         (["recipe=tiny_wan", "clps=8"], "clps is not a setting. Did you mean clips?"),
-        (["recipe=tiny_wan", "memory.chekpoint=1"], "Did you mean memory.checkpoint?"),
+        (["recipe=tiny_wan", "memory.chekpoint=1"], "Did you mean memory.recompute?"),
         (["recipe=tiny_wan", "gpu=h20"], "gpu=h20 is unknown. Did you mean h200?"),
         (["recipe=tiny_wan", "gpus=0"], "gpus=0 must be positive"),
         (["recipe=tiny_wan", "memory=nan"], "memory=nan is not a finite number"),
@@ -101,7 +101,7 @@ def test_what_is_advised_is_what_the_gpu_can(command):
     """Both GPUs have as much memory; float8 is Hopper's alone."""
     change = {gpu: command("wan_14b_4x", f"gpu={gpu}")["change"] for gpu in ("h100", "a100")}
     assert "memory.base_dtype=float8" in change["h100"]
-    assert "float8" not in change["a100"] and "memory.optimizer=adamw8bit" in change["a100"]
+    assert "float8" not in change["a100"] and "train.optimizer=adamw8bit" in change["a100"]
 
 
 def test_plan_is_a_command(capsys):

@@ -172,7 +172,11 @@ def main(argv: list[str]) -> None:
     arguments = arguments_of("wan", folder / "videos", folder / "cache", folder / "run")
     settings = dict(argument.partition("=")[::2] for argument in arguments)
     settings |= {"train.steps": STEPS, "checkpoint.every": EVERY, "lora.dropout": 0.1}
-    settings |= {"train.accumulate": 2, "train.schedule": "cosine", "validate.every": 10} | given
+    settings |= {
+        "train.gradient_accumulation": 2,
+        "train.schedule": "cosine",
+        "validate.every": 10,
+    } | given
 
     def command(run: Path) -> list[str]:
         return [f"{key}={value}" for key, value in (settings | {"run.dir": run}).items()]

@@ -39,7 +39,7 @@ def test_resumed_equals_uninterrupted(arguments, tmp_path, monkeypatch):
     """Bit for bit on a CPU, with dropout, accumulation, a schedule; stopped past the last save."""
     settings = [
         "lora.dropout=0.1",
-        "train.accumulate=2",
+        "train.gradient_accumulation=2",
         "train.batch=2",
         "train.schedule=cosine",
         "validate.every=1",
@@ -83,7 +83,7 @@ def test_what_a_run_leaves_behind(arguments, tmp_path):
 def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path, monkeypatch, caplog):
     """Data parallel over gloo, with workers that read the cache. The run that stops tries a step
     each time, the other none. One process goes on with the clips that come next."""
-    settings = [*arguments, "train.accumulate=2", "lora.dropout=0.1", "train.workers=1"]
+    settings = [*arguments, "train.gradient_accumulation=2", "lora.dropout=0.1", "train.workers=1"]
 
     def launch(run_dir: Path, steps: int, *more: str) -> None:
         given = [a for a in settings if not a.startswith(("run.dir", "train.steps"))]
@@ -97,8 +97,8 @@ def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path, monk
         assert done.returncode == 0, done.stderr[-3000:]
 
     launch(tmp_path / "whole", 4)
-    launch(tmp_path / "halves", 2, "memory.probe=true")
-    launch(tmp_path / "halves", 4, "memory.probe=true")
+    launch(tmp_path / "halves", 2, "memory.trial_step=true")
+    launch(tmp_path / "halves", 4, "memory.trial_step=true")
     one, two = (tmp_path / name / "checkpoints/step-000004" for name in ("whole", "halves"))
     assert (one / "state.safetensors").read_bytes() == (two / "state.safetensors").read_bytes()
     losses = [
@@ -141,7 +141,7 @@ def test_other_settings_do_not_resume(arguments, tmp_path):
         ConfigError, match=r"lora\.alpha: 4\.0 -> 8\.0; .*lora\.rank: 4 -> 8.*run\.dir"
     ):
         train(arguments, "lora.rank=8")
-    for held in ("validate.clips=2", "validate.sigmas=[0.5]", "train.schedule=cosine"):
+    for held in ("validate.videos=2", "validate.sigmas=[0.5]", "train.schedule=cosine"):
         with pytest.raises(ConfigError, match=held.partition("=")[0].replace(".", r"\.")):
             train(arguments, held)
     train(arguments, "train.steps=3", "validate.every=1", "checkpoint.every=1")  # these may change
@@ -329,16 +329,16 @@ def test_a_run_out_of_memory_loses_no_step(arguments, tmp_path, monkeypatch, kin
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "loss", failing)
         with pytest.raises(SystemExit) as caught:
-            train(arguments, "checkpoint.every=100", "memory.checkpoint=none")
+            train(arguments, "checkpoint.every=100", "memory.recompute=none")
     saved = checkpoint.latest(tmp_path / "run/checkpoints")
     assert saved.name == "step-000003"
     assert str(caught.value).splitlines() == [
         "error: out of memory: CUDA out of memory. Tried to allocate 85.00 GiB.",
         f"Step 3 is saved in {saved}: the same command goes on from there.",
-        "What to change, what costs least first: memory.checkpoint=attention; then "
-        "memory.checkpoint=full.",
+        "What to change, what costs least first: memory.recompute=all_but_attention; then "
+        "memory.recompute=all.",
     ]
-    train(arguments, "checkpoint.every=100", "memory.checkpoint=full")
+    train(arguments, "checkpoint.every=100", "memory.recompute=all")
     one, two = (load_file(run / lora.WEIGHTS) for run in (whole, tmp_path / "run"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -396,7 +396,7 @@ def test_heads_that_the_kernels_do_not_take_are_refused(arguments, monkeypatch):
     ("overrides", "message"),
     [
         (["extend.factor=4"], r"17 frames at 16 fps.*33 needed"),
-        (["validate.clips=3"], "leaves none to train on"),
+        (["validate.videos=3"], "leaves none to train on"),
         (["lora.targets=no.such.layer"], "matches no module"),
         (["sparse.backend=flex"], "no gradients on a CPU"),
         (
@@ -469,7 +469,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_fused_kernels_are_the_recipe_s_choice(arguments, tmp_path):
     """The same numbers but for the rounding of gradients."""
     stock = losses(train(arguments).run_dir)
-    fused = "memory.fused_norms=true", "memory.fused_modulation=true"
+    fused = "speed.fused_norms=true", "speed.fused_modulation=true"
     trainer = train(arguments, *fused, f"run.dir={tmp_path / 'fused'}")
     for block in trainer.learner.transformer.blocks:
         assert isinstance(block, WanTransformerBlock) and block.attn1.processor.fused_norms

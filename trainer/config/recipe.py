@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,9 @@ from typing import Any, TypeVar
 from ...data.files import replacing
 from ...sparse.patterns import PATTERNS, SparsePattern, pattern_name
 from . import values
-from .schema import Config, check
+from .checks import check
+from .renamed import KEYS, with_new_names
+from .schema import Config
 from .values import (
     ConfigError,
     build,
@@ -28,10 +31,10 @@ from .values import (
     split_arguments,
 )
 
+log = logging.getLogger(__name__)
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 PATTERN = "sparse.pattern."
-# `memory.checkpoint` was once true or false: runs of that time resume.
-ONCE = {"memory.checkpoint": {"true": "full", "false": "none"}}
 DEFAULT_PATTERN = "radial"
 
 T = TypeVar("T")
@@ -49,7 +52,11 @@ def load(argv: list[str]) -> Config:
     if not recipe:
         raise ConfigError(f"recipe=NAME is missing. Recipes: {', '.join(recipe_names())}.")
     path = _recipe_path(recipe)
-    return _merge(read_yaml(path) | {"recipe": path.stem}, given)
+    in_file, renamed_in_file = with_new_names(read_yaml(path))
+    given, renamed = with_new_names(given)
+    for line in (*(f"{path}: {line}" for line in renamed_in_file), *renamed):
+        log.warning(line)
+    return _merge(in_file | {"recipe": path.stem}, given)
 
 
 def parse(schema: type[T], argv: list[str]) -> T:
@@ -63,8 +70,8 @@ def parse(schema: type[T], argv: list[str]) -> T:
 
 
 def load_file(path: str | Path) -> Config:
-    """A resolved config as `save` wrote it."""
-    return _merge(read_yaml(Path(path)), {})
+    """Return a resolved config as `save` wrote it, now or under the names of an earlier version."""
+    return _merge(with_new_names(read_yaml(Path(path)))[0], {})
 
 
 def recipe_names() -> list[str]:
@@ -138,10 +145,8 @@ def _merge(recipe: dict[str, Any], arguments: dict[str, str]) -> Config:
     hints = leaf_types(Config)
     del hints["sparse.pattern"]
     hints |= {name_key: str} | leaf_types(_pattern_class(name), PATTERN)
-    check_known([*recipe, *arguments], hints)
+    check_known([*recipe, *arguments], hints, KEYS)
     merged = recipe | {key: parse_text(key, text, hints[key]) for key, text in arguments.items()}
-    for key in ONCE.keys() & merged.keys():
-        merged[key] = ONCE[key].get(str(merged[key]).lower(), merged[key])
 
     pattern = {k.removeprefix(PATTERN): v for k, v in merged.items() if k.startswith(PATTERN)}
     config = build(Config, {k: v for k, v in merged.items() if not k.startswith(PATTERN)})

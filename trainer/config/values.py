@@ -88,8 +88,13 @@ def leaf_types(schema: Any, prefix: str = "") -> dict[str, Any]:
     return types
 
 
-def check_known(keys: Iterable[str], known: Iterable[str]) -> None:
-    """ConfigError for the first key that is not known, with the nearest one that is."""
+def check_known(
+    keys: Iterable[str], known: Iterable[str], old_names: Mapping[str, str] | None = None
+) -> None:
+    """Raise ConfigError for the first key that is not known, with the nearest one that is.
+
+    old_names: what known keys were called before, which a typo may be near to.
+    """
     known = list(known)
     for key in keys:
         if key in known:
@@ -97,7 +102,7 @@ def check_known(keys: Iterable[str], known: Iterable[str]) -> None:
         inside = [name for name in known if name.startswith(key + ".")]
         if inside:
             raise ConfigError(f"{key} is a group of settings: give one of {', '.join(inside)}.")
-        raise ConfigError(f"{key} is not a setting.{_suggest(key, known)}")
+        raise ConfigError(f"{key} is not a setting.{_suggest(key, known, old_names or {})}")
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -155,9 +160,12 @@ def build(schema: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
         raise ConfigError(f"{prefix}{key}={value} must be {kind}.") from error
 
 
-def _suggest(key: str, known: list[str]) -> str:
-    """For a typo in the last part, in a group's name, or a prefix left out."""
+def _suggest(key: str, known: list[str], old_names: Mapping[str, str]) -> str:
+    """Suggest a key for a typo in the last part or in a group's name, or a prefix left out."""
     group, _, leaf = key.rpartition(".")
+    old = difflib.get_close_matches(key, old_names, 1, cutoff=0.9)
+    if old:
+        return f" Did you mean {old_names[old[0]]}?"
     siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == group}
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = (

@@ -352,7 +352,7 @@ class ModelFamily(VideoCodec):
         """Raise ConfigError for modulation to be fused in a family where it cannot."""
         if fused and not self.fuses_modulation:
             raise ConfigError(
-                f"memory.fused_modulation=true: family={self.name} has no norms of blocks to fuse. "
+                f"speed.fused_modulation=true: family={self.name} has no norms of blocks to fuse. "
                 "Set it to false."
             )
 

@@ -60,7 +60,7 @@ class WanTransformerBlock(Replacement):
         if temb.ndim != 3:
             raise ValueError(
                 "Wan's fused norms take one noise level a sample, not one a token; set "
-                "memory.fused_modulation=false."
+                "speed.fused_modulation=false."
             )
         x = hidden_states
         modulation = (self.scale_shift_table + temb.float()).chunk(6, dim=1)

@@ -47,7 +47,7 @@ def block_checkpoint(
     memory: Memory, attention: SparseAttention, device: torch.device
 ) -> BlockCheckpoint | None:
     """The checkpointing that a config asks for; None for none."""
-    if memory.checkpoint == "none":
+    if memory.recompute == "none":
         return None
     offload = Offload(device, keep=memory.offload_keep) if memory.offload else None
-    return BlockCheckpoint(attention, memory.checkpoint == "attention", offload)
+    return BlockCheckpoint(attention, memory.recompute == "all_but_attention", offload)

@@ -23,8 +23,8 @@ def check_installed(name: str) -> None:
     """Raise ConfigError if the library of optimizer `name` is missing."""
     if name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "memory.optimizer=adamw8bit needs the package bitsandbytes: install it with `pip "
-            "install 'longreel[bitsandbytes]'`, or use memory.optimizer=adamw."
+            "train.optimizer=adamw8bit needs the package bitsandbytes: install it with `pip "
+            "install 'longreel[bitsandbytes]'`, or use train.optimizer=adamw."
         )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from ..config.schema import Config, EngineName, engine_problems
+from ..config.checks import engine_problems
+from ..config.schema import Config, EngineName
 from ..config.values import ConfigError
 from .engine import Engine, Fsdp2Engine
 

@@ -27,8 +27,8 @@ def open_zero(name: str, config: Config, handlers: list[Any]) -> Engine:
 
     settings = {
         "train_micro_batch_size_per_gpu": config.train.batch,
-        "gradient_accumulation_steps": config.train.accumulate,
-        "gradient_clipping": config.train.clip,
+        "gradient_accumulation_steps": config.train.gradient_accumulation,
+        "gradient_clipping": config.train.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {

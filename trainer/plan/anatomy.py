@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config.schema import Memory
+from ..config.schema import Speed
 from ..families.published import blank_transformer
 from ..job import Job
 
@@ -91,7 +91,7 @@ def anatomy(job: Job) -> Anatomy:
     rank = config.lora.rank
     adapted = {name for name, _ in model.named_modules() if targets.fullmatch(name)}
     blocks = tuple(
-        _block(block, f"{stack}.{index}.", adapted, rank, config.memory)
+        _block(block, f"{stack}.{index}.", adapted, rank, config.speed)
         for stack, blocks in model.named_children()
         if isinstance(blocks, nn.ModuleList)
         for index, block in enumerate(blocks)
@@ -112,7 +112,7 @@ def anatomy(job: Job) -> Anatomy:
     )
 
 
-def _block(block: Any, prefix: str, adapted: set[str], rank: int, memory: Memory) -> Block:
+def _block(block: Any, prefix: str, adapted: set[str], rank: int, speed: Speed) -> Block:
     linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     text = {n for n in linear if TEXT.fullmatch(n)}
     video = linear.keys() - text - {n for n in linear if CONDITION.fullmatch(n)}
@@ -131,11 +131,11 @@ def _block(block: Any, prefix: str, adapted: set[str], rank: int, memory: Memory
             continue
         if re.fullmatch(r"attn.*\.norm_[qk]", name):
             if name != "attn2.norm_k":  # of the text
-                fused_kernel = isinstance(module, nn.RMSNorm) or memory.fused_norms
+                fused_kernel = isinstance(module, nn.RMSNorm) or speed.fused_norms
                 qk_norms += width * (FUSED_NORM_KEEPS if fused_kernel else EAGER_NORM_KEEPS)
         else:
             keeps = NORM_KEEPS.get(type(module).__name__, 0)
-            fused_kernel = memory.fused_modulation
+            fused_kernel = speed.fused_modulation
             norms += width * (min(keeps, MODULATED_NORM_KEEPS) if fused_kernel else keeps)
     return Block(
         width=width,

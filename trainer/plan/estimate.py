@@ -29,7 +29,7 @@ class Knobs:
     and gpus: of the run, over which it shards.
     """
 
-    checkpoint: str = "full"
+    recompute: str = "all"
     offload: bool = False
     offload_keep: int = 1
     mlp_chunk: int = 0
@@ -55,6 +55,7 @@ def read_knobs(config: Config, gpus: int | None = None) -> Knobs:
     """gpus: of the run; None for those that share one sample."""
     elsewhere: dict[str, Any] = {
         "lora_dtype": config.lora.compute_dtype,
+        "optimizer": config.train.optimizer,
         "sequence": config.parallel.sequence,
         "engine": config.parallel.engine or "ddp",
         "gpus": config.parallel.sequence if gpus is None else gpus,
@@ -93,7 +94,7 @@ def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> MemoryUse:
     tokens = -(-tokens // knobs.sequence)
     inputs = [_kept_by_checkpoint(model, block, knobs) * tokens for block in model.blocks]
     parts = {block: _block_parts(model, block, tokens, knobs) for block in set(model.blocks)}
-    if knobs.checkpoint == "none":
+    if knobs.recompute == "none":
         kept = {b: sum(_kept(model, b, tokens, knobs).values()) for b in set(model.blocks)}
         inputs = [kept[block] * tokens for block in model.blocks]
     gpu_inputs, host_inputs = sum(inputs), 0.0
@@ -103,13 +104,13 @@ def training_memory(model: Anatomy, tokens: int, knobs: Knobs) -> MemoryUse:
         gpu_inputs = sum(inputs[len(inputs) - resident :])
         host_inputs = sum(inputs[: max(0, len(inputs) - knobs.offload_keep)])
     working = max(parts.values(), key=lambda by_part: sum(by_part.values()))
-    if knobs.checkpoint == "none":
+    if knobs.recompute == "none":
         working = {"gradients": working["gradients"]}
     gpu = {
         "frozen base": base_bytes(model, knobs) / knobs.base_shards,
         "LoRA, gradients, moments": adapter_bytes(model, knobs),
         **({"gathered": gathered_bytes(model, knobs)} if knobs.base_shards > 1 else {}),
-        "kept by blocks" if knobs.checkpoint == "none" else "block inputs": gpu_inputs,
+        "kept by blocks" if knobs.recompute == "none" else "block inputs": gpu_inputs,
         **{f"one block: {part}": size for part, size in working.items()},
         "positions": model.rope * tokens,
         "reserve": rates.RESERVE * GIB,
@@ -160,7 +161,7 @@ def base_bytes(model: Anatomy, knobs: Knobs) -> float:
 def _kept_by_checkpoint(model: Anatomy, block: Block, knobs: Knobs) -> int:
     """Bytes a token: the block's input, and with `attention` its result and log-sum-exp."""
     attention = knobs.act * block.width + 4 * model.heads
-    return knobs.act * block.width + attention * (knobs.checkpoint == "attention")
+    return knobs.act * block.width + attention * (knobs.recompute == "all_but_attention")
 
 
 def kept_by_forward(model: Anatomy, block: Block, knobs: Knobs) -> dict[str, float]:
@@ -194,7 +195,7 @@ def _kept(model: Anatomy, block: Block, tokens: int, knobs: Knobs) -> dict[str, 
     if knobs.mlp_chunk:
         # Chunks are recomputed, one at a time, from the MLP's input.
         kept["MLP"] = kept["MLP"] * _chunk_share(tokens, knobs) + knobs.act * block.width
-    if knobs.checkpoint == "attention":
+    if knobs.recompute == "all_but_attention":
         del kept["attention out, lse"]  # counted with the inputs
     return kept
 
@@ -286,8 +287,8 @@ class Passes:
 
     @classmethod
     def of_training(cls, knobs: Knobs) -> Passes:
-        recomputed = knobs.checkpoint != "none"
-        return cls(1 + recomputed, 1, 1 + (knobs.checkpoint == "full"))
+        recomputed = knobs.recompute != "none"
+        return cls(1 + recomputed, 1, 1 + (knobs.recompute == "all"))
 
 
 SAMPLING = Passes(1, 0, 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config.schema import Config, problems
+from ..config.checks import problems
+from ..config.schema import Config
 from ..job import Job
 from .anatomy import Anatomy, anatomy
 from .estimate import MemoryUse, read_knobs, training_memory
@@ -14,10 +15,10 @@ from .rates import Gpu
 
 # Settings turned together, what costs least memory first.
 FASTER: tuple[dict[str, Any], ...] = (
-    {"memory.fused_norms": True},
+    {"speed.fused_norms": True},
     {"lora.compute_dtype": "bfloat16"},
-    {"memory.checkpoint": "attention"},
-    {"memory.checkpoint": "attention", "memory.offload": True},
+    {"memory.recompute": "all_but_attention"},
+    {"memory.recompute": "all_but_attention", "memory.offload": True},
 )
 WORTH = 0.01  # of the time: less is within the error of the prediction
 
@@ -39,12 +40,12 @@ def faster(job: Job, made: Plan, gpu: Gpu) -> Faster | None:
     as it holds; in the end the host may have to give as much as a GPU has, or as the run takes. How
     much it has is not known here.
     """
-    models = {job.config.memory.fused_norms: made.model}  # what is kept of a norm depends on it
+    models = {job.config.speed.fused_norms: made.model}  # what is kept of a norm depends on it
     taken, layers = made.memory.host_peak, job.geometry.layers
     turned, best, found = job.config, Faster([], made.seconds.total, made.memory), {}
 
     def model(config: Config) -> Anatomy:
-        fused = config.memory.fused_norms
+        fused = config.speed.fused_norms
         if fused not in models:
             models[fused] = anatomy(replace(job, config=config))
         return models[fused]

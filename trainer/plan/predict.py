@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ...sparse.grid import TokenGrid
-from ..config.schema import Config, problems
+from ..config.checks import problems
+from ..config.schema import Config
 from ..config.values import ConfigError
 from ..families.published import blank_encoders
 from ..job import Job
@@ -103,15 +104,18 @@ def plan(job: Job, gpu: Gpu, *, gpus: int | None = None, memory: float | None = 
         model=model,
         grid=grid,
         densities=densities,
-        flops=work(model, grid, densities, knobs, passes, train.batch * train.accumulate),
+        flops=work(
+            model, grid, densities, knobs, passes, train.batch * train.gradient_accumulation
+        ),
         memory=training_memory(model, train.batch * len(grid), knobs),
-        exchanged=train.accumulate * exchanged_bytes(model, train.batch * len(grid), knobs, passes),
-        gathered=train.accumulate * sharding_bytes(model, knobs, passes),
+        exchanged=train.gradient_accumulation
+        * exchanged_bytes(model, train.batch * len(grid), knobs, passes),
+        gathered=train.gradient_accumulation * sharding_bytes(model, knobs, passes),
         seconds=spent,
         dense_seconds=dense.total,
         memory_limit=GIB * (gpu.memory if memory is None else memory),
         gpus=gpus,
-        samples=train.batch * train.accumulate * gpus // knobs.sequence,
+        samples=train.batch * train.gradient_accumulation * gpus // knobs.sequence,
         gpu_hours=train.steps * spent.total * gpus / 3600,
         clip_bytes=clip_bytes,
         caption_bytes=caption_bytes,
@@ -137,7 +141,7 @@ def update_seconds(
         batch=config.train.batch,
         backend=config.sparse.backend,
     )
-    return timed.times(config.train.accumulate)
+    return timed.times(config.train.gradient_accumulation)
 
 
 @dataclass(frozen=True)
@@ -240,14 +244,14 @@ def longest_training(job: Job, model: Anatomy, limit: float, knobs: Knobs) -> in
 
 # What to turn when memory is short, what costs least first: the setting, and its value.
 REMEDIES: tuple[tuple[str, Any], ...] = (
-    ("memory.checkpoint", "attention"),  # in place of none, and what offload needs
+    ("memory.recompute", "all_but_attention"),  # in place of none, and what offload needs
     ("memory.offload", True),
     ("memory.offload_keep", 0),
-    ("memory.checkpoint", "full"),
+    ("memory.recompute", "all"),
     ("memory.offload", True),  # where attention's result cannot be kept, so not before
     ("memory.mlp_chunk", 16384),
     ("lora.compute_dtype", "bfloat16"),
-    ("memory.optimizer", "adamw8bit"),
+    ("train.optimizer", "adamw8bit"),
     ("parallel.engine", "fsdp2"),  # where there are several GPUs, and moments are not of 8 bits
     ("memory.base_dtype", "float8"),
 )

@@ -27,7 +27,7 @@ Backward = Callable[[Tensor, Tensor, Tensor, list[Text]], None]
 
 def is_probed(memory: Memory, device: torch.device) -> bool:
     """Whether a run tries a step first: as set, else on a GPU, where a step is what runs out."""
-    return device.type == "cuda" if memory.probe is None else memory.probe
+    return device.type == "cuda" if memory.trial_step is None else memory.trial_step
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def try_step(
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    accumulating = job.config.train.accumulate > 1
+    accumulating = job.config.train.gradient_accumulation > 1
     with thrown_away(attention, parameters, optimizer, device, accumulating=accumulating):
         clean, texts = longest_batch(job, text, dtype)
         clean, generator = clean.to(device), torch.Generator().manual_seed(0)

@@ -121,13 +121,13 @@ def test_a_model_trains_as_with_fp32_products(family, base8):
 @pytest.mark.parametrize(
     "memory",
     [
-        Memory(checkpoint="full"),
-        Memory(checkpoint="attention"),
-        Memory(checkpoint="attention", offload=True, mlp_chunk=16),
+        Memory(recompute="all"),
+        Memory(recompute="all_but_attention"),
+        Memory(recompute="all_but_attention", offload=True, mlp_chunk=16),
     ],
 )
 def test_memory_methods_are_exact(family, memory):
-    chunk = Memory(checkpoint="none", mlp_chunk=memory.mlp_chunk)
+    chunk = Memory(recompute="none", mlp_chunk=memory.mlp_chunk)
     targets = [*family.lora_targets][-1]  # with a layer of the MLP, if the family offers one
     options = {
         "compute_dtype": "bfloat16",

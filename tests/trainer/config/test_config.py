@@ -286,17 +286,17 @@ MISTAKES = {
     "train.lr=nan": "train.lr=nan is not a finite number.",
     "lora.rank=0": "lora.rank=0 must be positive.",
     "train.seed=-1": "train.seed=-1 must not be negative.",
-    "train.seed=4294967296": "train.seed=4294967296 must be below 2^32.",
+    "train.seed=4294967296": "train.seed=4294967296 must be at least 0 and below 2^32.",
     "memory.offload_keep=-1": "memory.offload_keep=-1 must not be negative.",
     "memory.mlp_chunk=-1": "memory.mlp_chunk=-1 must not be negative.",
-    "memory.checkpoint=all": "memory.checkpoint=all must be one of none, full, attention.",
+    "memory.recompute=some": "memory.recompute=some must be one of none, all, all_but_attention.",
     "data.stride=-2": "data.stride=-2 must not be negative.",
-    "lora.dropout=1": "lora.dropout=1.0 must be below 1.",
+    "lora.dropout=1": "lora.dropout=1.0 must be at least 0 and below 1.",
     "sparse.block=100": "sparse.block=100 must be 16, 32, 64 or 128",
     "sparse.block=8": "sparse.block=8 must be 16, 32, 64 or 128",
     "train.warmup=500": "train.warmup=500 is more than train.steps=80.",
-    "validate.sigmas=[0]": "validate.sigmas: 0.0 is not between 0 and 1",
-    "validate.sigmas=[1.5]": "validate.sigmas: 1.5 is not between 0 and 1",
+    "validate.sigmas=[0]": "validate.sigmas: 0.0 must be above 0 and at most 1.",
+    "validate.sigmas=[1.5]": "validate.sigmas: 1.5 must be above 0 and at most 1.",
     "validate.sigmas=[]": "validate.sigmas is empty",
     "extend.factor=null": "Neither frames nor extend.factor is set",
 }
@@ -312,20 +312,18 @@ def test_mistakes_are_named_with_their_remedy(argument):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["memory.checkpoint=none", "memory.offload=true"], "needs memory.checkpoint=full or att"),
-        (["memory.checkpoint=attention", "sparse.backend=flex"], "use memory.checkpoint=full, or"),
+        (
+            ["memory.recompute=none", "memory.offload=true"],
+            "needs memory.recompute=all or all_but_a",
+        ),
+        (
+            ["memory.recompute=all_but_attention", "sparse.backend=flex"],
+            "use memory.recompute=all, or",
+        ),
     ],
 )
 def test_memory_settings_that_do_not_go_together(arguments, message):
     assert message in refusal(TINY, *arguments)
-
-
-@pytest.mark.parametrize(("once", "now"), [("true", "full"), ("False", "none"), ("full", "full")])
-def test_checkpointing_that_was_a_flag_keeps_its_meaning(once, now, recipe):
-    """On the command line, in a recipe, and in the config of a run that began so."""
-    assert load([TINY, f"memory.checkpoint={once}"]).memory.checkpoint == now
-    text = f"frames: 5\nmemory: {{checkpoint: {once}}}\n"
-    assert load([recipe(text)]).memory.checkpoint == now
 
 
 def test_all_values_out_of_range_are_told_at_once():

@@ -57,7 +57,7 @@ def test_lengths_and_aspects_make_buckets_on_the_model_s_grid():
         (["data.top_k=3"], "data.top_k is set and data.top_by is not"),
         (["data.top_by=score"], "data.top_by is set and data.top_k is not"),
         (["data.top_k=0", "data.top_by=x"], "data.top_k=0 must be positive"),
-        (["data.least_scale=1.5"], "data.least_scale=1.5 is a share"),
+        (["data.least_scale=1.5"], "data.least_scale=1.5 must be at least 0 and at most 1."),
     ],
 )
 def test_refusals(options, message):
@@ -76,7 +76,7 @@ def test_a_run_on_clips_of_several_shapes(tmp_path):
             path.rename(videos / f"{name}{path.name}")
     given = arguments_of("wan", videos, tmp_path / "cache", tmp_path / "run")
     given += ["data.lengths=[9]", "data.aspects=[1:1,1:2]", "train.batch=2"]
-    given += ["extend.factor=2", "validate.clips=1", "data.least_scale=0.3"]
+    given += ["extend.factor=2", "validate.videos=1", "data.least_scale=0.3"]
     trainer = train(given, "train.steps=6", "validate.every=6")
     cached = trainer.job.buckets()
     assert len(cached) == 4

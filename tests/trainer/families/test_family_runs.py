@@ -68,10 +68,10 @@ def test_resumed_equals_uninterrupted(name, arguments, cache, tmp_path, monkeypa
 def test_what_saves_memory_leaves_training_alone(arguments, tmp_path, monkeypatch):
     """To the bit where the operations are the same; a run may change these settings as it goes."""
     monkeypatch.setattr(offload, "PAGE", 1024)
-    plain = train(arguments, "memory.checkpoint=none", f"run.dir={tmp_path / 'plain'}")
-    saving = ["memory.checkpoint=attention", "memory.offload=true", "lora.dropout=0"]
+    plain = train(arguments, "memory.recompute=none", f"run.dir={tmp_path / 'plain'}")
+    saving = ["memory.recompute=all_but_attention", "memory.offload=true", "lora.dropout=0"]
     train(arguments, *saving, "train.steps=2")
-    trainer = train(arguments, "memory.checkpoint=full", "lora.dropout=0")
+    trainer = train(arguments, "memory.recompute=all", "lora.dropout=0")
     one, two = (load_file(run.run_dir / lora.WEIGHTS) for run in (plain, trainer))
     assert all(torch.equal(one[key], two[key]) for key in one)
     losses = [column(read_rows(run.run_dir / "metrics.csv"), "loss") for run in (plain, trainer)]
@@ -88,7 +88,7 @@ def test_what_saves_memory_leaves_training_alone(arguments, tmp_path, monkeypatc
 def test_offload_says_what_it_holds(arguments, monkeypatch, caplog):
     monkeypatch.setattr(offload, "PAGE", 1024)
     caplog.set_level("INFO")
-    settings = ["memory.checkpoint=attention", "memory.offload=true", "memory.mlp_chunk=64"]
+    settings = ["memory.recompute=all_but_attention", "memory.offload=true", "memory.mlp_chunk=64"]
     trainer = train(arguments, *settings, "train.steps=2")
     assert trainer.learner.offload is not None and trainer.learner.offload.arena.size > 2**16
     assert len([m for m in caplog.messages if m.startswith("memory.offload holds")]) == 1
@@ -150,11 +150,11 @@ def test_guidance_is_a_setting_of_models_that_are_told_it(name, arguments):
 
 
 def test_modulation_is_fused_in_families_that_have_it(name, arguments):
-    config = load([*arguments, "memory.fused_modulation=true"])
+    config = load([*arguments, "speed.fused_modulation=true"])
     if name != "hunyuan":
-        assert Job.from_config(config).config.memory.fused_modulation
+        assert Job.from_config(config).config.speed.fused_modulation
         return
-    with pytest.raises(ConfigError, match="memory.fused_modulation=true: family=hunyuan has no"):
+    with pytest.raises(ConfigError, match="speed.fused_modulation=true: family=hunyuan has no"):
         Job.from_config(config)
 
 

@@ -21,7 +21,7 @@ from longreel.trainer.memory.checkpointing import block_checkpoint
 from longreel.trainer.memory.offload import Offload, PlainCopies
 
 FP32, BF16, CPU = torch.float32, torch.bfloat16, torch.device("cpu")
-PLAIN = Memory(checkpoint="none")
+PLAIN = Memory(recompute="none")
 PAGE = 512  # bytes: the tiny models' tensors take several, their modulation does not
 SPARSE = torch.ops.longreel.block_sparse_attention.default
 SPARSE_BACKWARD = torch.ops.longreel.block_sparse_attention_backward.default
@@ -80,17 +80,17 @@ class Watching(TorchDispatchMode):
 
 
 CHECKPOINTS = [
-    *(Memory(checkpoint=name) for name in ("full", "attention")),
+    *(Memory(recompute=name) for name in ("all", "all_but_attention")),
     *(
-        Memory(checkpoint=name, offload=True, offload_keep=keep)
-        for name in ("full", "attention")
+        Memory(recompute=name, offload=True, offload_keep=keep)
+        for name in ("all", "all_but_attention")
         for keep in (0, 1, 2, 100)
     ),
 ]
 
 
 def shown(memory):
-    return f"{memory.checkpoint}-{memory.offload_keep if memory.offload else 'on device'}"
+    return f"{memory.recompute}-{memory.offload_keep if memory.offload else 'on device'}"
 
 
 # Checkpointing
@@ -110,7 +110,7 @@ def test_attention_is_computed_as_often_as_the_setting_says(family, memory):
     with Watching() as watching:
         forward_backward(transformer, inputs)
     layers = family.geometry(tiny.folder(family)).layers
-    times = 2 if memory.checkpoint == "full" else 1
+    times = 2 if memory.recompute == "all" else 1
     assert watching.calls[SPARSE] == times * (layers - 1)
     assert watching.calls[SPARSE_BACKWARD] == layers - 1
     # Beside the dense layer: Wan attends to captions, HunyuanVideo refines and Mochi pools them.
@@ -174,9 +174,9 @@ class NeverWaiting(LateCopies):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
-@pytest.mark.parametrize("checkpoint", ["full", "attention"])
-def test_nothing_is_read_before_its_copy_is_waited_for(family, checkpoint, keep):
-    memory = Memory(checkpoint=checkpoint, offload=True, offload_keep=keep)
+@pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
+def test_nothing_is_read_before_its_copy_is_waited_for(family, recompute, keep):
+    memory = Memory(recompute=recompute, offload=True, offload_keep=keep)
     assert_bit_equal(run(family, memory, copies=LateCopies()), run(family, PLAIN))
 
 
@@ -191,9 +191,9 @@ def stored(offload):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
-@pytest.mark.parametrize("checkpoint", ["full", "attention"])
-def test_the_last_blocks_stay_and_the_others_are_in_the_arena_alone(family, checkpoint, keep):
-    memory = Memory(checkpoint=checkpoint, offload=True, offload_keep=keep)
+@pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
+def test_the_last_blocks_stay_and_the_others_are_in_the_arena_alone(family, recompute, keep):
+    memory = Memory(recompute=recompute, offload=True, offload_keep=keep)
     transformer, offload = build(family, memory)
     out = transformer(**make_inputs(family, texts=(3, 7))).sample
     blocks = stored(offload)
@@ -208,7 +208,7 @@ def test_the_last_blocks_stay_and_the_others_are_in_the_arena_alone(family, chec
     config = tiny.load_config(family)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     video = 2 * 9 * 3 * 5 * width * 4
-    least = (2 if checkpoint == "attention" else 1) * video * sent
+    least = (2 if recompute == "all_but_attention" else 1) * video * sent
     used = offload.arena.size - len(offload.arena._free) * PAGE
     captions = 2 * 512 * width * 4 * sent if family.name == "wan" else 0
     assert least <= used <= 1.3 * least + captions
@@ -218,7 +218,7 @@ def test_the_last_blocks_stay_and_the_others_are_in_the_arena_alone(family, chec
 
 
 def test_the_arena_grows_in_the_first_step_alone(family):
-    transformer, offload = build(family, Memory(checkpoint="attention", offload=True))
+    transformer, offload = build(family, Memory(recompute="all_but_attention", offload=True))
     sizes = []
     for seed in range(3):
         forward_backward(transformer, make_inputs(family, texts=(3, 7), seed=seed))
@@ -227,7 +227,7 @@ def test_the_arena_grows_in_the_first_step_alone(family):
 
 
 def test_a_graph_without_a_backward_gives_its_memory_back(family):
-    transformer, offload = build(family, Memory(checkpoint="attention", offload=True))
+    transformer, offload = build(family, Memory(recompute="all_but_attention", offload=True))
     out = transformer(**make_inputs(family))
     assert stored(offload) and len(offload.arena._free) * PAGE < offload.arena.size
     del out
@@ -323,7 +323,7 @@ def test_one_chunk_is_bit_equal(family):
 def test_chunks_with_dropout_elsewhere_are_as_without(family):
     """The MLP draws no random numbers of its own, so attention's stay where they are."""
     plain, plain_grads = run(family, PLAIN)
-    out, grads = run(family, Memory(checkpoint="attention", offload=True, mlp_chunk=16))
+    out, grads = run(family, Memory(recompute="all_but_attention", offload=True, mlp_chunk=16))
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
     for name, grad in plain_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-4, msg=name)
@@ -332,20 +332,20 @@ def test_chunks_with_dropout_elsewhere_are_as_without(family):
 def test_dropout_within_chunks_is_drawn_again_as_it_was(family, fused):
     """Recomputed once or twice, the masks are those of the forward."""
     runs = [
-        run(family, Memory(checkpoint=name, mlp_chunk=16), targets=fused)
-        for name in ("none", "full", "attention")
+        run(family, Memory(recompute=name, mlp_chunk=16), targets=fused)
+        for name in ("none", "all", "all_but_attention")
     ]
     for got in runs[1:]:
         assert_bit_equal(got, runs[0])
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full", "attention"])
-def test_the_inside_of_an_mlp_is_never_longer_than_a_chunk(family, checkpoint):
+@pytest.mark.parametrize("recompute", ["none", "all", "all_but_attention"])
+def test_the_inside_of_an_mlp_is_never_longer_than_a_chunk(family, recompute):
     """In no pass: activations between projections, and the inputs of the last of them."""
     inside = re.compile(r"\w*blocks\.\d+\.(ffn?\.net\.[02]|act_mlp|proj_out)")
 
     def longest(chunk):
-        transformer, _ = build(family, Memory(checkpoint=checkpoint, mlp_chunk=chunk))
+        transformer, _ = build(family, Memory(recompute=recompute, mlp_chunk=chunk))
         rows = Counter()
         for name, module in transformer.named_modules():
             if inside.fullmatch(name):
@@ -362,7 +362,7 @@ def test_the_inside_of_an_mlp_is_never_longer_than_a_chunk(family, checkpoint):
     assert max(length for _, length in chunks) == 16
     # Forward, recomputed by itself, and within a checkpointed block once more.
     times = max(count for (_, length), count in chunks.items() if length == 16)
-    assert times == (2 if checkpoint == "none" else 3) * (tokens // 16)
+    assert times == (2 if recompute == "none" else 3) * (tokens // 16)
 
 
 def test_chunks_hold_less_for_backward(family):
@@ -415,8 +415,10 @@ def test_chunking_leaves_names_as_they_are(family, fused, tmp_path):
 
 def test_every_combination_gives_the_same_loss_and_gradients(family):
     plain, plain_grads = run(family, PLAIN, dropout=0)
-    for name, offload, chunk in itertools.product(("full", "attention"), (False, True), (0, 20)):
-        memory = Memory(checkpoint=name, offload=offload, mlp_chunk=chunk)
+    for name, offload, chunk in itertools.product(
+        ("all", "all_but_attention"), (False, True), (0, 20)
+    ):
+        memory = Memory(recompute=name, offload=offload, mlp_chunk=chunk)
         out, grads = run(family, memory, dropout=0)
         torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
         for key, grad in plain_grads.items():

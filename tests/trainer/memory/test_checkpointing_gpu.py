@@ -39,12 +39,12 @@ BLOCKS = {
     "hunyuan": {"num_layers": 2, "num_single_layers": LAYERS - 2},
     "mochi": {"num_layers": LAYERS},
 }
-FULL = Memory(checkpoint="full")
+FULL = Memory(recompute="all")
 METHODS = {
-    "attention": Memory(checkpoint="attention"),
+    "attention": Memory(recompute="all_but_attention"),
     "offload": Memory(offload=True),
     "offload all": Memory(offload=True, offload_keep=0),
-    "attention, offload": Memory(checkpoint="attention", offload=True),
+    "attention, offload": Memory(recompute="all_but_attention", offload=True),
 }
 
 
@@ -193,7 +193,7 @@ def test_bit_equal_at_the_target_length(case: Case, folder: Path, full: Run, nam
         f"{got.size / 2**30:.2f} GiB"
     )
     assert_equal(got, full)
-    keeps = memory.checkpoint == "attention"
+    keeps = memory.recompute == "all_but_attention"
     assert got.attention_calls == (1 if keeps else 2) * LAYERS
     if memory.offload:  # at most: the kept one, one that leaves, one that comes
         on_device = min(memory.offload_keep, 1) + 2

@@ -113,7 +113,7 @@ def test_moments_of_another_optimizer_are_refused(name, tmp_path):
 
 
 def test_a_run_resumes_exactly(name, arguments, tmp_path, monkeypatch):
-    settings = ["lora.rank=128", f"memory.optimizer={name}"]  # 2048 to 8192 parameters a matrix
+    settings = ["lora.rank=128", f"train.optimizer={name}"]  # 2048 to 8192 parameters a matrix
     whole = train(arguments, *settings, f"run.dir={tmp_path / 'whole'}").run_dir
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
@@ -135,5 +135,5 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 def test_an_unknown_optimizer_is_refused(arguments):
-    with pytest.raises(ConfigError, match="memory.optimizer"):
-        load([*arguments, "memory.optimizer=lion"])
+    with pytest.raises(ConfigError, match="train.optimizer"):
+        load([*arguments, "train.optimizer=lion"])

@@ -75,14 +75,14 @@ PAIRWISE = [
     case
     for family in FAMILIES
     for case in (
-        Case(family, checkpoint="full", accumulate=2),
-        Case(family, "spatial_temporal", frames=11, checkpoint="attention", offload=True),
+        Case(family, recompute="all", accumulate=2),
+        Case(family, "spatial_temporal", frames=11, recompute="all_but_attention", offload=True),
         Case(family, "sliding_tile", texts=(1,), fused=True, targets="attention+text"),
-        Case(family, "dense", texts=(9, 4), checkpoint="full", mlp_chunk=32, rope="interpolate"),
+        Case(family, "dense", texts=(9, 4), recompute="all", mlp_chunk=32, rope="interpolate"),
     )
 ] + [
-    Case("wan", engine="fsdp2", sequence=1, checkpoint="full", fused=True),
-    Case("hunyuan", "sliding_tile", engine="fsdp2", checkpoint="attention", accumulate=2),
+    Case("wan", engine="fsdp2", sequence=1, recompute="all", fused=True),
+    Case("hunyuan", "sliding_tile", engine="fsdp2", recompute="all_but_attention", accumulate=2),
     Case("mochi", "spatial_temporal", engine="fsdp2", texts=(9, 4), mlp_chunk=32, fused=True),
 ]
 
@@ -106,18 +106,20 @@ def test_every_family_pattern_and_checkpoint(processes, engine, tmp_path):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     varied = itertools.cycle([(9, (3, 7)), (11, (1,)), (10, (6, 2))])
-    every = itertools.product(("none", "full", "attention"), (1, 2))
-    settings = list(every) if engine == "ddp" else [("none", 2), ("full", 1), ("attention", 2)]
+    every = itertools.product(("none", "all", "all_but_attention"), (1, 2))
+    settings = (
+        list(every) if engine == "ddp" else [("none", 2), ("all", 1), ("all_but_attention", 2)]
+    )
     patterns = PATTERNS if engine == "ddp" else ("radial", "sliding_tile")
     cases = [
         Case(
             *(family, pattern, *next(varied)),
-            checkpoint=checkpoint,
+            recompute=recompute,
             accumulate=accumulate,
             sequence=size,
             engine=engine,
         )
-        for family, pattern, (checkpoint, accumulate), size in itertools.product(
+        for family, pattern, (recompute, accumulate), size in itertools.product(
             FAMILIES, patterns, settings, SIZES[processes]
         )
     ]
@@ -184,8 +186,18 @@ def test_a_run_of_two_processes_that_share_clips(arguments, tmp_path):
 
     153 tokens; captions dropped and noise drawn alike in both processes; each run tries a step.
     """
-    settings = ["height=48", "width=48", "train.batch=2", "train.accumulate=2", "train.lr=0.01"]
-    settings += ["train.caption_dropout=0.5", "memory.checkpoint=attention", "memory.probe=true"]
+    settings = [
+        "height=48",
+        "width=48",
+        "train.batch=2",
+        "train.gradient_accumulation=2",
+        "train.lr=0.01",
+    ]
+    settings += [
+        "train.caption_dropout=0.5",
+        "memory.recompute=all_but_attention",
+        "memory.trial_step=true",
+    ]
     settings += ["validate.prompts=a wave", "validate.frames=9", "validate.every=2"]
     alone = train(arguments, *settings, f"run.dir={tmp_path / 'alone'}").run_dir
     shared = with_settings(arguments, *settings, "parallel.sequence=2")
@@ -266,7 +278,12 @@ def test_sizes_that_do_not_divide_are_refused(arguments):
 def test_a_run_under_fsdp2_is_a_run(arguments, tmp_path):
     """Data parallel: validation, samples, the step that is tried and checkpoints with a base in
     shards; one process without them goes on from what it saved."""
-    settings = ["train.lr=0.01", "train.accumulate=2", "memory.probe=true", "validate.every=2"]
+    settings = [
+        "train.lr=0.01",
+        "train.gradient_accumulation=2",
+        "memory.trial_step=true",
+        "validate.every=2",
+    ]
     settings += ["validate.prompts=a wave", "validate.frames=9"]
     plain = with_settings(arguments, *settings, f"run.dir={tmp_path / 'plain'}")
     sharded = with_settings(plain, f"run.dir={tmp_path / 'sharded'}", "parallel.engine=fsdp2")
@@ -286,7 +303,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(arguments, monkeyp
 
 def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
     with pytest.raises(ConfigError, match="parallel.engine=fsdp2 shards the moments"):
-        load([*arguments, "parallel.engine=fsdp2", "memory.optimizer=adamw8bit"])
+        load([*arguments, "parallel.engine=fsdp2", "train.optimizer=adamw8bit"])
     with pytest.raises(ConfigError, match="zero3 knows no float8 weights: use fsdp2"):
         load([*arguments, "parallel.engine=zero3", "memory.base_dtype=float8"])
     monkeypatch.setattr(engine, "find_spec", lambda name: None)

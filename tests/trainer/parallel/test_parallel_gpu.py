@@ -19,8 +19,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = (
-    *("train.lr=0.01", "train.accumulate=2", "train.caption_dropout=0.5"),
-    "memory.checkpoint=attention",
+    *("train.lr=0.01", "train.gradient_accumulation=2", "train.caption_dropout=0.5"),
+    "memory.recompute=all_but_attention",
     *("validate.prompts=a wave", "validate.frames=9", "validate.every=2"),
 )
 

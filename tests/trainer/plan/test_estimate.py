@@ -37,9 +37,13 @@ from longreel.trainer.plan.estimate import (
 
 def test_knobs_are_read():
     assert read_knobs(load(["recipe=mochi_2x", "lora.compute_dtype=float32"])) == Knobs()
-    given = ["memory.checkpoint=attention", "memory.mlp_chunk=8", "lora.compute_dtype=bfloat16"]
+    given = [
+        "memory.recompute=all_but_attention",
+        "memory.mlp_chunk=8",
+        "lora.compute_dtype=bfloat16",
+    ]
     assert read_knobs(load(["recipe=mochi_2x", *given])) == Knobs(
-        checkpoint="attention", mlp_chunk=8, lora_dtype="bfloat16"
+        recompute="all_but_attention", mlp_chunk=8, lora_dtype="bfloat16"
     )
 
 
@@ -60,7 +64,7 @@ def fuse_modulation(monkeypatch):
 def test_bytes_a_block_keeps_are_those_autograd_saves(name, dtype, fused, tmp_path, monkeypatch):
     """Every tensor that the forward of a bf16 block saves, once, against the sum of the parts."""
     family = FAMILIES[name]
-    settings = ["memory.base_dtype=bfloat16", f"memory.fused_modulation={str(fused).lower()}"]
+    settings = ["memory.base_dtype=bfloat16", f"speed.fused_modulation={str(fused).lower()}"]
     model = anatomy(job_of(f"tiny_{name}", *settings, cache=tmp_path))
     transformer = tiny.load_transformer(family, torch.bfloat16)
     lora.attach(transformer, family, rank=model.rank, compute_dtype=dtype)
@@ -100,8 +104,8 @@ def test_each_knob_lowers_the_part_it_claims(recipe):
     job = job_of(recipe)
     model, tokens = anatomy(job), len(job.grid(job.frames))
     full = training_memory(model, tokens, Knobs())
-    none = training_memory(model, tokens, Knobs(checkpoint="none"))
-    attention = training_memory(model, tokens, Knobs(checkpoint="attention"))
+    none = training_memory(model, tokens, Knobs(recompute="none"))
+    attention = training_memory(model, tokens, Knobs(recompute="all_but_attention"))
     assert none.peak > attention.peak > full.peak
     assert attention.gpu["block inputs"] == pytest.approx(2 * full.gpu["block inputs"], rel=0.02)
 
@@ -151,13 +155,13 @@ def test_attention_counts_the_pairs_of_the_layout(recipe):
     pairs = 2 * len(grid) ** 2 + (layers - 2) * float(sizes @ kept @ sizes)
     densities = attention.layer_densities(grid, layers, heads)
     once = 4 * heads * job.geometry.head_dim * pairs
-    for knobs, times in ((Knobs(), 4.5), (Knobs(checkpoint="attention"), 3.5)):
+    for knobs, times in ((Knobs(), 4.5), (Knobs(recompute="all_but_attention"), 3.5)):
         flops = work(model, grid, densities, knobs, Passes.of_training(knobs))
         assert flops.attention == pytest.approx(times * once, rel=1e-9)
     assert work(model, grid, densities, Knobs(), SAMPLING).attention == pytest.approx(once)
 
 
-@pytest.mark.parametrize("keeping", ["none", "full", "attention"])
+@pytest.mark.parametrize("keeping", ["none", "all", "all_but_attention"])
 def test_what_is_exchanged_is_what_is_counted(keeping, monkeypatch):
     """By the buffers of a tiny model's forward and backward; the result does not matter here."""
     sent = []
@@ -168,7 +172,7 @@ def test_what_is_exchanged_is_what_is_counted(keeping, monkeypatch):
         return x.new_zeros(sum(received), *x.shape[1:])
 
     monkeypatch.setattr(sequence, "_all_to_all", pretend)
-    memory = Memory(checkpoint=keeping, base_dtype="float32")
+    memory = Memory(recompute=keeping, base_dtype="float32")
     job, family = job_of("tiny_wan", "parallel.sequence=2", memory=memory), FAMILIES["wan"]
     transformer, attention = tiny.load_transformer(family), job.attention()
     lora.attach(transformer, family, rank=4)

@@ -21,10 +21,10 @@ def predicted(
 
 @pytest.mark.parametrize("recipe", ["mochi_2x", "mochi_4x"])
 def test_the_plan_with_these_settings_agrees(recipe):
-    was, found = predicted(recipe, "memory.fused_norms=false", "lora.compute_dtype=float32")
+    was, found = predicted(recipe, "speed.fused_norms=false", "lora.compute_dtype=float32")
     assert found is not None
-    assert {"memory.fused_norms=true", "lora.compute_dtype=bfloat16"} < set(found.settings)
-    assert "memory.checkpoint=attention" in found.settings
+    assert {"speed.fused_norms=true", "lora.compute_dtype=bfloat16"} < set(found.settings)
+    assert "memory.recompute=all_but_attention" in found.settings
     now, more = predicted(recipe, *found.settings)
     assert now.seconds.total == pytest.approx(found.seconds) and found.seconds < was.seconds.total
     assert now.memory == found.memory and fits_surely(now.memory, now.memory_limit)
@@ -35,11 +35,11 @@ def test_the_plan_with_these_settings_agrees(recipe):
 def test_blocks_are_offloaded_where_their_attention_would_not_fit():
     _, found = predicted("mochi_4x")
     assert found is not None
-    assert {"memory.checkpoint=attention", "memory.offload=true"} < set(found.settings)
+    assert {"memory.recompute=all_but_attention", "memory.offload=true"} < set(found.settings)
 
 
 def test_a_run_that_does_not_fit_may_be_faster_and_fit():
-    wide = "memory.fused_norms=false", "lora.compute_dtype=float32"
+    wide = "speed.fused_norms=false", "lora.compute_dtype=float32"
     was, found = predicted("mochi_4x", *wide, memory=120)
     assert not was.fits and found is not None
     assert fits_surely(found.memory, was.memory_limit) and found.seconds < was.seconds.total

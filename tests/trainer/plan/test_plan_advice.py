@@ -21,23 +21,23 @@ from longreel.trainer.step import Learner
 
 
 def test_remedies_come_in_order_until_it_fits():
-    job = job_of("hunyuan_2x", memory=Memory(checkpoint="none"))
+    job = job_of("hunyuan_2x", memory=Memory(recompute="none"))
     model, tokens = anatomy(job), len(job.grid(job.frames))
 
     def found(gib):
         return predict.remedies(job.config, model, tokens, gib * GIB)[0]
 
     assert list(found(10_000)) == []
-    assert list(found(140)) == ["memory.checkpoint=attention", "memory.offload=true"]
+    assert list(found(140)) == ["memory.recompute=all_but_attention", "memory.offload=true"]
     everything = found(10)
     assert list(everything) == [
-        "memory.checkpoint=attention",
+        "memory.recompute=all_but_attention",
         "memory.offload=true",
         "memory.offload_keep=0",
-        "memory.checkpoint=full",
+        "memory.recompute=all",
         "memory.mlp_chunk=16384",
         "lora.compute_dtype=bfloat16",
-        "memory.optimizer=adamw8bit",
+        "train.optimizer=adamw8bit",
         "memory.base_dtype=float8",
     ]
     assert list(everything.values()) == sorted(everything.values(), reverse=True)
@@ -57,7 +57,7 @@ def test_advice_ends_with_a_length_that_then_fits():
 
 
 @pytest.mark.parametrize("given", [
-    [], ["memory.checkpoint=none"], ["memory.checkpoint=none", "sparse.backend=flex"],
+    [], ["memory.recompute=none"], ["memory.recompute=none", "sparse.backend=flex"],
 ])  # fmt: skip
 def test_what_is_advised_loads(given):
     """As far as one goes: each is added to those before it."""
@@ -127,9 +127,9 @@ def test_out_of_memory_where_it_was_to_fit(gpu, saved):
     *_, predicted, change = predict.how_to_go_on(job, gpu(200), saved).splitlines()
     assert predicted.endswith("the GPU has 200.0 GiB: the prediction is too low.")
     assert "memory.offload=true (" in change and "frames=" not in change
-    least = job_of("wan_14b_2x", "lora.compute_dtype=bfloat16", memory=Memory(
-        offload=True, offload_keep=0, mlp_chunk=16384, optimizer="adamw8bit", base_dtype="float8"
-    ))  # fmt: skip
+    turned = "lora.compute_dtype=bfloat16", "train.optimizer=adamw8bit"
+    memory = Memory(offload=True, offload_keep=0, mlp_chunk=16384, base_dtype="float8")
+    least = job_of("wan_14b_2x", *turned, memory=memory)
     *_, change = predict.how_to_go_on(least, gpu(200), saved).splitlines()
     frames = int(change.rpartition("in another run.dir, frames=")[2].partition(",")[0])
     assert 81 <= frames < least.frames
@@ -142,7 +142,7 @@ def test_out_of_memory_where_nothing_is_planned(saved):
         job_of("wan_14b_2x", memory=Memory()), cpu, saved
     ).splitlines()
     assert "memory.offload=true; then memory.offload_keep=0" in change and "GiB" not in change
-    assert "memory.optimizer" not in change
+    assert "train.optimizer" not in change
     least = job_of("wan_14b_2x", memory=Memory(offload=True, offload_keep=0, mlp_chunk=1))
     *_, change = predict.how_to_go_on(least, cpu, saved).splitlines()
     assert change.endswith(f"first: {predict.NO_SETTING}.")

@@ -33,8 +33,8 @@ def test_peaks_are_those_measured(recipe, blocks, peak):
     assert predicted == pytest.approx(peak, rel=rates.MEMORY_ERROR)
 
 
-FASTEST = ["memory.checkpoint=attention", "memory.offload_keep=20"]
-FASTEST += ["lora.compute_dtype=bfloat16", "memory.fused_norms=true"]
+FASTEST = ["memory.recompute=all_but_attention", "memory.offload_keep=20"]
+FASTEST += ["lora.compute_dtype=bfloat16", "speed.fused_norms=true"]
 
 
 # benchmarks/results/2026-11-23-training-h200.md: GiB allocated and pinned, and seconds.
@@ -46,7 +46,7 @@ FASTEST += ["lora.compute_dtype=bfloat16", "memory.fused_norms=true"]
     ("wan_14b_4x", [], 135.6, 109, 183.1),
 ])  # fmt: skip
 def test_whole_steps_are_what_was_measured(recipe, settings, peak, pinned, seconds):
-    made = predict.plan(job_of(recipe, "train.accumulate=1", *settings), H200)
+    made = predict.plan(job_of(recipe, "train.gradient_accumulation=1", *settings), H200)
     assert made.memory.peak / GIB - rates.RESERVE == pytest.approx(peak, rel=0.04)
     assert made.memory.host.get("offload", 0) / GIB == pytest.approx(pinned, rel=0.03)
     assert made.seconds.total == pytest.approx(seconds, rel=0.09)

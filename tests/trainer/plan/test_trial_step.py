@@ -20,10 +20,10 @@ from longreel.trainer.plan.trial_step import Taken, is_probed
 from longreel.trainer.run import checkpoint
 from longreel.trainer.step import Learner
 
-PROBE = "memory.probe=true"
+PROBE = "memory.trial_step=true"
 EVERYTHING = [
     "lora.dropout=0.1",
-    "train.accumulate=2",
+    "train.gradient_accumulation=2",
     "train.batch=2",
     "train.schedule=cosine",
     "train.caption_dropout=0.5",
@@ -47,7 +47,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 def test_a_run_is_the_same_with_it(family, videos, cache, tmp_path):
     """Bit for bit, in losses, adapter and moments."""
     runs = []
-    for name, probe in (("with", PROBE), ("without", "memory.probe=false")):
+    for name, probe in (("with", PROBE), ("without", "memory.trial_step=false")):
         given = arguments_of(family, videos, cache, tmp_path / name)
         runs.append(train([*given, *EVERYTHING], probe).run_dir)
     assert_same_run(*runs)
@@ -147,7 +147,9 @@ def test_it_is_a_step_of_the_longest_shape(family, videos, cache, tmp_path, monk
     seen = watch(monkeypatch, during)
     given = [*arguments_of(family, videos, cache, tmp_path / "run"), PROBE, "train.batch=2"]
     for accumulate in (1, 2):
-        trainer = train(given, f"train.accumulate={accumulate}", f"run.dir={tmp_path}/{accumulate}")
+        trainer = train(
+            given, f"train.gradient_accumulation={accumulate}", f"run.dir={tmp_path}/{accumulate}"
+        )
         plan, held = seen.pop(-2)
         assert plan.grid == trainer.learner.grid
         if trainer.job.family.text_tokens:  # captions of a batch differ in length
@@ -165,13 +167,13 @@ def test_a_run_that_does_not_fit_ends_before_it_began(arguments, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "loss_at", no_room)
         with pytest.raises(SystemExit) as caught:
-            train(arguments, PROBE, "memory.checkpoint=none")
+            train(arguments, PROBE, "memory.recompute=none")
     assert str(caught.value).splitlines() == [
         "error: out of memory in the step tried before the run: CUDA out of memory. Tried to "
         "allocate 85.00 GiB.",
         "No step is saved yet: the same command begins the run again.",
-        "What to change, what costs least first: memory.checkpoint=attention; then "
-        "memory.checkpoint=full.",
+        "What to change, what costs least first: memory.recompute=all_but_attention; then "
+        "memory.recompute=all.",
     ]
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "mask.png"]
     train(arguments, PROBE, "train.steps=2")  # the run begins, with other settings
@@ -207,4 +209,4 @@ def test_a_gpu_s_figures_stand_beside_the_prediction():
 def test_by_default_a_gpu_tries_and_a_cpu_does_not():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [is_probed(Memory(), device) for device in (cpu, gpu)] == [False, True]
-    assert [is_probed(Memory(probe=on), cpu) for on in (True, False)] == [True, False]
+    assert [is_probed(Memory(trial_step=on), cpu) for on in (True, False)] == [True, False]

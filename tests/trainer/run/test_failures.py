@@ -247,7 +247,9 @@ def test_a_loss_that_is_not_finite_is_skipped(arguments, tmp_path, monkeypatch, 
         return row
 
     monkeypatch.setattr(Learner, "update", watched)
-    run_dir = train(arguments, "train.accumulate=2", "train.max_skips=1", "train.steps=4").run_dir
+    run_dir = train(
+        arguments, "train.gradient_accumulation=2", "train.max_skips=1", "train.steps=4"
+    ).run_dir
     assert all(map(torch.equal, seen[1], seen[2])) and all(map(torch.equal, seen[3], seen[4]))
     assert not all(map(torch.equal, seen[2], seen[3]))
     losses = [float(row["loss"]) for row in rows(run_dir) if row["loss"]]
@@ -301,7 +303,7 @@ def test_two_processes_agree(arguments, tmp_path):
     """On skipping a clip of NaNs that one of them meets, sharing clips and data parallel; then on
     a signal that one of them gets."""
     settings = with_settings(arguments, f"cache.dir={tmp_path / 'cache'}", "train.max_skips=9")
-    settings = with_settings(settings, "validate.clips=0", "height=48", "width=48")
+    settings = with_settings(settings, "validate.videos=0", "height=48", "width=48")
     train(settings, "train.steps=1", f"run.dir={tmp_path / 'first'}")
     spoil_a_clip(tmp_path / "cache")
     runs = [
