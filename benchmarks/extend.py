@@ -17,8 +17,7 @@ def main() -> None:
     """Imports wait until here: the processes that measure clips begin with this file too."""
     from length_extension.run import Options, run
 
-    from longreel.trainer.config.recipe import parse
-    from longreel.trainer.config.values import ConfigError
+    from longreel.trainer.config.values import ConfigError, parse
 
     try:
         done = run(parse(Options, sys.argv[1:]))

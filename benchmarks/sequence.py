@@ -39,8 +39,7 @@ from step import free, job_of
 from torch import Tensor, nn
 from training import say
 
-from longreel.trainer.config.recipe import parse
-from longreel.trainer.config.values import ConfigError, leaf_types
+from longreel.trainer.config.values import ConfigError, leaf_types, parse
 from longreel.trainer.job import Job
 from longreel.trainer.memory.device import fastest_dense, grow_segments
 from longreel.trainer.plan import rates

@@ -44,9 +44,9 @@ from speedup import WHOLE, Record, Section
 from torch import nn
 from training import say
 
-from longreel.trainer.config.recipe import load, parse
+from longreel.trainer.config.recipe import load
 from longreel.trainer.config.schema import Config
-from longreel.trainer.config.values import ConfigError, did_you_mean, leaf_types
+from longreel.trainer.config.values import ConfigError, did_you_mean, leaf_types, parse
 from longreel.trainer.job import Job
 from longreel.trainer.plan import rates
 from longreel.trainer.plan.estimate import GIB

@@ -39,9 +39,9 @@ from report import (
 )
 from untrained import random_batch, untrained
 
-from longreel.trainer.config.recipe import load, parse
+from longreel.trainer.config.recipe import load
 from longreel.trainer.config.schema import Config
-from longreel.trainer.config.values import ConfigError, leaf_types
+from longreel.trainer.config.values import ConfigError, leaf_types, parse
 from longreel.trainer.job import Job
 from longreel.trainer.memory.device import ALLOCATOR, grow_segments
 from longreel.trainer.plan import rates

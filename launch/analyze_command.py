@@ -3,155 +3,74 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..data.files import replacing
-from ..sparse.attention import SparseAttention
-from ..sparse.density import layer_density, nearest_density
-from ..sparse.patterns import PATTERNS, SparsePattern
-from ..trainer.adapter import lora
-from ..trainer.config.recipe import load, load_file, parse
-from ..trainer.config.source import is_drawn
+from ..trainer.config.fields import NOT_NEGATIVE, POSITIVE, Range, setting
 from ..trainer.config.values import ConfigError
-from ..trainer.job import Job
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ..trainer.job import Job
 
-ANALYZE_USAGE = """\
-longreel analyze run=RUN | recipe=NAME ... [key=value]  how attention falls with distance, and what
-                                                        each mask leaves of it, on noised clips"""
+USAGE = "longreel analyze run=RUN | recipe=NAME ... [key=value]      see docs/analyze.md"
+TAKES_RECIPE = True
 
 
 @dataclass(frozen=True)
-class Analyze:
-    """Keys of `longreel analyze` beside a recipe's.
+class AnalyzeOptions:
+    """The options of `longreel analyze` beside a recipe's settings."""
 
-    run: folder of a training run, whose settings and adapter are taken; else a recipe's base model.
-    masks: patterns to judge, each at the density of the run's. sigmas: noise levels of the clips.
-    layers: indices (none: all). clips: how many, the first of the data. rows: queries of a layer
-    and forward, spread over the video (0: all). positions: raster distances, and fits, up to this.
-    """
+    run: str | None = setting(
+        None,
+        "Folder of a training run, whose settings and adapter are taken; null analyses a recipe's "
+        "base model.",
+    )
+    masks: list[str] = setting(
+        [], "Patterns to judge, each at the density of the run's; empty judges all but dense."
+    )
+    sigmas: list[float] = setting(
+        [0.3, 0.6, 0.9], "Noise levels of the clips.", Range(above=0, most=1)
+    )
+    layers: list[int] = setting([], "Indices of the layers to look at; empty looks at all.")
+    clips: int = setting(1, "How many clips are looked at, the first of the data.", POSITIVE)
+    rows: int = setting(
+        256, "Queries of a layer and forward, spread over the video; 0 takes all.", NOT_NEGATIVE
+    )
+    positions: int = setting(
+        41, "Greatest raster distance of curves and fits, in tokens.", Range(least=2)
+    )
+    out: str = setting("analysis.json", "The .json file to write, in a folder that exists.")
 
-    run: str | None = None
-    masks: list[str] = field(default_factory=lambda: [n for n in PATTERNS if n != "dense"])
-    sigmas: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])
-    layers: list[int] = field(default_factory=list)
-    clips: int = 1
-    rows: int = 256
-    positions: int = 41
-    out: str = "analysis.json"
 
-
-OWN = tuple(Analyze.__dataclass_fields__)
+OPTIONS = AnalyzeOptions
 
 
 def analyze(argv: list[str]) -> None:
     """Print the figures and write all of them to `out`."""
-    own = [text for text in argv if text.partition("=")[0] in OWN]
-    options = parse(Analyze, own)
-    _check(options)
-    job = _job(options, [text for text in argv if text not in own])
-    masks = at_density(job, options.masks)
+    from ..trainer.config.recipe import split_options
 
+    options, rest = split_options(AnalyzeOptions, argv)
+    options = _checked(options)
+
+    from ..data.files import replacing
+    from ..trainer.analysis import Observation, at_density, observe
     from ..trainer.run.progress import quiet_libraries
 
+    job = _job(options, rest)
+    masks = at_density(job, options.masks)
     quiet_libraries()
-    figures = observe(job, options, masks)
+    observation = Observation(
+        options.run, options.sigmas, options.layers, options.clips, options.rows, options.positions
+    )
+    figures = observe(job, observation, masks)
     with replacing(Path(options.out)) as temporary:
         temporary.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     for line in describe(figures):
         print(line)
     if job.config.model.path == "tiny":
-        print("model.path=tiny has random weights: these figures tell nothing of a trained model.")
+        print("model.path=tiny has random weights: these figures say nothing of a trained model.")
     print(options.out)
-
-
-def at_density(job: Job, names: Sequence[str]) -> dict[str, tuple[SparsePattern, float]]:
-    """Patterns at the widths that come nearest to the density of the job's, and their densities.
-
-    Of a job that trains dense: to that of radial at its defaults.
-    """
-    grid, heads, block = job.grid(job.frames), job.geometry.heads, job.config.sparse.block
-    pattern = PATTERNS["radial"]() if job.pattern.__class__ is PATTERNS["dense"] else job.pattern
-    target = layer_density(pattern, grid, block, heads)
-    found = {}
-    for name in names:
-        candidate = pattern if type(pattern) is PATTERNS[name] else PATTERNS[name]()
-        found[name] = nearest_density(candidate, grid, target, block, heads)[:2]
-    return found
-
-
-def observe(
-    job: Job, options: Analyze, masks: dict[str, tuple[SparsePattern, float]]
-) -> dict[str, Any]:
-    """`analyze.summary` of the job's model on its own clips, one forward a clip and noise level."""
-    from accelerate import Accelerator
-
-    from ..data.dataset import LatentDataset
-    from ..sparse.analyze import Observer, summary
-    from ..trainer.clips import prepare_data
-    from ..trainer.flow import add_noise
-
-    accelerator = Accelerator()
-    device = accelerator.device
-    half = device.type == "cuda" and job.config.memory.base_dtype != "float32"
-    dtype = torch.bfloat16 if half else torch.float32
-    clips = LatentDataset(prepare_data(job, accelerator, dtype).entries)
-    transformer = job.family.load_transformer(job.model_path, job.config.model.revision, dtype)
-    if options.run is not None:
-        merge(transformer, options.run)
-    transformer.to(device).eval()
-    job.family.set_rope(transformer, job.rope)
-    attention: SparseAttention = job.attention()
-    observer = Observer(
-        attention.pattern,
-        block=attention.block,
-        backend=attention.backend,
-        dense_layers=attention.dense_layers,
-        masks={name: pattern for name, (pattern, _) in masks.items()},
-        layers=options.layers or None,
-        rows=options.rows,
-        positions=options.positions,
-    )
-    job.family.install(transformer, observer)
-    for index in range(min(options.clips, len(clips))):
-        clip = clips[index]
-        clean = clip["latents"][None].float().to(device)
-        text = {k: x.to(device) for k, x in job.family.collate_text([clip["text"]]).items()}
-        for level, sigma in enumerate(options.sigmas):
-            generator = torch.Generator().manual_seed(index * 101 + level)
-            noise = torch.randn(clean.shape, generator=generator).to(device)
-            sigmas = torch.full((1,), sigma, device=device)
-            with torch.no_grad():
-                noisy = add_noise(clean, noise, sigmas)
-                job.family.predict(transformer, noisy, sigmas, text, job.config.train.guidance)
-            log.info(f"clip {index}, noise level {sigma:g}: {len(observer.found)} layers seen")
-    about = {
-        "model": job.config.model.path,
-        "adapter": options.run,
-        "frames": job.frames,
-        "grid": vars(job.grid(job.frames)),
-        "sigmas": options.sigmas,
-        "clips": min(options.clips, len(clips)),
-        "rows": options.rows,
-        "masks": {name: str(pattern) for name, (pattern, _) in masks.items()},
-    }
-    return {"about": about} | summary(observer, {name: d for name, (_, d) in masks.items()})
-
-
-def merge(transformer: Any, run: str) -> None:
-    """Add a run's adapter to the weights that it adapts."""
-    scale, updates = lora.read_updates(transformer, run)
-    with torch.no_grad():
-        for name, (a, b) in updates.items():
-            weight = transformer.get_submodule(name).weight
-            weight.copy_(weight.float() + scale * (b.float() @ a.float()))
 
 
 def describe(figures: dict[str, Any]) -> list[str]:
@@ -171,7 +90,12 @@ def describe(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _job(options: Analyze, recipe: list[str]) -> Job:
+def _job(options: AnalyzeOptions, recipe: list[str]) -> Job:
+    from ..trainer.adapter import lora
+    from ..trainer.config.recipe import load, load_file
+    from ..trainer.config.source import is_drawn
+    from ..trainer.job import Job
+
     if options.run is None:
         job = Job.from_config(load(recipe))
     else:
@@ -193,14 +117,16 @@ def _job(options: Analyze, recipe: list[str]) -> Job:
     return job
 
 
-def _check(options: Analyze) -> None:
+def _checked(options: AnalyzeOptions) -> AnalyzeOptions:
+    """Return the options with all masks named; raise ConfigError for those that cannot be."""
+    from ..sparse.patterns import PATTERNS
+
     unknown = [name for name in options.masks if name not in PATTERNS]
     if unknown:
         raise ConfigError(f"masks={unknown}: the patterns are {', '.join(PATTERNS)}.")
-    if any(not 0 < sigma <= 1 for sigma in options.sigmas) or not options.sigmas:
-        raise ConfigError(f"sigmas={options.sigmas}: noise levels are above 0 and at most 1.")
-    for key, least in (("clips", 1), ("rows", 0), ("positions", 2)):
-        if getattr(options, key) < least:
-            raise ConfigError(f"{key}={getattr(options, key)} must be at least {least}.")
+    if not options.sigmas:
+        raise ConfigError("sigmas=[]: name noise levels above 0 and at most 1.")
     if not options.out.endswith(".json") or not Path(options.out).parent.is_dir():
         raise ConfigError(f"out={options.out} must be a .json file in a folder that exists.")
+    every = [name for name in PATTERNS if name != "dense"]
+    return replace(options, masks=options.masks or every)

@@ -18,10 +18,11 @@ from ..trainer.config.recipe import parse
 from ..trainer.config.schema import Cache
 from ..trainer.config.values import ConfigError
 
-CACHE_USAGE = """\
+USAGE = """\
 longreel cache verify [key=value ...]                   check every file of the cache
 longreel cache gc [key=value ...]                       what no run of the last days has used
 longreel cache show N [key=value ...]                   decode clip N of the newest run to an mp4"""
+OPTIONS = None
 FILES = ("latents", "text", "canonical", "videos")
 DAY = 24 * 3600.0
 
@@ -64,7 +65,7 @@ def cache(argv: list[str]) -> None:
         rest[0] = f"clip={rest[0]}"
     commands: dict[str, Callable[[list[str]], None]] = {"verify": verify, "gc": gc, "show": show}
     if name not in commands:
-        raise ConfigError(f"cache {name!r} is no command.\n\n{CACHE_USAGE}")
+        raise ConfigError(f"cache {name!r} is no command.\n\n{USAGE}")
     commands[name](rest)
 
 

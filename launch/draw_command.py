@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..trainer.config.recipe import load
+from ..trainer.config.fields import setting
 from ..trainer.config.values import ConfigError
-from ..trainer.job import Job
 
-DRAW_USAGE = """\
-longreel draw recipe=NAME [key=value ...]               draw a recipe's attention to out=mask.png,
-                                                        and say how much and how far it attends;
-                                                        from the model's sizes, no weights"""
+USAGE = "longreel draw recipe=NAME [key=value ...]"
+TAKES_RECIPE = True
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """The options of `longreel draw` beside a recipe's settings."""
+
+    out: str = setting("mask.png", "The picture to write, a .png in a folder that exists.")
+
+
+OPTIONS = DrawOptions
 
 
 def draw(argv: list[str]) -> None:
-    """Write the figure and print density, blocks, reach and the time that the lists took."""
-    given = [argument for argument in argv if argument.startswith("out=")]
-    if len(given) > 1:
-        raise ConfigError(f"out is given twice: {given[0]!r} and {given[1]!r}.")
-    out = given[0].removeprefix("out=") if given else "mask.png"
+    """Write the figure, and print density, blocks, reach and the seconds that the lists took."""
+    from ..trainer.config.recipe import load, split_options
+
+    options, rest = split_options(DrawOptions, argv)
+    out = options.out
     if not out.endswith(".png"):
         raise ConfigError(f"out={out} must end in .png.")
     if not Path(out).parent.is_dir():
         raise ConfigError(f"out={out}: {Path(out).parent} is not a folder.")
-    config = load([argument for argument in argv if argument not in given])
+    config = load(rest)
 
     from ..sparse.draw import draw_pattern
     from ..sparse.reach import layers_to_full_reach
+    from ..trainer.job import Job
     from ..trainer.run.progress import quiet_libraries
     from ..trainer.summary import density_by_layer, save_figure, solved_density
 

@@ -6,37 +6,44 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ..trainer.config.recipe import load, parse
-from ..trainer.config.schema import Config
-from ..trainer.config.values import ConfigError, check_known, leaf_types, split_arguments
-from ..trainer.job import Job
+from ..trainer.config.fields import POSITIVE, setting
+from ..trainer.config.values import ConfigError
 
 if TYPE_CHECKING:
+    from ..trainer.job import Job
     from ..trainer.plan.predict import Plan, SamplingPlan
     from ..trainer.plan.rates import Gpu
 
-PLAN_USAGE = """\
-longreel plan recipe=NAME [key=value ...]               predict a recipe's memory, time and cost,
-                                                        and what fits; no GPU, no weights"""
+USAGE = "longreel plan recipe=NAME [key=value ...]"
+TAKES_RECIPE = True
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Keys of `longreel plan` beside a recipe's. gpu: a name of `rates.GPUS`. gpus: how many; those
-    that share one clip if not given. memory: GiB of one, if another than that GPU's. price: of one
-    for an hour, in any currency. clips: in the cache."""
+    """The options of `longreel plan` beside a recipe's settings."""
 
-    gpu: str = "h200"
-    gpus: int | None = None
-    memory: float | None = None
-    price: float | None = None
-    clips: int = 100
+    gpu: str = setting("h200", "The GPU, which need not be there: h200, h100, a100 or a100_40.")
+    gpus: int | None = setting(
+        None, "How many of them; null takes those that share one clip.", POSITIVE
+    )
+    memory: float | None = setting(
+        None, "GiB of one GPU, if it has another memory than the named one.", POSITIVE
+    )
+    price: float | None = setting(None, "Price of one GPU for an hour, in any currency.", POSITIVE)
+    clips: int = setting(100, "Clips in the cache, for its size on disk.", POSITIVE)
+
+
+OPTIONS = PlanOptions
 
 
 def plan(argv: list[str]) -> None:
     """Print tokens, densities, operations, memory by part, seconds, cost and lengths that fit."""
-    options, config = _read(argv)
+    from ..trainer.config.recipe import load, split_options
 
+    options, rest = split_options(PlanOptions, argv)
+    config = load(rest)
+
+    from ..trainer.job import Job
     from ..trainer.plan import rates
     from ..trainer.plan.predict import plan, plan_sampling
     from ..trainer.run.progress import quiet_libraries
@@ -61,21 +68,6 @@ def plan(argv: list[str]) -> None:
     ]
     for name, text in rows:
         print(f"{name + ':':13}{text}")
-
-
-def _read(argv: list[str]) -> tuple[PlanOptions, Config]:
-    """The options among the arguments, and the recipe of the rest."""
-    names = leaf_types(PlanOptions)
-    keys = list(split_arguments(argv))
-    plain = [key for key in keys if "." not in key]
-    check_known(plain, ["recipe", *names, *leaf_types(Config)])
-    own = [argument for argument, key in zip(argv, keys, strict=True) if key in names]
-    options = parse(PlanOptions, own)
-    for key in ("gpus", "memory", "price", "clips"):
-        value = getattr(options, key)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{key}={value} must be positive.")
-    return options, load([argument for argument in argv if argument not in own])
 
 
 Rows = Iterator[tuple[str, str]]

@@ -150,7 +150,7 @@ def update_together(case: Case) -> dict[str, Tensor]:
     after the first is restored over what a further step made of it.
     """
     AcceleratorState._reset_state()  # of the case before
-    train = Train(accumulate=case.accumulate, clip=LIMIT)
+    train = Train(gradient_accumulation=case.accumulate, max_grad_norm=LIMIT)
     engine = open_engine(
         Config(train=train, parallel=Parallel(engine=case.engine)), timedelta(minutes=9)
     )

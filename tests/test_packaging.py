@@ -13,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["kernels", "sparse", "trainer", "data", "recipes", "launch"]
+PACKAGE = Path("longreel/__init__.py")  # the one file outside of them
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -26,11 +27,15 @@ def files_to_ship():
     ]
 
 
+def in_the_wheel(path):
+    return path.as_posix() if path == PACKAGE else f"longreel/{path.as_posix()}"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel of the working tree, built from a copy, because setuptools writes where it reads."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for path in [*files_to_ship(), *map(Path, ("pyproject.toml", "README.md", "LICENSE"))]:
+    for path in [*files_to_ship(), PACKAGE, *map(Path, ("pyproject.toml", "README.md", "LICENSE"))]:
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, copy / path)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy]
@@ -43,7 +48,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_file(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in names if not re.match(r"longreel-[^/]+\.dist-info/", name)}
-    assert shipped == {f"longreel/{path.as_posix()}" for path in files_to_ship()}
+    assert shipped == {in_the_wheel(path) for path in [*files_to_ship(), PACKAGE]}
 
 
 def test_the_wheel_says_what_pyproject_says(wheel):
@@ -74,6 +79,9 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(fi
 for name in {modules!r}:
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to({str(tmp_path)!r}), module
+import longreel
+assert longreel.__path__ == [str(pathlib.Path(longreel.__file__).parent)]
+assert longreel.__version__ == {PYPROJECT["project"]["version"]!r}
 from longreel.launch.commands import main
 from longreel.trainer.config.recipe import load
 print(callable(main), load(["recipe=tiny_wan"]).recipe)
@@ -93,8 +101,10 @@ print(callable(main), load(["recipe=tiny_wan"]).recipe)
 def test_packages_name_every_folder():
     setuptools = PYPROJECT["tool"]["setuptools"]
     folders = {path.parent for path in files_to_ship()} | set(map(Path, FOLDERS))
-    assert set(setuptools["packages"]) == {".".join(["longreel", *f.parts]) for f in folders}
-    assert setuptools["package-dir"] == {f"longreel.{folder}": folder for folder in FOLDERS}
+    named = {".".join(["longreel", *folder.parts]) for folder in folders}
+    assert set(setuptools["packages"]) == named | {"longreel"}
+    where = {f"longreel.{folder}": folder for folder in FOLDERS}
+    assert setuptools["package-dir"] == where | {"longreel": "longreel"}
 
 
 def test_sub_packages_hold_an_init():

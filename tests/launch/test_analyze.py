@@ -8,8 +8,9 @@ from runs import arguments_of, train
 from tiny import WAN, load_transformer, make_inputs, randomise
 from videos import write_waves
 
-from longreel.launch.analyze_command import analyze, merge
+from longreel.launch.analyze_command import analyze
 from longreel.trainer.adapter import lora
+from longreel.trainer.analysis import merge
 from longreel.trainer.config.values import ConfigError
 
 MASKS = ("radial", "spatial", "harmonic")
@@ -71,7 +72,7 @@ def test_merging_an_adapter_is_running_with_it(tmp_path):
         (["run=nowhere"], "run=nowhere is not the folder of a run"),
         (["recipe=tiny_wan", "masks=[radail]"], "masks=.*radail.*the patterns are dense, radial"),
         (["recipe=tiny_wan", "sigmas=[0.5,1.5]"], "above 0 and at most 1"),
-        (["recipe=tiny_wan", "rows=-1"], "rows=-1 must be at least 0"),
+        (["recipe=tiny_wan", "rows=-1"], "rows=-1 must not be negative"),
         (["recipe=tiny_wan", "out=x.txt"], "must be a .json file"),
         (["recipe=tiny_wan"], "data.path is not set"),
         (["recipe=tiny_wan", "data.source=synthetic:pan", "layers=[7]"], "layers 0 to 2"),

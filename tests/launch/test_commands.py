@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import WAN, randomise
 
 from longreel.data.decode import probe, read_clip
-from longreel.launch.commands import COMMANDS, main
+from longreel.launch.commands import main
 from longreel.sparse.patterns import Radial
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.values import ConfigError
@@ -167,7 +167,7 @@ def test_refusals_of_export(run, tmp_path, options, message):
         (["frames=0"], "frames=0 must be positive."),
         (["fps=-4"], "fps=-4 must be positive."),
         (["steps=0"], "steps=0 must be positive."),
-        (["seed=4294967296"], "seed=4294967296 must be from 0 to below 2^32."),
+        (["seed=4294967296"], "seed=4294967296 must be at least 0 and below 2^32."),
         (["height=50"], "height=50 must be a multiple of 16; the nearest are 48 and 64."),
         (["device=gpu"], "device=gpu cannot be used"),
         (["out=a.avi"], "out=a.avi must end in .mp4."),
@@ -200,15 +200,6 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(run, tmp_
         main(["sample", f"lora={run}", "prompt=x", f"model={tmp_path / 'shallow'}"])
 
 
-def test_usage(capsys):
-    main(["--help"])
-    usage = capsys.readouterr().out
-    for command in COMMANDS:
-        assert f"\nlongreel {command} " in f"\n{usage}"
-    with pytest.raises(SystemExit, match="'smaple' is no command"):
-        main(["smaple"])
-
-
 def test_mistakes_are_told_without_loading_models():
     """`train.py` prints one line, and neither diffusers nor transformers is imported for it."""
     script = (
@@ -219,9 +210,3 @@ def test_mistakes_are_told_without_loading_models():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "error: lora.rnk is not a setting. Did you mean lora.rank?"
     assert done.stdout.strip() == ""
-
-
-@pytest.mark.parametrize("argv", [[], ["--help"], ["sample", "--help"], ["train", "-h"]])
-def test_help_is_given_wherever_it_is_asked_for(argv, capsys):
-    main(argv)
-    assert capsys.readouterr().out.startswith("longreel sample lora=RUN")

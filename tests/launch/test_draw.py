@@ -64,7 +64,7 @@ def test_draw_solves_a_density_and_says_what_was_rounded(command):
     [
         (["out=mask.jpg"], "out=mask.jpg must end in .png"),
         (["out=nowhere/mask.png"], "out=nowhere/mask.png: nowhere is not a folder"),
-        (["out=a.png", "out=b.png"], "out is given twice: 'out=a.png' and 'out=b.png'"),
+        (["out=a.png", "out=b.png"], "out is given twice: 'a.png' and 'b.png'"),
         ([], "recipe=NAME is missing"),
         (["recipe=tiny_wan", "sparse.patern.name=dense"], "Did you mean sparse.pattern.name"),
     ],

@@ -98,7 +98,7 @@ def settings_of(schema: type, prefix: str = "") -> Iterator[Setting]:
             default = item.default_factory()
         else:
             default = item.default
-        yield Setting(key, hint, default, item.metadata["text"], item.metadata["range"])
+        yield Setting(key, hint, default, *_declared(item))
 
 
 def out_of_range(schema: type, values: Mapping[str, Any]) -> Iterator[str]:
@@ -116,6 +116,11 @@ def out_of_range(schema: type, values: Mapping[str, Any]) -> Iterator[str]:
             problem = each.range.problem(number)
             if problem is not None:
                 yield f"{each.key}{': ' if listed else '='}{number} {problem}."
+
+
+def _declared(item: dataclasses.Field) -> tuple[str, Range | None]:
+    """Return text and range; a field that was not made by `setting` has neither."""
+    return item.metadata.get("text", ""), item.metadata.get("range")
 
 
 def is_optional(hint: Any) -> bool:

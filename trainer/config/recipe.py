@@ -25,7 +25,7 @@ from .values import (
     check_known,
     did_you_mean,
     leaf_types,
-    not_finite,
+    parse,
     parse_text,
     read_yaml,
     split_arguments,
@@ -59,14 +59,17 @@ def load(argv: list[str]) -> Config:
     return _merge(in_file | {"recipe": path.stem}, given)
 
 
-def parse(schema: type[T], argv: list[str]) -> T:
-    """`key=value ...` for a command with a schema of its own; the same rules as `load`."""
-    given, hints = split_arguments(argv), leaf_types(schema)
-    check_known(given, hints)
-    made = build(schema, {key: parse_text(key, text, hints[key]) for key, text in given.items()})
-    for problem in not_finite({key: getattr(made, key) for key in given}):
-        raise ConfigError(problem)
-    return made
+def split_options(schema: type[T], argv: list[str]) -> tuple[T, list[str]]:
+    """Return a command's own options, an instance of `schema`, and the arguments of its recipe.
+
+    Raises ConfigError for a key that is neither an option nor a setting.
+    """
+    names = leaf_types(schema)
+    keys = list(split_arguments(argv))
+    plain = [key for key in keys if "." not in key]
+    check_known(plain, ["recipe", *names, *leaf_types(Config)])
+    own = [argument for argument, key in zip(argv, keys, strict=True) if key in names]
+    return parse(schema, own), [argument for argument in argv if argument not in own]
 
 
 def load_file(path: str | Path) -> Config:

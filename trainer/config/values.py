@@ -19,6 +19,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .fields import Setting, is_optional, out_of_range
+
 T = TypeVar("T")
 
 
@@ -37,6 +39,21 @@ def split_arguments(arguments: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"{key} is given twice: {given[key]!r} and {text!r}.")
         given[key] = text
     return given
+
+
+def parse(schema: type[T], argv: Iterable[str]) -> T:
+    """Return an instance of a command's own schema from `key=value ...`.
+
+    Raises ConfigError for unknown keys and for values of a wrong type or out of range, all at once.
+    """
+    given, hints = split_arguments(argv), leaf_types(schema)
+    check_known(given, hints)
+    made = build(schema, {key: parse_text(key, text, hints[key]) for key, text in given.items()})
+    values = {key: getattr(made, key) for key in given}
+    problems = [*not_finite(values), *out_of_range(schema, values)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return made
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -156,7 +173,7 @@ def build(schema: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
     except OmegaConfBaseException as error:
         key = re.sub(r"\[\d+\]$", "", error.full_key or "")
         value = "null" if flat.get(key) is None else flat[key]
-        kind = _in_words(leaf_types(schema)[key])
+        kind = in_words(leaf_types(schema)[key])
         raise ConfigError(f"{prefix}{key}={value} must be {kind}.") from error
 
 
@@ -180,9 +197,15 @@ def _suggest(key: str, known: list[str], old_names: Mapping[str, str]) -> str:
     return f" Known: {', '.join(dict.fromkeys(name.partition('.')[0] for name in known))}."
 
 
-def _in_words(hint: Any) -> str:
-    """A field's type as a person would say it."""
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def in_words(hint: Any) -> str:
+    """Return a field's type as a person would say it."""
+    kinds = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Any: "a whole number or a list of indices",
+    }
     if hint in kinds:
         return kinds[hint]
     if get_origin(hint) is Literal:
@@ -192,7 +215,25 @@ def _in_words(hint: Any) -> str:
             "a list of " + {str: "texts", float: "numbers", int: "whole numbers"}[get_args(hint)[0]]
         )
     inner = next(part for part in get_args(hint) if part is not NoneType)
-    return f"{_in_words(inner)}, or null"
+    return f"{in_words(inner)}, or null"
+
+
+def accepted(setting: Setting) -> str:
+    """Return the values that a setting takes, in words: type, range, and whether null."""
+    words = in_words(setting.hint)
+    if setting.range is None:
+        return words
+    null = ", or null" * is_optional(setting.hint)
+    return f"{words.removesuffix(', or null')} {setting.range}{null}"
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value as it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    return "null" if value is None else str(value)
 
 
 def _literal(value: Any) -> Any:

@@ -15,7 +15,6 @@ from longreel.trainer.config.recipe import (
     config_hash,
     load,
     load_file,
-    parse,
     pattern_from_dict,
     pattern_to_dict,
     recipe_names,
@@ -24,7 +23,7 @@ from longreel.trainer.config.recipe import (
     to_yaml,
 )
 from longreel.trainer.config.schema import Config, Rope, Sparse, Validate
-from longreel.trainer.config.values import ConfigError
+from longreel.trainer.config.values import ConfigError, parse
 
 TINY = "recipe=tiny_wan"
 

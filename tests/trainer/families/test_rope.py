@@ -256,7 +256,7 @@ def test_native_puts_the_stock_module_back(family):
     [
         (["rope.polcy=native"], r"rope.polcy is not a setting. Did you mean rope.policy\?"),
         (["rope.policy=yarn"], "rope.policy=yarn must be one of native, riflex, interpolate"),
-        (["rope.k=2"], "rope.k=2 is of rope.policy=riflex alone, not native"),
+        (["rope.k=2"], "rope.k=2 applies to rope.policy=riflex only, not to native"),
         (["rope.policy=riflex", "rope.k=0"], "rope.k=0 must be positive"),
         (["rope.policy=riflex", "rope.k=x"], "rope.k=x must be a whole number, or null"),
     ],
