@@ -304,7 +304,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(arguments, monkeyp
 def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
     with pytest.raises(ConfigError, match="parallel.engine=fsdp2 shards the moments"):
         load([*arguments, "parallel.engine=fsdp2", "train.optimizer=adamw8bit"])
-    with pytest.raises(ConfigError, match="zero3 knows no float8 weights: use fsdp2"):
+    with pytest.raises(ConfigError, match="zero3 does not support float8 weights: use fsdp2"):
         load([*arguments, "parallel.engine=zero3", "memory.base_dtype=float8"])
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"zero2 needs the package deepspeed.*longreel\[deepspe"):
