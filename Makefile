@@ -1,7 +1,9 @@
 # make demo              train, extend and sample in miniature on this machine, with a small Wan;
 #                        FAMILY=hunyuan or mochi for the others, ARGS="key=value ..." for settings
 # make test              everything that runs on a CPU, but the slow tests
-# make test-slow         the slow ones; make test-gpu: the ones for an NVIDIA GPU
+# make test-slow         the slow ones
+# make test-gpu          the ones for an NVIDIA GPU; GPU_JOBS=1 where it has less memory than an H200
+# make test-gpu2         the ones for two of them
 # make experiment-tiny   benchmarks/extend.py in miniature: train, extend, sample, measure, report
 # make check             ruff and pyright
 #
@@ -11,6 +13,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 FAMILY ?= wan
+GPU_JOBS ?= 4
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -19,8 +22,11 @@ STAMP := $(VENV)/.longreel-setup
 # One thread a worker: the tests are many small tensors, and two workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# What compiles kernels waits for a CPU more than for the GPU, so that some may share one.
+PYTEST_GPU := OMP_NUM_THREADS=4 $(BIN)/python -m pytest -q
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiment-tiny test test-slow test-gpu check clean
+.PHONY: help setup demo experiment-tiny test test-slow test-gpu test-gpu2 check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +53,11 @@ test-slow: $(STAMP)
 	$(PYTEST) -q -m slow $(ARGS)
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+	$(PYTEST_GPU) -n $(GPU_JOBS) -m "gpu and not large" $(ARGS)
+	$(PYTEST_GPU) -m "gpu and large" $(ARGS)
+
+test-gpu2: $(STAMP)
+	$(PYTEST_GPU) -m gpu2 $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -1,6 +1,5 @@
 """Training runs as the tests make them."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
+from longreel.trainer.run.metrics import MEASURED, read_rows
 from longreel.trainer.step import Learner
-
-TIMES = ("seconds_per_step", "tokens_per_second", "peak_memory_gib")
-
 
 # Native frames of a run in a few seconds; twice that is 17, 21 or 19 frames.
 SHORT = {"wan": 9, "hunyuan": 9, "mochi": 7}
@@ -49,9 +46,9 @@ def train(arguments: list[str], *overrides: str) -> Trainer:
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
-    """metrics.csv without what depends on the clock."""
-    with (run_dir / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+    """metrics.csv without what is measured, which may not be compared for equality."""
+    table = read_rows(run_dir / "metrics.csv")
+    return [{name: x for name, x in row.items() if name not in MEASURED} for row in table]
 
 
 def with_settings(arguments: list[str], *overrides: str) -> list[str]:

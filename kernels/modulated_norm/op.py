@@ -94,9 +94,7 @@ def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
     if modulation is None:
         return None
     batch, _, channels = x.shape
-    *outer, last = modulation.shape
-    fits = outer in ([], [1], [batch], [1, 1], [batch, 1])
-    if not fits or last != channels or not modulation.is_floating_point():
+    if not (_fits(modulation, batch, channels) and modulation.is_floating_point()):
         raise ValueError(
             f"{name} must be [{channels}], [{batch}, {channels}] or [{batch}, 1, {channels}], or "
             f"1 in place of {batch}, and floating; got {tuple(modulation.shape)} {modulation.dtype}"
@@ -104,6 +102,18 @@ def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
     if modulation.device != x.device:
         raise ValueError(f"{name} is on {modulation.device}, x on {x.device}; move it")
     return dense(modulation.reshape(-1, channels))
+
+
+def _fits(modulation: Tensor, batch: int, channels: int) -> bool:
+    """Whether it is [C], [B or 1, C] or [B or 1, 1, C].
+
+    Sizes are compared one by one: looked up in a tuple of lists, the same sizes are not found under
+    torch.compile of torch 2.11.
+    """
+    if modulation.ndim not in (1, 2, 3) or modulation.shape[-1] != channels:
+        return False
+    rows = modulation.shape[0] if modulation.ndim > 1 else 1
+    return rows in (1, batch) and (modulation.ndim < 3 or modulation.shape[1] == 1)
 
 
 @torch.library.custom_op("longreel::modulated_norm", mutates_args=())

@@ -13,6 +13,7 @@ from testing import (
     make_lists,
     plain_attention,
     random_lists,
+    token_mask,
     with_gradients,
 )
 from torch import Tensor
@@ -329,6 +330,7 @@ def test_real_sizes(shape):
             assert (value - expected)[finite].abs().max() < 1e-4
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("attend", [triton, fused])
 def test_past_two_to_the_31(attend):
     """The last head of more than 2**31 elements equals the same head alone, bit for bit, but for a
@@ -358,22 +360,17 @@ def test_past_two_to_the_31(attend):
             assert torch.equal(part, value), name
 
 
-def test_random_layouts_equal_flex():
-    """An independent compiled implementation agrees on random layouts, per head."""
+def test_random_layouts_are_as_near_as_flex():
+    """To fp64, with layouts of each head: an independent compiled implementation is the measure."""
     lists = random_lists(5000, 128, [0, 1, 2], density=0.3, device="cuda")
     qkv = torch.randn(2, 5000, 3, 3, 128, device="cuda", dtype=BF16).unbind(2)
     valid = torch.tensor([4900, 3001], dtype=torch.int32, device="cuda")
-    out, lse = (
-        pair
-        for pair in zip(
-            *(
-                block_sparse_attention(
-                    *qkv, *lists.tensors, block=128, valid=valid, backend=backend
-                )
-                for backend in ("triton", "flex")
-            ),
-            strict=True,
-        )
+    ours, flex = (
+        block_sparse_attention(*qkv, *lists.tensors, block=128, valid=valid, backend=backend)
+        for backend in ("triton", "flex")
     )
-    torch.testing.assert_close(*out, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(*lse, atol=1e-4, rtol=1e-4)
+    mask = token_mask(lists, 5000, valid)
+    oracle = plain_attention(*(x.double() for x in qkv), mask, qkv[0].shape[-1] ** -0.5)
+    exponent = oracle[1].nan_to_num(neginf=0).abs().max().item()
+    for name, got, same, expected in zip(("out", "lse"), ours, flex, oracle, strict=True):
+        assert_within_budget(name, got, same, expected, exponent=exponent)

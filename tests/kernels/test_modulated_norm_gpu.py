@@ -51,6 +51,7 @@ def test_compiles_into_one_graph_and_repeats():
             assert torch.equal(a, b)
 
 
+@pytest.mark.large
 def test_past_2_31_elements():
     """Wan 14B at four times its length in a batch of two: the last tokens count too."""
     x, y, scale, gate = make(2, 291_600, 5120)

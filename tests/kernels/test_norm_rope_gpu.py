@@ -53,6 +53,7 @@ def test_compiles_into_one_graph(name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("family", ["hunyuan", "wan"])
 def test_past_2_31_elements(family):
     """HunyuanVideo at four times its length in a batch of two: the last tokens count too."""

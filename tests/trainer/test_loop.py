@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import TIMES, Interrupted, rows, stop_at, train
+from runs import Interrupted, rows, stop_at, train
 from safetensors.torch import load_file
 from tiny import WAN
 
@@ -76,7 +76,7 @@ def test_what_a_run_leaves_behind(arguments, tmp_path):
     assert entry["pattern"]["name"] == "radial"
     table = rows(run_dir)
     assert [row["step"] for row in table] == ["0", "1", "2", "3", "4", "4"]
-    assert tuple(table[0]) == tuple(c for c in metrics.COLUMNS if c not in TIMES)
+    assert tuple(table[0]) == tuple(c for c in metrics.COLUMNS if c not in metrics.MEASURED)
 
 
 @pytest.mark.slow

@@ -40,6 +40,10 @@ COLUMNS: tuple[str, ...] = (
     "heldout_loss_target",
     "heldout_loss_native",
 )
+# Those of a clock and of the machine's memory, which differ between runs that learn the same.
+MEASURED: frozenset[str] = frozenset(
+    {"seconds_per_step", "tokens_per_second", "peak_memory_gib", "attention_layer_speedup"}
+)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ import pytest
 import torch
 from runs import arguments_of, assert_the_same_run, with_settings
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu2
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = (
     *("train.lr=0.01", "train.gradient_accumulation=2", "train.caption_dropout=0.5"),
@@ -45,6 +42,7 @@ def launch(file: str, processes: int, *runs: list[str]) -> None:
 def settings(request, videos: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory):
     """Of a run, beside which those of `alone`, one process, and `apart`, two with clips of their
     own, have been made."""
+    assert torch.cuda.device_count() > 1, "these tests need two GPUs"
     folder = tmp_path_factory.mktemp(request.param)
     settings = with_settings(
         arguments_of(request.param, videos, cache, folder / "alone"), *SETTINGS

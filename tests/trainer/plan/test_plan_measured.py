@@ -13,7 +13,7 @@ from longreel.trainer.plan.estimate import GIB, Knobs, training_memory
 
 
 # GiB that torch allocated at most, H200, 2026-11-22: tests/trainer/families/test_full_width.py with
-# the first and the last block, and wan_1_3b_2x whole (test_gpu_run.py).
+# the first and the last block, and wan_1_3b_2x whole (test_gpu_run.py, with all its blocks then).
 @pytest.mark.parametrize("recipe, blocks, peak", [
     ("wan_14b_2x", (0, -1), 55.7),
     ("hunyuan_2x", (0, -1), 50),
