@@ -4,8 +4,9 @@ import time
 
 from runs import assert_the_same_run, train
 
-from longreel.trainer import learner, loop, metrics
-from longreel.trainer.probe import Speedup
+from longreel.trainer import loop, step
+from longreel.trainer.run import metrics
+from longreel.trainer.run.attention_speedup import Speedup
 
 
 def test_what_is_measured_does_not_tell_runs_apart(arguments, tmp_path, monkeypatch):
@@ -14,7 +15,7 @@ def test_what_is_measured_does_not_tell_runs_apart(arguments, tmp_path, monkeypa
     clock = time.perf_counter
     for name, slower in (("one", 1.0), ("other", 3.0)):
         monkeypatch.setattr(time, "perf_counter", lambda slower=slower: slower * clock())
-        monkeypatch.setattr(learner, "peak_memory_gib", lambda _, gib=slower: gib)
+        monkeypatch.setattr(step, "peak_memory_gib", lambda _, gib=slower: gib)
         found = Speedup(dense_ms=6.0, sparse_ms=slower)
         monkeypatch.setattr(loop, "measure_speedup", lambda *_, found=found, **__: found)
         run = [f"run.dir={tmp_path / name}", "validate.prompts=a wave"]
