@@ -91,7 +91,7 @@ def sample(argv: list[str]) -> None:
     check_fits(family.blank_transformer(*base), options.lora)
     pattern_from_dict(entry["pattern"])
 
-    from ..data.decode import write_video
+    from ..data.write_video import write_video
     from ..trainer.parallel.sequence import join_all
     from ..trainer.run.progress import quiet_libraries
     from ..trainer.sampling.pipeline import encode_captions, generate, load_pipeline, share_tokens

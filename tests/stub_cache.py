@@ -9,8 +9,8 @@ import torch
 from videos import numbers, steady
 
 from longreel.data.cache import Bucket, CacheSpec, Encoders
-from longreel.data.encode import Prepared, prepare
 from longreel.data.listing import SourceSpec
+from longreel.data.prepare import Prepared, prepare
 from longreel.data.sources import list_videos
 
 BUCKET = Bucket(9, 32, 48)

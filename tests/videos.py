@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from longreel.data.decode import write_video
+from longreel.data.write_video import write_video
 
 STEP, DARKEST = 4, 18  # grey levels; far enough apart to survive lossy codecs
 

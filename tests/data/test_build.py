@@ -14,10 +14,10 @@ import pytest
 from stub_cache import SPEC, add, build, encoders, never
 from videos import noise
 
-from longreel.data.encode import prepare
 from longreel.data.listing import SourceSpec
+from longreel.data.prepare import prepare
+from longreel.data.process_group import ProcessGroup
 from longreel.data.sources import list_videos
-from longreel.data.survey import Team
 from longreel.launch.demo import fetch_videos
 from longreel.trainer.families import FAMILIES
 
@@ -62,10 +62,10 @@ class InThreads:
                 self.barrier.wait()
                 return all(self.answers)
 
-            team = Team(rank, self.size, lambda: self.barrier.wait() and None, agree)
+            group = ProcessGroup(rank, self.size, lambda: self.barrier.wait() and None, agree)
             listing = list_videos(SourceSpec(path=str(folder)))
             try:
-                self.results[rank] = prepare(listing, spec, cache, load or counted, team=team)
+                self.results[rank] = prepare(listing, spec, cache, load or counted, group=group)
             except BaseException as error:
                 self.results[rank] = error
                 self.barrier.abort()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from longreel.data.coherence import measure
-from longreel.data.synthetic import COLOURS, SETS, Arena, Source
+from longreel.data.scenes import COLOURS
+from longreel.data.synthetic import SETS, Arena, ClipSet
 
 NATIVE = 21
 ARENA = Arena(81, 40, 48, NATIVE)
@@ -15,7 +16,7 @@ CLIPS = 3
 
 
 def sources(name):
-    return [Source(name, ARENA).scene(index) for index in range(CLIPS)]
+    return [ClipSet(name, ARENA).scene(index) for index in range(CLIPS)]
 
 
 def figures(name, clips):
@@ -72,7 +73,7 @@ def turning_round(scene, random):
 
 def forgotten(scene, random):
     """The scene is another one on the way back, from a while after the turn on."""
-    other = Source("pan", ARENA, seed=1).scene(int(random.integers(1000)))
+    other = ClipSet("pan", ARENA, seed=1).scene(int(random.integers(1000)))
     turn = len(scene.left) // 2 + 6
 
     class Two:
@@ -204,7 +205,7 @@ def test_a_clip_without_an_object_says_so_and_nothing_more():
 
 def test_agreement_counts_pairs():
     """Against a count by hand: red for 30 frames, then blue for 11."""
-    scene = Source("bounce", Arena(41, 40, 48, NATIVE)).scene(0)
+    scene = ClipSet("bounce", Arena(41, 40, 48, NATIVE)).scene(0)
     scene = dataclasses.replace(scene, colour=np.r_[np.zeros(30, int), np.full(11, 2)])
     found = measure("bounce", scene.render(), NATIVE)
     assert found["switches"] == 1

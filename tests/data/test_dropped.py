@@ -9,8 +9,8 @@ from videos import noise
 
 from longreel.data import decode
 from longreel.data.cache import Encoders
-from longreel.data.decode import write_video
 from longreel.data.listing import Dropped
+from longreel.data.write_video import write_video
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_top_k(scored):
     found = listing(scored, top_k=2, top_by="look")
     assert kept(found) == "ac"  # of equal scores the first by name
     reasons = {item.name: item.reason for item in found.dropped}
-    assert reasons["e.mp4"] == "data.top_k: look 4 is not among the 2 greatest, down to 5.5"
+    assert reasons["e.mp4"] == "data.top_k: look 4 is not among the 2 greatest, which end at 5.5"
     assert reasons["d.mp4"] == "data.top_k: look has no number"
     assert kept(listing(scored, top_k=9, top_by="look")) == "abce"
     assert kept(listing(scored, filter="look < 6", top_k=1, top_by="move it")) == "a"
@@ -203,7 +203,9 @@ def test_a_data_set_is_streamed_once_without_its_decoder(parquet, tmp_path, monk
     assert sorted(item.kind for item in found.dropped) == ["filtered", "no caption"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert listing(folder, **options) == found  # from the list
-    with pytest.raises(ValueError, match="needs the library: pip install 'longreel.datasets.'"):
+    with pytest.raises(
+        ValueError, match="needs the datasets library: pip install 'longreel.datasets.'"
+    ):
         listing(folder, **options, split="test")
 
 

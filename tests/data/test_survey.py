@@ -11,7 +11,7 @@ from videos import make_video, noise, numbers, painted
 from longreel.data.cache import Bucket
 from longreel.data.captions import CaptionLimit
 from longreel.data.decode import examine, read_clip
-from longreel.data.files import read_about
+from longreel.data.files import read_header
 from longreel.data.manifest import read_manifests
 from longreel.data.shots import shots
 
@@ -47,7 +47,7 @@ def test_videos_go_to_the_bucket_of_the_nearest_aspect_and_the_longest_that_fits
     ]
     for entry in prepared.entries:
         shape = [3, entry.bucket.frames, entry.bucket.height // 8, entry.bucket.width // 8]
-        assert read_about(entry.latents)["shape"] == shape
+        assert read_header(entry.latents)["shape"] == shape
     assert str(prepared.report).splitlines()[1] == "  17 x 48 x 32: 1 clip"
     first = build(folder, replace(spec, windows="first"), tmp_path / "cache", never)
     assert [place[2] for place in places(first)] == [17, 17, 17]
@@ -160,7 +160,7 @@ def test_the_report_comes_before_any_work(tmp_path):
     assert before.splitlines() == [
         "kept 3 clips of 2 videos: 3 to encode, 0 from the cache",
         "3,000 tokens an epoch, 150.0 MB of latents, 150.0 MB of them to be written in "
-        "a time not known before the first clip",
+        "a time that is unknown before the first clip",
         "dropped 1: 1 too short",
         "  c.mp4  too short: 4 frames (0.2 s) missing: 0.3 s = 5 frames at 16 fps, 9 needed",
     ]

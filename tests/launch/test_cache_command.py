@@ -113,9 +113,9 @@ def test_show_decodes_a_clip(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "cache '' is no command"),
-        (["list"], "cache 'list' is no command"),
-        (["verify", "dir=/no/such"], "dir=/no/such is no cache"),
+        ([], "cache '' is not a command"),
+        (["list"], "cache 'list' is not a command"),
+        (["verify", "dir=/no/such"], "dir=/no/such is not a cache"),
         (["gc", "day=3"], "day is not a setting. Did you mean days?"),
         (["gc", "days=nan", "delete=true"], "days=nan is not a finite number"),
         (["show", "x"], "clip=x must be a whole number"),
