@@ -1,4 +1,4 @@
-"""What people really have in their folders: the message for each, and that the rest is used."""
+"""Each kind of bad file that folders really contain is reported, and the rest is used."""
 
 import json
 import os
@@ -163,7 +163,7 @@ def test_a_replaced_video_is_encoded_anew_and_the_old_clip_is_kept(tmp_path):
     times = os.stat(path)
     (before,) = build(folder, SPEC, cache).entries
     add(folder, "a.mp4", 12, "good", frames=noise(12))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` may
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` does
     replaced = build(folder, SPEC, cache)
     assert replaced.report.encoded == 1 and replaced.entries[0].latents != before.latents
     assert before.latents.exists()

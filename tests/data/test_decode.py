@@ -29,7 +29,7 @@ SMALL = {"height": 48, "width": 64}
         ("a.webm", {"codec": "libvpx", "options": {"b": "4000000"}}),
         ("a.mpg", {"codec": "mpeg2video"}),  # its first timestamp is half a second
         ("a.avi", {"codec": "mpeg4", "options": {"b": "4000000"}}),
-        ("b_frames.avi", {"options": {"bf": "3"}}),  # timestamps in the order of storage
+        ("b_frames.avi", {"options": {"bf": "3"}}),  # timestamps in storage order
         ("a.mov", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
     ],
 )
@@ -82,7 +82,7 @@ def test_dropped_frames_hold_the_picture_and_do_not_speed_motion_up(tmp_path):
 
 
 def test_the_last_frame_stays_as_long_as_its_container_says(tmp_path):
-    """Not for the ten ticks that the one before it did."""
+    """The frame before it stays for ten ticks, which must not be repeated."""
     path = make_video(tmp_path / "a.mkv", [0, 1, 2, 12], per_second=10, options={"bf": "0"})
     assert clip_count_frames(path, 10) == 13
 
@@ -134,7 +134,7 @@ def test_short_video(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_damage_is_found_by_decoding_and_what_comes_before_it_is_usable(tmp_path, damage):
-    """The header, in front of a streaming mp4, still promises all 60 frames."""
+    """The header at the front of a faststart mp4 still promises all 60 frames."""
     path = tmp_path / "a.mp4"
     write_video(path, noise(60), 25)
     whole = read_clip(path, start=0, frames=20, fps=25, height=64, width=64)

@@ -1,3 +1,5 @@
+"""Captions are found in tables and text files, and everything left out is reported."""
+
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""The files that no recent run uses, from Python."""
+"""Files that no recent run uses are found and deleted."""
 
 import os
 import time

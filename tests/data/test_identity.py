@@ -15,7 +15,7 @@ IDENTITY = EncoderIdentity("wan", MODEL, None, COMMIT, "torch.bfloat16")
 
 
 def test_keys_are_those_of_existing_caches():
-    """As computed before encoders were identified by fields."""
+    """These keys were computed before encoders were identified by fields."""
     spec = CacheSpec((Bucket(161, 480, 832),), 16, IDENTITY, IDENTITY)
     assert spec.video_key(spec.buckets[0]) == "16fe8cb96a003aaf"
     assert spec.text_key == "869ab8c0d1c185e7"

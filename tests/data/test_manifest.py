@@ -1,4 +1,4 @@
-"""A start with a full cache: by its manifest alone, without a decoder, whatever is damaged."""
+"""A start with a full cache needs only its manifest, and makes a damaged manifest again."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from longreel.data import prepare
 
 
 def content(cache: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file of the cache with its time of writing."""
+    """Return every file of the cache with its mtime and content."""
     files = (path for path in cache.rglob("*.*") if path.parent.name != "manifests")
     return {path.as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 

@@ -16,7 +16,7 @@ COLOUR = np.array([200, 100, 50], np.uint8)
 
 
 def quadrants(height: int, width: int) -> np.ndarray:
-    """Red, green / blue, white."""
+    """Draw red and green above blue and white."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[: height // 2, : width // 2] = 255, 0, 0
     pixels[: height // 2, width // 2 :] = 0, 255, 0
@@ -26,7 +26,7 @@ def quadrants(height: int, width: int) -> np.ndarray:
 
 
 def corners(frame: np.ndarray) -> str:
-    """Colours of `frame`'s corners by row."""
+    """Return the initials of the colours in `frame`'s corners, row by row."""
     high, wide = frame.shape[0] - 5, frame.shape[1] - 5
     names = {(True, False, False): "R", (False, True, False): "G", (False, False, True): "B"}
     picked = [frame[y, x] > 127 for y in (4, high) for x in (4, wide)]
@@ -115,13 +115,13 @@ def test_grey_and_transparent_video_become_rgb(tmp_path):
 
 
 def pq(light: float) -> float:
-    """SMPTE ST 2084: the code, 0 to 1, of so many cd/m2."""
+    """Return the code, 0 to 1, of light in cd/m2 (SMPTE ST 2084)."""
     y = (light / 10000) ** 0.1593017578125
     return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
 
 
 def hlg(scene: float) -> float:
-    """ARIB STD-B67: the code, 0 to 1, of a scene's light, 0 to 1."""
+    """Return the code, 0 to 1, of scene light, 0 to 1 (ARIB STD-B67)."""
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     return (3 * scene) ** 0.5 if scene <= 1 / 12 else a * np.log(12 * scene - b) + c
 
@@ -134,8 +134,10 @@ def hlg(scene: float) -> float:
     ],
 )
 def test_hdr_is_brought_to_the_range_of_other_video(tmp_path, transfer, codes):
-    """Greys stay grey and in order, diffuse white (203 cd/m2, 75 % of HLG) near white; without
-    this, PQ's would be at 58 %, 148."""
+    """Greys stay grey and in order, and diffuse white (203 cd/m2, 75 % of HLG) stays near white.
+
+    Without tone mapping, PQ's diffuse white would come out at 58 %, level 148.
+    """
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=25)

@@ -1,3 +1,5 @@
+"""Synthetic clips depend only on seed and number, and survive being written as videos."""
+
 import json
 import re
 
@@ -39,7 +41,7 @@ def test_the_mix_takes_the_sets_in_turn():
 
 
 def test_the_gap_is_longer_than_the_native_length():
-    """And the turn of the hand: neither is whole in a native clip."""
+    """So is the turn of the hand: neither fits into a clip of native length."""
     for frames in (41, 81, 161):
         blank = ~visible_frames("occlude", Arena(frames, 40, 48, 21))
         assert 21 < blank.sum() < 30 and not blank[:8].any() and not blank[-8:].any()
@@ -54,7 +56,7 @@ def test_captions_do_not_tell_what_must_be_remembered():
     shapes = "disc circle square plus cross triangle"
     ways = "left right up down clockwise fast slowly"
     assert not words & set(f"{colours} {shapes} {ways}".split())
-    # Nor by a hidden rule: of each caption's clips, every colour has its share.
+    # Nor does a hidden rule: each caption comes with every colour equally often.
     source = ClipSet("bounce", ARENA)
     seen = {}
     for index in range(600):
@@ -71,7 +73,7 @@ def test_identities_are_spread_evenly():
 
 
 def test_a_folder_of_videos_keeps_what_is_measured(tmp_path):
-    """Through H.264 and at another shape: the figures of the clips before."""
+    """The figures stay the same through H.264 and at another size."""
     arena = Arena(21, 64, 112, 16)
     source = ClipSet("mix", arena, seed=3)
     folder = write_folder(source, 7, 16, tmp_path)

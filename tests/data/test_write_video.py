@@ -27,7 +27,7 @@ def test_written_video_reads_back(tmp_path):
     clip = read_clip(path, start=0, frames=20, fps=16, height=32, width=48)
     assert numbers(clip) == list(range(20))
     data = path.read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat")  # plays before it is all there
+    assert data.index(b"moov") < data.index(b"mdat")  # playable before it is complete
 
 
 def test_writing_streams(tmp_path):
