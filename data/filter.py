@@ -149,7 +149,11 @@ def parse(text: str, what: str = "data.filter") -> Rule:
 
 
 class _Parser:
-    """Parses by recursive descent; each method below parses the rule of its name."""
+    """Parses a rule by recursive descent.
+
+    `either` parses parts joined by `or`, `both` parts joined by `and`, `single` a comparison, a
+    negation or a parenthesis.
+    """
 
     def __init__(self, text: str, what: str) -> None:
         self.text, self.what = text, what

@@ -126,7 +126,7 @@ def _reading(spec: SourceSpec) -> Iterator[None]:
             raise
         raise ValueError(
             f"data.path={spec.path}: datasets cannot read split {spec.split} to its end "
-            f"({_line(error)}); run again, or mend the files"
+            f"({_line(error)}); run again, or fix the files"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The processes that fill a cache together."""
+"""Describe the processes that fill a cache together."""
 
 from __future__ import annotations
 

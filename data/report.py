@@ -85,9 +85,11 @@ def unusable(where: str, entries: int, dropped: list[Dropped], strict: bool) -> 
     if entries and not (strict and dropped):
         return None
     if not entries:
-        first = f"{where} gives no clip to train on; mend the videos or captions, or ask for less:"
+        first = (
+            f"{where} gives no clip to train on; fix the videos or captions, or relax the settings:"
+        )
     else:
-        first = f"{where}: {len(dropped)} unusable; mend or remove them, or set data.strict=false:"
+        first = f"{where}: {len(dropped)} unusable; fix or remove them, or set data.strict=false:"
     return "\n".join([first, *list(_dropped(dropped, NAMED))[1:]])
 
 

@@ -110,7 +110,7 @@ def _add(
         name = f"{source.name}@{start}"
         first = seen.setdefault((record.fingerprint, source.caption, start, bucket), name)
         if first != name:
-            reason = f"frame {start} on: the same pictures and caption as {first}"
+            reason = f"from frame {start} on: the same pictures and caption as {first}"
             found.dropped.append(Dropped(source.name, "repeated", reason))
             continue
         latents = spec.latents_path(cache_dir, bucket, record.fingerprint, start)

@@ -90,7 +90,7 @@ def _json_row(path: Path, number: int, line: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} line {number} is not valid JSON ({error.msg}): mend that line"
+            f"{path} line {number} is not valid JSON ({error.msg}): fix that line"
         ) from error
     if not isinstance(row, dict):
         raise ValueError(

@@ -20,7 +20,11 @@ class Checked:
 
 
 def verify_files(cache_dir: Path) -> Iterator[Checked]:
-    """Read every tensor of the cache and compare it with the checksum in its file's header."""
+    """Read every tensor file of the cache and yield what is wrong with it.
+
+    A file is damaged if it cannot be read, is of another schema, holds NaN or infinity, or if its
+    tensors differ from the checksum in its header.
+    """
     for path in cache_files(cache_dir, "latents", "text"):
         fault = find_fault(path)
         yield Checked(path, path.stat().st_size if path.exists() else 0, fault)
@@ -37,5 +41,5 @@ def find_fault(path: Path) -> str | None:
     if not all(bool(x.isfinite().all()) for x in tensors.values() if x.is_floating_point()):
         return "holds NaN or infinity"
     if header.get("sha1") != digest(tensors):
-        return "its numbers are not those that were written"
+        return "its tensors differ from what was written"
     return None

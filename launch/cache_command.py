@@ -25,7 +25,7 @@ longreel cache show N [key=value ...]                   decode clip N of the new
 
 @dataclass(frozen=True)
 class Verify:
-    """Settings of `longreel cache verify`.
+    """Holds the settings of `longreel cache verify`.
 
     dir: the cache. delete: delete damaged files, so that the next run encodes them again.
     """
@@ -36,7 +36,7 @@ class Verify:
 
 @dataclass(frozen=True)
 class Gc:
-    """Settings of `longreel cache gc`.
+    """Holds the settings of `longreel cache gc`.
 
     dir: the cache. days: keep the files of runs started within so many days; temporary files older
     than a day are never kept. delete: delete the files instead of only counting them.
@@ -49,7 +49,7 @@ class Gc:
 
 @dataclass(frozen=True)
 class Show:
-    """Settings of `longreel cache show N`.
+    """Holds the settings of `longreel cache show N`.
 
     dir: the cache. clip: index of the clip in the newest manifest, from 0. out: the mp4 to write.
     model: folder or repository of the base model, if it has moved. device: device that decodes.
@@ -74,7 +74,7 @@ def cache(argv: list[str]) -> None:
 
 
 def verify(argv: list[str]) -> None:
-    """Print the damaged files, and how many files manifests miss."""
+    """Print the damaged files, and how many files of each manifest are missing."""
     options = parse(Verify, argv)
     root, bad, size, count = _existing(options.dir), 0, 0, 0
     for checked in verify_files(root):

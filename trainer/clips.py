@@ -138,7 +138,10 @@ def cache_spec(job: Job, dtype: torch.dtype) -> CacheSpec:
 
 
 def caption_limit(job: Job) -> CaptionLimit:
-    """Measure captions with the family's tokenizer, which is loaded once one may be too long."""
+    """Return the family's limit of caption tokens.
+
+    Its tokenizer is loaded when the first caption that may be too long is measured.
+    """
     loaded: list[Any] = []
     limit = job.family.caption_tokens
 

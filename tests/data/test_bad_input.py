@@ -107,7 +107,11 @@ CASES: list[tuple[Callable[[Path], None], str, str]] = [
         "unreadable",
         r"bad.mp4: cannot be read \(Too many levels of symbolic links\)",
     ),
-    (duplicate, "repeated", "same.mp4: frame 0 on: the same pictures and caption as good.mp4@0"),
+    (
+        duplicate,
+        "repeated",
+        "same.mp4: from frame 0 on: the same pictures and caption as good.mp4@0",
+    ),
     (
         too_short,
         "too short",
@@ -128,7 +132,7 @@ def test_one_bad_input_is_told_and_the_rest_is_used(tmp_path, make, kind, messag
     assert report.lines()[1] == f"dropped 1: 1 {kind}"
     again = build(folder, SPEC, cache, None).report  # loads no encoder
     assert again.dropped == report.dropped and (again.kept, again.encoded) == (1, 0)
-    with pytest.raises(ValueError, match="1 unusable; mend or remove them, or set data.strict"):
+    with pytest.raises(ValueError, match="1 unusable; fix or remove them, or set data.strict"):
         build(folder, SPEC, tmp_path / "other", None, strict=True)
     assert not list((tmp_path / "other").rglob("*.safetensors"))
 

@@ -55,7 +55,7 @@ def test_strict_refuses_faults_before_anything_is_loaded(poor, cache):
     with pytest.raises(ValueError) as caught:
         build(poor, SPEC, cache, never, strict=True)
     first, *rest = str(caught.value).splitlines()
-    assert first == f"{poor}: 4 unusable; mend or remove them, or set data.strict=false:"
+    assert first == f"{poor}: 4 unusable; fix or remove them, or set data.strict=false:"
     assert rest[0] == "  empty.mp4  undecodable: the file is empty" and len(rest) == 4
 
 
@@ -66,7 +66,7 @@ def test_nothing_left_is_refused_before_anything_is_loaded(tmp_path, cache):
         build(tmp_path / "videos", SPEC, cache, never)
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'videos'} gives no clip to train on; "
-        "mend the videos or captions, or ask for less:",
+        "fix the videos or captions, or relax the settings:",
         "  0.mp4  too short: 5 frames (0.3 s) missing: 0.2 s = 4 frames at 16 fps, 9 needed",
         "  1.mp4  too short: 4 frames (0.2 s) missing: 0.3 s = 5 frames at 16 fps, 9 needed",
         "  2.mp4  too short: 5 frames (0.3 s) missing: 0.2 s = 4 frames at 16 fps, 9 needed",

@@ -104,7 +104,7 @@ def test_a_renamed_video_is_reused_and_a_copy_is_encoded_once(folder, cache):
     calls = Recording()
     copied = build(folder, replace(SPEC, video_encoder="other"), cache, calls)
     assert len(copied.entries) == 3 and len(calls.clips) == 3
-    reason = "frame 0 on: the same pictures and caption as copy.mp4@0"
+    reason = "from frame 0 on: the same pictures and caption as copy.mp4@0"
     assert copied.report.dropped == [Dropped("z.mp4", "repeated", reason)]
     (folder / "copy.txt").write_text("another dog")
     other = build(folder, replace(SPEC, video_encoder="other"), cache)

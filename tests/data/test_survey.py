@@ -184,7 +184,7 @@ def test_a_report_names_some_of_each_kind_and_the_manifest_all(tmp_path):
     (manifest,) = read_manifests(cache)
     names = manifest.path.with_suffix(".dropped.jsonl").read_text().splitlines()
     assert len(names) == 9 and json.loads(names[0])[1] == "undecodable"
-    with pytest.raises(ValueError, match="9 unusable; mend or remove them"):
+    with pytest.raises(ValueError, match="9 unusable; fix or remove them"):
         build(folder, SPEC, cache, never, strict=True)
 
 

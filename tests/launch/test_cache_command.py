@@ -46,8 +46,8 @@ def test_verify(cache, tmp_path, capsys):
         run(capsys, "verify", f"dir={cache}")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{torn}: cannot be read (")
-    assert lines[1] == f"{changed}: its numbers are not those that were written"
-    assert lines[2] == f"{caption}: its numbers are not those that were written"
+    assert lines[1] == f"{changed}: its tensors differ from what was written"
+    assert lines[2] == f"{caption}: its tensors differ from what was written"
     lines = run(capsys, "verify", f"dir={cache}", "delete=true")
     assert lines[-2] == "6 files, 0.00 GB: 3 damaged"
     assert lines[-1] == f"{tmp_path / 'v'}: 3 files are missing, and are encoded at its next run"
