@@ -25,11 +25,11 @@ import torch
 
 from longreel.data.cache import SCHEMA, Bucket, CacheSpec, Encoders, Entry
 from longreel.data.dataset import LatentDataset
-from longreel.data.encode import prepare
 from longreel.data.files import save_tensors
 from longreel.data.ledger import Ledger, stamp
 from longreel.data.listing import SourceSpec
 from longreel.data.loader import Loader
+from longreel.data.prepare import prepare
 from longreel.data.sampler import SeededBatches
 from longreel.data.sources import list_videos
 

@@ -1,40 +1,48 @@
-"""The cache of latents and text embeddings: names, keys and what is in it.
+"""Define the layout and the keys of the cache of latents and text embeddings.
 
     <cache>/latents/<video key>/<aa>/<sha1>.safetensors    one clip
     <cache>/text/<text key>/<aa>/<sha1>.safetensors        one caption
-    <cache>/ledger/                                        what is known of files (ledger.py)
+    <cache>/canonical/<rate>/<aa>/<sha1>.mp4               copies of videos (canonical.py)
+    <cache>/videos/<aa>/<sha1>.<extension>                 videos of the Hub (hub.py)
+    <cache>/ledger/                                        facts about files (ledger.py)
     <cache>/manifests/<key>.jsonl                          which files a run uses (manifest.py)
 
-A key is the hash of everything that shaped the tensors, so a changed setting never meets a stale
-file. Every file appears whole, by a rename: a build that was killed goes on where it stopped, and
-several processes may build at once. A complete cache is used without PyAV and without encoders.
+A key is the hash of everything that shaped the tensors, so a changed setting never finds a stale
+file. Files are renamed into place once complete: a build that was killed continues where it
+stopped, and several processes may build at once. Using a complete cache needs neither PyAV nor the
+encoders.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .files import UNREADABLE, read_about
+from .files import UNREADABLE, read_header
+from .identity import EncoderIdentity
+from .ledger import FOLDER as LEDGER
 from .ledger import Ledger, stamp
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-SCHEMA = 2  # raise it with any change of what the tensors or the files hold
+SCHEMA = 2  # increase it with every change of what the tensors or the files hold
+MANIFESTS = "manifests"
+CONTENT_FOLDERS = ("latents", "text", "canonical", "videos")
+FOLDERS = (*CONTENT_FOLDERS, LEDGER, MANIFESTS)
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A shape that clips are brought to: `frames` of `height` x `width` pixels.
+    """Holds a shape that clips are brought to: `frames` frames of `height` x `width` pixels.
 
-    tokens, bytes: of one clip in the transformer and in the cache, for the report.
+    tokens, bytes: size of one clip in the transformer and in the cache, for the report.
     """
 
     frames: int
@@ -53,28 +61,31 @@ class Bucket:
 
     @property
     def pixels(self) -> int:
+        """Return the pixels of one clip, over all frames."""
         return self.frames * self.height * self.width
 
     def enlarges(self, height: int, width: int) -> float:
-        """How many times a picture has to grow to cover the bucket."""
+        """Return the factor by which a picture must be enlarged to cover the bucket."""
         return max(self.height / height, self.width / width)
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What the clips are, and which encoders see them.
+    """Describes the clips of a cache and the encoders that make them.
 
     buckets: the shapes; a video gets the one nearest to its aspect, and the longest that fits.
-    windows: "first" takes the first clip of each video; "all" one every `stride` frames (0: no
-    overlap) as long as it is whole. least_scale: smallest share of the bucket's height and width
-    that a video must have. shots: no clip crosses a cut. canonical: decode a copy of constant frame
-    rate, made once. The encoders' names must change with anything that changes their output.
+    fps: frame rate of the clips. video_encoder, text_encoder: identity or name, which must change
+    with anything that changes the encoder's output. windows: "first" takes the first clip of each
+    video, "all" takes a clip every `stride` frames (0: no overlap) as long as it is complete.
+    least_scale: smallest share of the bucket's height and width that a video must have. shots: no
+    clip crosses a cut. canonical: decode a copy of constant frame rate, which is made once.
+    Raises ValueError for impossible values.
     """
 
     buckets: tuple[Bucket, ...]
     fps: float
-    video_encoder: str
-    text_encoder: str
+    video_encoder: EncoderIdentity | str
+    text_encoder: EncoderIdentity | str
     windows: Literal["first", "all"] = "first"
     stride: int = 0
     least_scale: float = 0.0
@@ -94,13 +105,17 @@ class CacheSpec:
             )
 
     def video_key(self, bucket: Bucket) -> str:
-        """How clips are chosen is left out: a clip is the same wherever its neighbours begin."""
+        """Return the key of a bucket's latents.
+
+        Settings that only choose clips are not part of it: a clip is the same wherever its
+        neighbours begin.
+        """
         return self._video_keys[bucket]
 
     @cached_property
     def _video_keys(self) -> dict[Bucket, str]:
         copied = ("canonical",) if self.canonical else ()
-        rest = (float(self.fps), self.video_encoder, *copied)
+        rest = (float(self.fps), str(self.video_encoder), *copied)
         return {
             bucket: short_hash(SCHEMA, bucket.frames, bucket.height, bucket.width, *rest)[:16]
             for bucket in self.buckets
@@ -108,22 +123,26 @@ class CacheSpec:
 
     @cached_property
     def text_key(self) -> str:
-        return short_hash(SCHEMA, self.text_encoder)[:16]
+        """Return the key of text embeddings."""
+        return short_hash(SCHEMA, str(self.text_encoder))[:16]
 
     def latents_path(self, cache_dir: Path, bucket: Bucket, fingerprint: str, start: int) -> Path:
+        """Return the file of the clip that begins at frame `start` of a video's content."""
         name = short_hash(fingerprint, start)
-        folder = f"{cache_dir}/latents/{self.video_key(bucket)}"  # joining Paths takes longer
+        folder = f"{cache_dir}/latents/{self.video_key(bucket)}"  # faster than joining Paths
         return Path(f"{folder}/{name[:2]}/{name}.safetensors")
 
     def text_path(self, cache_dir: Path, caption: str) -> Path:
+        """Return the file of a caption's embedding."""
         name = short_hash(caption)
         return Path(f"{cache_dir}/text/{self.text_key}/{name[:2]}/{name}.safetensors")
 
 
 @dataclass
 class Encoders:
-    """`video`: uint8 RGB [F, H, W, 3] -> [C, f, h, w]. `text`: caption -> named tensors.
+    """Holds the two encoders that fill the cache.
 
+    video: uint8 RGB `[F, H, W, 3]` -> latents `[C, f, h, w]`. text: caption -> named tensors.
     Tensors are stored in the dtype they come in. All captions are encoded before the first clip,
     so a text encoder may be loaded at its first call and freed at the first call of `video`.
     """
@@ -134,9 +153,10 @@ class Encoders:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A cached clip: frames `start` ... of the video `source`, and its caption's embedding.
+    """Describes a cached clip, which begins at frame `start` of the video named `source`.
 
-    group: the first name of the video's content, which copies of it share.
+    id: `source@start`. latents, text: files of the clip and of its caption's embedding. group: name
+    of the first video with the same content, which all copies of a video share.
     """
 
     id: str
@@ -149,14 +169,18 @@ class Entry:
     group: str
 
 
-class Intact:
-    """Whether files of the cache are whole: by the ledger if it knows the file as it is now, else
-    by its header, which then is remembered."""
+class CachedFiles:
+    """Checks whether files of the cache are present and complete.
+
+    The ledger answers for files it knows in their present state. Other files are opened, and the
+    answer is put into the ledger.
+    """
 
     def __init__(self, cache_dir: Path, ledger: Ledger) -> None:
         self.root, self.ledger = f"{cache_dir}/", ledger
 
-    def __call__(self, path: Path) -> bool:
+    def has(self, path: Path) -> bool:
+        """Return True if the file at `path` is complete and of the current schema."""
         try:
             now = stamp(path)
         except OSError:
@@ -165,7 +189,7 @@ class Intact:
         if self.ledger.get("whole", key) == list(now):
             return True
         try:
-            if read_about(path)["schema"] != SCHEMA:
+            if read_header(path)["schema"] != SCHEMA:
                 return False
         except UNREADABLE:
             return False
@@ -173,5 +197,19 @@ class Intact:
         return True
 
 
+def cache_files(cache_dir: Path, *folders: str) -> Iterator[Path]:
+    """Yield the files in some of `CONTENT_FOLDERS`, sorted, without temporary files."""
+    for folder in folders:
+        for path in sorted((cache_dir / folder).rglob("*")):
+            if path.is_file() and path.suffix != ".tmp":
+                yield path
+
+
+def is_cache(folder: Path) -> bool:
+    """Return True if `folder` holds at least one folder of a cache."""
+    return any((folder / name).is_dir() for name in FOLDERS)
+
+
 def short_hash(*parts: object) -> str:
+    """Return the sha1 of JSON values in hexadecimal."""
     return hashlib.sha1(json.dumps(parts).encode(), usedforsecurity=False).hexdigest()

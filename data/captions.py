@@ -1,4 +1,4 @@
-"""Captions longer than the model reads: which, and what of them is cut."""
+"""Find captions that are longer than the model reads, and the text that is cut from them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from .cache import short_hash
 from .ledger import Ledger
 
-SHOWN = 60  # characters of what is cut
+SHOWN = 60  # characters shown of a caption and of the cut text
 
 
 @dataclass(frozen=True)
 class CaptionLimit:
-    """How many tokens of a caption the model reads. `measure`: caption -> (its tokens, the text
-    past the limit). Captions of so many bytes or fewer are not: a token is a byte or more."""
+    """Says how many tokens of a caption the model reads.
+
+    tokens: the limit. measure: caption -> (number of its tokens, text beyond the limit).
+    Captions of at most `tokens` bytes are not measured, because a token has at least one byte.
+    """
 
     tokens: int
     measure: Callable[[str], tuple[int, str]]
@@ -23,7 +26,7 @@ class CaptionLimit:
 def cut_captions(
     captions: Iterable[str], text_key: str, ledger: Ledger, limit: CaptionLimit | None
 ) -> list[str]:
-    """A line for each caption that is cut."""
+    """Return a line for each caption that is cut. text_key: `CacheSpec.text_key`."""
     notes = []
     for caption in captions:
         if limit is None or len(caption.encode()) <= limit.tokens:

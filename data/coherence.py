@@ -1,7 +1,8 @@
-"""How coherent a clip of a synthetic set is over time, told from the clip alone.
+"""Measure how coherent a clip of a synthetic set is over time, from the clip alone.
 
-No learned part and no ground truth: what a set fixes for every clip (`synthetic.SETS`) is enough.
-Colours count from 0 to 1, lengths in shorter sides of the picture, so that sizes compare.
+Nothing is learned and no ground truth is needed: the properties that all clips of a set share
+(`synthetic.SETS`) are enough. Colours range from 0 to 1. Lengths are in shorter sides of the
+picture, so that clips of different sizes compare.
 """
 
 from __future__ import annotations
@@ -11,34 +12,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .synthetic import (
-    COLOURS,
-    HAND,
-    LINES,
-    SHAPES,
-    SPEEDS,
-    Arena,
-    check_name,
-    folded,
-    outline,
-    period,
-    shown,
-)
+from .scenes import COLOURS, LINES, SHAPES, outline
+from .synthetic import HAND, SPEEDS, Arena, check_name, folded, period, visible_frames
 
-CONTRAST = 0.18  # from the background, in any channel: an object
-AREA = (0.25, 2.5)  # of a disc of the object's radius: one object, whole
-CHANGED = 0.1  # in any channel: a pixel that moved
-LAGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # native lengths, of identity agreement
-BEST_PSNR = 60.0  # of frames that are equal
+CONTRAST = 0.18  # least difference of an object from the background, in any channel
+AREA = (0.25, 2.5)  # area of one whole object, in discs of the object's radius
+CHANGED = 0.1  # least difference of a pixel that moved, in any channel
+LAGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # lags of `agree@N`, in native lengths
+BEST_PSNR = 60.0  # dB, given to equal frames
 OBJECTS = ("bounce", "occlude", "cross", "spin")
 
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """What is seen of one object in each frame; NaN, or -1, where `seen` is false.
+    """Holds what is seen of one object in each frame; NaN or -1 where `seen` is false.
 
-    centre: `[T, 2]` x and y of its centre of gravity. colour: nearest of COLOURS. shape: nearest of
-    SHAPES, -1 for a hand.
+    seen: bool `[T]`. centre: `[T, 2]`, x and y of the centre of gravity in pixels. colour: index of
+    the nearest of COLOURS. shape: index of the nearest of SHAPES; -1 for a hand.
     """
 
     seen: np.ndarray
@@ -48,31 +38,40 @@ class Track:
 
 
 def measure(name: str, clip: np.ndarray, native: int) -> dict[str, float]:
-    """Every figure that a set has for a clip uint8 `[T, H, W, 3]`; NaN for what cannot be told,
-    such as the identity of an object that is never seen.
+    """Compute all figures of a set for a clip, uint8 `[T, H, W, 3]`.
 
-    native: as the set was drawn with it. Of all sets:
+    A figure is NaN where the clip gives no answer, such as the identity of an object that is never
+    seen. native: the native length that the set was drawn with, in frames.
+
+    All sets:
         flicker: how much brightness jumps between frames, in grey levels of 255.
-        drift: how far the background moves from the first tenth of the clip to the last; not of
-            `pan`, which has none.
-        motion: share of pixels that change in a fifth of a native length; 0 of a frozen clip.
-    Where an object is to keep its identity:
-        visible: share of the frames that should show one object and do. ghosts: share of those
-            that should show none and do.
-        agree@N: share of frames N apart that show the same colour, of those that show any; chance
-            is one in six. switches: changes of colour from one sighting to the next.
-        same_shape: share of sightings with the shape that most have; not of `spin`.
-        ends: whether the first and the last sightings have the same colour, 0 or 1.
-    Of `bounce` and `occlude`: trajectory_rmse, of the distance from the best straight path that is
-        thrown back at the walls, at any constant speed.
-    Of `spin`: angular_speed_error, the mean share by which the speed is off.
-    Of `pan`: loop_near and loop_far, PSNR in dB of frames that show the same place on the way out
-        and back, next to the turn and at the ends. loop_gap: far minus near, below 0 when the scene
-        was forgotten; blur and noise change both.
-    Of `clock`: clock_error, the mean distance of the bar from where it should end, in widths.
-        backwards: share of frames in which it shrinks.
+        drift: how far the background's colour moves from the first tenth of the clip to the last;
+            not for `pan`, which has no background.
+        motion: share of pixels that change within a fifth of a native length; 0 for a frozen clip.
+    Sets with an object that must keep its identity:
+        visible: of the frames that should show the object, the share that does.
+        ghosts: of the frames that should show none, the share that shows one.
+        agree@N: of the frame pairs N apart that both show an object, the share with the same
+            colour; chance is 1/6.
+        switches: number of colour changes from one sighting to the next.
+        same_shape: share of sightings that have the most frequent shape; not for `spin`.
+        ends: 1 if the first and the last sightings have the same colour, else 0.
+    `bounce` and `occlude`:
+        trajectory_rmse: distance from the best path of constant speed that is straight between
+            bounces off the walls.
+    `spin`:
+        angular_speed_error: mean relative error of the speed.
+    `pan`:
+        loop_near, loop_far: PSNR in dB of frames that show the same place on the way out and on the
+            way back, next to the turn and at the ends of the clip.
+        loop_gap: far minus near. It is negative if the scene was forgotten; blur and noise change
+            both terms.
+    `clock`:
+        clock_error: mean distance of the bar's end from where it should be, in widths.
+        backwards: share of frames in which the bar shrinks.
 
-    Raises ValueError for an unknown set, or a clip of another kind or below `Arena`'s least sizes.
+    Raises ValueError for an unknown set, for a clip of another shape or dtype, and for one below
+    the smallest sizes of `Arena`.
     """
     check_name(name)
     if name == "mix" or clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3:
@@ -92,7 +91,7 @@ def measure(name: str, clip: np.ndarray, native: int) -> dict[str, float]:
         found["drift"] = drift(ground)
     if name in OBJECTS:
         seen = track(pixels, ground, arena, hand=name == "spin")
-        found |= _presence(seen, shown(name, arena)) | _identity(seen, native)
+        found |= _presence(seen, visible_frames(name, arena)) | _identity(seen, native)
         if name in ("bounce", "occlude"):
             found["trajectory_rmse"] = trajectory_rmse(seen, arena)
         if name == "spin":
@@ -108,25 +107,32 @@ def measure(name: str, clip: np.ndarray, native: int) -> dict[str, float]:
 
 
 def flicker(ground: np.ndarray) -> float:
-    """Of background colours `[T, 3]`: the median second difference, which steady change lacks."""
+    """Return the median second difference of the brightness of background colours `[T, 3]`.
+
+    Steady change has none. The unit is grey levels of 255.
+    """
     brightness = ground.mean(1)
     return float(np.median(np.abs(np.diff(brightness, 2)))) * 255
 
 
 def drift(ground: np.ndarray) -> float:
-    """Of background colours `[T, 3]`, in the channel that moved most."""
+    """Return how far background colours `[T, 3]` moved, in the channel that moved most."""
     part = max(len(ground) // 10, 1)
     return float(np.abs(ground[-part:].mean(0) - ground[:part].mean(0)).max())
 
 
 def motion(pixels: np.ndarray, ground: np.ndarray, lag: int) -> float:
-    """Share of pixels that differ from those `lag` frames before, brightness of the frame aside."""
+    """Return the share of pixels that changed over `lag` frames, ignoring overall brightness."""
     level = pixels - ground[:, None, None]
     return float((np.abs(level[lag:] - level[:-lag]).max(-1) > CHANGED).mean())
 
 
 def track(pixels: np.ndarray, ground: np.ndarray, arena: Arena, *, hand: bool) -> Track:
-    """The object in each frame: pixels that stand out of the background, if as many as it has."""
+    """Find the object in each frame: pixels that stand out, if their number fits its size.
+
+    pixels: `[T, H, W, 3]` in [0, 1]. ground: background colours `[T, 3]`. hand: look for the hand
+    of `spin` instead of a shape.
+    """
     frames = len(pixels)
     radius = HAND * arena.side / 2 if hand else arena.radius
     contrast = np.abs(pixels - ground[:, None, None]).max(-1)
@@ -147,22 +153,22 @@ def track(pixels: np.ndarray, ground: np.ndarray, arena: Arena, *, hand: bool) -
 
 
 def agreement(seen: Track, lag: int) -> float:
-    """Share of pairs of sightings `lag` frames apart that have the same colour; NaN without any."""
+    """Return the share of sightings `lag` frames apart of equal colour; NaN if there are none."""
     both = seen.seen[lag:] & seen.seen[:-lag]
     same = seen.colour[lag:] == seen.colour[:-lag]
     return float(same[both].mean()) if both.any() else math.nan
 
 
 def lags(frames: int, native: int) -> list[int]:
-    """Of `agree@N` in a clip of so many frames."""
+    """Return the lags N for which a clip of so many frames has `agree@N`."""
     return [lag for lag in (round(share * native) for share in LAGS) if 0 < lag < frames]
 
 
 def trajectory_rmse(seen: Track, arena: Arena) -> float:
-    """Root mean square distance from the best path, in shorter sides; NaN below ten sightings.
+    """Return the RMS distance from the best path, in shorter sides; NaN below ten sightings.
 
-    Speed and phase are searched along each axis, over speeds half as low and half as high again as
-    the set has: on a grid, then in ever smaller steps about its best point.
+    Speed and phase are searched along each axis, from half the set's lowest speed to 1.5 times its
+    highest: first on a grid, then in ever smaller steps around the best point.
     """
     times = np.flatnonzero(seen.seen)
     if len(times) < 10:
@@ -187,12 +193,14 @@ def trajectory_rmse(seen: Track, arena: Arena) -> float:
 
 
 def angular_speed_error(seen: Track, arena: Arena) -> float:
-    """Mean share by which the hand's speed, over a quarter of a native length at a time, differs
-    from a turn in `period(native)` frames; NaN if it is not seen for so long."""
+    """Return the mean relative error of the hand's speed against a turn in `period(native)` frames.
+
+    Speeds are averaged over a quarter of a native length; NaN if the hand is never seen that long.
+    """
     middle = np.array([arena.width, arena.height]) / 2 - 0.5
     offset = seen.centre - middle
     angle = np.arctan2(offset[:, 1], offset[:, 0])
-    turned = np.diff(angle)  # NaN next to a frame without a hand
+    turned = np.diff(angle)  # NaN next to frames without a hand
     turned = (turned + math.pi) % (2 * math.pi) - math.pi
     span = max(arena.native // 4, 2)
     speeds = np.convolve(turned, np.ones(span) / span, "valid")
@@ -205,8 +213,10 @@ def angular_speed_error(seen: Track, arena: Arena) -> float:
 
 
 def loop_psnr(pixels: np.ndarray) -> tuple[float, float]:
-    """(near, far) PSNR of frame t against frame T - 1 - t: of the eighth of the pairs next to
-    the turn, and of the eighth at the ends."""
+    """Return (near, far) PSNR of frame t against frame T - 1 - t.
+
+    near: mean over the eighth of the pairs next to the turn. far: over the eighth at the ends.
+    """
     half = len(pixels) // 2
     error = ((pixels[:half] - pixels[::-1][:half]) ** 2).mean((1, 2, 3))
     psnr = -10 * np.log10(np.maximum(error, 10 ** (-BEST_PSNR / 10)))
@@ -215,10 +225,10 @@ def loop_psnr(pixels: np.ndarray) -> tuple[float, float]:
 
 
 def clock_errors(pixels: np.ndarray, ground: np.ndarray) -> dict[str, float]:
-    """The bar's end against where time says it is."""
+    """Compare the bar's end with where it should be at each time."""
     frames, height, width = pixels.shape[:3]
     first, last = (round(share * height) for share in LINES)
-    # The background from above and below the bar: the bar may fill more than half of the picture.
+    # Take the background above and below the bar, which may fill more than half of the picture.
     rest = np.concatenate([pixels[:, :first], pixels[:, last:]], 1).reshape(frames, -1, 3)
     ground = np.median(rest, 1)[:, None, None]
     contrast = np.abs(pixels[:, first:last] - ground).max(-1).mean(1)  # [T, W]
@@ -251,7 +261,7 @@ def _identity(seen: Track, native: int) -> dict[str, float]:
 
 
 def _usual(values: np.ndarray) -> int:
-    """The most frequent value but -1; -1 without any."""
+    """Return the most frequent value, ignoring -1; -1 if there is no other."""
     counts = np.bincount(values[values >= 0], minlength=1)
     return int(counts.argmax()) if counts.any() else -1
 
@@ -262,7 +272,7 @@ def _same_shape(seen: Track) -> float:
 
 
 def _nearest_shape(contrast: np.ndarray, centre: np.ndarray, radius: float) -> int:
-    """The shape whose picture about `centre` is nearest to the object's, each at full contrast."""
+    """Return the shape that, drawn at `centre` with full contrast, is nearest to the object."""
     reach = math.ceil(1.3 * radius)
     left, top = np.round(centre).astype(int) - reach
     height, width = contrast.shape

@@ -1,4 +1,4 @@
-"""Cached clips as a map-style dataset, and the hold-out split."""
+"""Read cached clips as a map-style data set, and split off held-out videos."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from .files import UNREADABLE, read_pinned, read_tensors
 
 
 class Item(TypedDict):
-    latents: Tensor  # [C, f, h, w], or [numbers] if only a part was asked for
-    shape: list[int]  # of all latents
-    text: dict[str, Tensor]  # as the text encoder returned it
+    """Holds one clip.
+
+    latents: `[C, f, h, w]`, or `[numbers]` if only a part is read. shape: of the whole latents.
+    text: the caption's embedding, as the text encoder returned it. id: `Entry.id`.
+    """
+
+    latents: Tensor
+    shape: list[int]
+    text: dict[str, Tensor]
     id: str
 
 
 class LatentDataset(Dataset[Item]):
-    """The clips of `entries`, read from the cache when asked for.
+    """Reads the clips of `entries` from the cache on access.
 
-    part: (i, n) reads only the i-th of n parts of each clip's numbers, as they lie in the file, the
-    last one filled up with zeros: processes that share a clip read it once, and `joined` makes the
-    clip of their parts. pinned: into page-locked memory, from which a GPU copies while it
-    computes. Raises ValueError naming the file for one that was damaged or replaced.
+    part: (i, n) reads only the i-th of n parts of each clip's flat latents, the last one padded
+    with zeros, so that processes that share a clip read it only once; `joined` assembles the clip.
+    pinned: read into page-locked memory, from which a GPU can copy while it computes. Access raises
+    ValueError, naming the file, if a file was damaged or replaced.
     """
 
     def __init__(
@@ -43,31 +49,31 @@ class LatentDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         entry = self.entries[index]
         try:
-            latents, about = read_pinned(
+            latents, header = read_pinned(
                 entry.latents, "latents", part=self.part, pinned=self.pinned
             )
         except UNREADABLE as error:
             raise _damaged(entry.latents, str(error)) from error
-        shape = about.get("shape")
+        shape = header.get("shape")
         whole = self.part[1] > 1 or list(latents.shape) == shape
-        if not isinstance(shape, list) or not whole or about.get("start") != entry.start:
-            what = f"it holds {list(latents.shape)} from frame {about.get('start')} on, {shape} "
+        if not isinstance(shape, list) or not whole or header.get("start") != entry.start:
+            what = f"it holds {list(latents.shape)} from frame {header.get('start')} on, {shape} "
             raise _damaged(entry.latents, what + f"from frame {entry.start} on is expected")
         text = read_text(entry.text)
         return {"latents": latents, "shape": shape, "text": text, "id": entry.id}
 
 
 def joined(parts: Tensor, shape: Sequence[int]) -> Tensor:
-    """`[parts, B, numbers]` of a batch to the latents `[B, *shape]`."""
+    """Assemble the parts of a batch, `[parts, B, numbers]`, to latents `[B, *shape]`."""
     numbers = parts.transpose(0, 1).flatten(1)
     return numbers[:, : torch.Size(shape).numel()].unflatten(1, list(shape))
 
 
 def collate(clips: list[Item]) -> dict[str, Any]:
-    """A batch: `latents [B, C, f, h, w]`, or of parts, `shape`, lists of `texts` and `ids`."""
+    """Make a batch: `latents` `[B, C, f, h, w]` or `[B, numbers]`, `shape`, `texts` and `ids`."""
     latents = [clip["latents"] for clip in clips]
     return {
-        # One clip needs no copy, which would not be pinned.
+        # One clip is not copied: the copy would not be pinned.
         "latents": latents[0][None] if len(clips) == 1 else _stack(latents),
         "shape": clips[0]["shape"],
         "texts": [clip["text"] for clip in clips],
@@ -76,13 +82,14 @@ def collate(clips: list[Item]) -> dict[str, Any]:
 
 
 def _stack(latents: list[Tensor]) -> Tensor:
+    """Stack tensors into pinned memory if they are pinned."""
     first = latents[0]
     out = torch.empty((len(latents), *first.shape), dtype=first.dtype, pin_memory=first.is_pinned())
     return torch.stack(latents, out=out)
 
 
 def read_text(path: Path) -> dict[str, Tensor]:
-    """One caption's embedding, as the text encoder returned it; ValueError if it is damaged."""
+    """Read a caption's embedding. Raises ValueError, naming the file, if it is damaged."""
     try:
         return read_tensors(path)[0]
     except UNREADABLE as error:
@@ -96,10 +103,11 @@ def _damaged(path: Path, what: str) -> ValueError:
 
 
 def split(entries: Sequence[Entry], holdout: int) -> tuple[list[Entry], list[Entry]]:
-    """(training clips, held-out clips): all clips of `holdout` videos are held out.
+    """Return (training clips, held-out clips); all clips of `holdout` videos are held out.
 
-    Whole videos with all their copies, because clips of one video look alike. The choice hashes the
-    names, so it is the same in every run, and an added video changes the set by at most one.
+    Videos are held out whole, with all their copies, because clips of one video look alike. The
+    choice is by a hash of their names, so it is the same in every run, and adding a video changes
+    at most one of the held-out videos.
 
     Raises ValueError if no clip is left to train on.
     """

@@ -1,8 +1,8 @@
-"""Video files in and out through PyAV; the only module that imports it.
+"""Read video files through PyAV.
 
-Frames are chosen by their timestamps, never by their number: files as found have variable frame
-rates, dropped frames and headers that lie. Decoding runs from the start of the file, because a
-seek lands on the wrong frame in many of them.
+Frames are chosen by their timestamps, never by their number: files in the wild have variable frame
+rates, dropped frames and wrong headers. Decoding runs from the start of the file, because a seek
+lands on the wrong frame in many of them.
 """
 
 from __future__ import annotations
@@ -20,31 +20,24 @@ import numpy as np
 from av import VideoStream
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
-from . import hdr
-from .files import replacing
+from .picture import Picture
 from .report import too_short
-from .shots import HEIGHT, WIDTH, CutDetector
+from .shots import CutDetector
 
-# Seconds. Matroska and WebM round timestamps to the millisecond: without the slack a frame that
-# is due exactly at the wanted time would now and then count as late.
+# Seconds. Matroska and WebM round timestamps to the millisecond: without this slack a frame that
+# is due exactly at the wanted time would sometimes count as late.
 TOLERANCE = 1e-3
-# Frames that H.264 and HEVC let a decoder hold back to put them in order.
-REORDERED = 16
-# Bicubic filters widen with the reduction in swscale, so a reduced picture does not alias.
-SCALING = (
-    Interpolation.BICUBIC
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
-UNSPECIFIED = 2  # colorspace, primaries and transfer as H.273 numbers them
-BT709 = 1
+# Frames that H.264 and HEVC let a decoder hold back in order to sort them.
+REORDER_WINDOW = 16
 
 
 class DecodeError(ValueError):
-    """A file that does not give the wanted frames; `frames` output frames come before the fault."""
+    """Raised for a file that does not give the wanted frames.
+
+    frames: number of output frames that can be read before the fault.
+    """
 
     def __init__(self, name: str, reason: str, frames: int = 0) -> None:
         super().__init__(name, reason, frames)
@@ -56,9 +49,10 @@ class DecodeError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header and the first frame say; `duration` is in seconds and may be wrong, or 0.
+    """Describes a video by its header and its first frame.
 
-    `width` and `height` are those of the upright picture with square pixels.
+    fps: average frame rate. duration: seconds according to the header, which may be wrong or 0.
+    width, height: size of the upright picture with square pixels.
     """
 
     fps: float
@@ -68,7 +62,7 @@ class VideoInfo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Raises DecodeError where no frame can be decoded."""
+    """Read the header and the first frame. Raises DecodeError if no frame can be decoded."""
     for _, picture in _decode(Path(path)):
         height, width = picture.upright_size
         return VideoInfo(float(picture.rate), picture.stated_duration, width, height)
@@ -77,8 +71,12 @@ def probe(path: str | Path) -> VideoInfo:
 
 @dataclass
 class VideoFacts:
-    """What decoding a video told: how many frames it shows at a rate, the size of its upright
-    picture, the frames that begin a shot, and what is wrong with it after `frames`."""
+    """Holds what decoding a video found.
+
+    frames: number of frames at the requested rate. height, width: size of the upright picture.
+    cuts: frames that begin a shot. fault: what is wrong with the file after `frames` frames, empty
+    if nothing.
+    """
 
     frames: int = 0
     height: int = 0
@@ -90,18 +88,18 @@ class VideoFacts:
 def examine(
     path: str | Path, fps: float, limit: int | None = None, *, find_cuts: bool = False
 ) -> VideoFacts:
-    """Decodes a video as it is shown at `fps`, up to `limit` frames or to damage.
+    """Decode a video resampled to `fps`, up to `limit` frames or the first damage.
 
-    I/O errors pass through as OSError, for they say nothing about the content.
+    I/O errors are raised as OSError, because they say nothing about the content.
     """
     facts, detector, scaler = VideoFacts(), CutDetector(), VideoReformatter()
     latest = None
     try:
-        for picture in islice(shown(Path(path), fps), limit):
+        for picture in islice(resampled(Path(path), fps), limit):
             if latest is None:
                 facts.height, facts.width = picture.upright_size
             if find_cuts and picture is not latest:
-                detector.see(facts.frames, picture.small(scaler))
+                detector.add(facts.frames, picture.small(scaler))
             latest = picture
             facts.frames += 1
     except DecodeError as error:
@@ -113,11 +111,11 @@ def examine(
 def read_clip(
     path: str | Path, *, start: int, frames: int, fps: float, height: int, width: int
 ) -> np.ndarray:
-    """uint8 RGB [frames, height, width, 3]: what is on display (start + i) / fps seconds in.
+    """Return uint8 RGB `[frames, height, width, 3]`: frame i as shown at (start + i) / fps seconds.
 
-    Time counts from the first frame; a frame stays until the next one's timestamp, so motion keeps
-    its speed. The picture is turned upright, resized to cover `height` x `width` and cropped at
-    its centre. Raises DecodeError if the video is damaged or ends earlier.
+    Time counts from the first frame, and a frame stays until the next one's timestamp, so motion
+    keeps its speed. The picture is turned upright, resized to cover `height` x `width` and cropped
+    at its centre. Raises DecodeError if the video is damaged or ends too early.
     """
     clips = read_clips(path, starts=[start], frames=frames, fps=fps, height=height, width=width)
     return next(clips)[1]
@@ -126,11 +124,11 @@ def read_clip(
 def read_clips(
     path: str | Path, *, starts: Iterable[int], frames: int, fps: float, height: int, width: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(start, clip as `read_clip` gives it) for ascending `starts`, in one pass over the file."""
+    """Yield (start, clip as `read_clip` returns it) for ascending `starts`, decoding only once."""
     path = Path(path)
-    pictures = shown(path, fps)
+    pictures = resampled(path, fps)
     scaler = VideoReformatter()
-    position = 0  # of the next frame of `pictures`
+    position = 0  # index of the next frame that `pictures` yields
     latest, pixels = None, np.empty(0)
     clip, end = np.empty(0), 0  # the previous clip, and the position after its last frame
     for start in starts:
@@ -142,7 +140,7 @@ def read_clips(
         del previous
         end = start + frames
         for picture in islice(pictures, start + overlap - position, end - position):
-            if picture is not latest:  # shown again where `fps` is above the video's own
+            if picture is not latest:  # the same one again if `fps` exceeds the video's rate
                 try:
                     latest, pixels = picture, picture.pixels(scaler, height, width)
                 except FFmpegError as error:
@@ -157,161 +155,34 @@ def read_clips(
         yield start, clip
 
 
-def write_video(
-    path: str | Path,
-    frames: Iterable[np.ndarray],
-    fps: float,
-    options: dict[str, str] | None = None,
-) -> None:
-    """Writes uint8 RGB frames [height, width, 3] as H.264 (BT.709 4:2:0, faststart) mp4.
-
-    Frames are encoded as they come; an odd last row or column is cut, as 4:2:0 needs even sizes.
-    options: of libx264. The file appears when it is complete. Raises ValueError for frames that do
-    not fit.
-    """
-    path, rate = Path(path), Fraction(fps).limit_denominator(1001)
-    frames = iter(frames)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError(f"{path}: there is no frame to write")
-    if first.ndim != 3 or first.shape[2] != 3 or min(first.shape[:2]) < 2:
-        raise ValueError(f"{path}: frames must be [height, width, 3], got {list(first.shape)}")
-    height, width = (size // 2 * 2 for size in first.shape[:2])
-    with (
-        replacing(path) as temporary,
-        av.open(
-            str(temporary.absolute()), "w", format="mp4", options={"movflags": "+faststart"}
-        ) as container,
-    ):
-        stream = container.add_stream("libx264", rate=rate, options=options or {"crf": "17"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = 1  # limited
-        scaler = VideoReformatter()
-        for index, pixels in enumerate(_chain(first, frames)):
-            if pixels.shape != first.shape or pixels.dtype != np.uint8:
-                raise ValueError(
-                    f"{path}: frame {index} is {pixels.dtype} {list(pixels.shape)}, "
-                    f"uint8 {list(first.shape)} is needed"
-                )
-            frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(pixels[:height, :width]), format="rgb24"
-            )
-            frame = scaler.reformat(
-                frame,
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=1,
-                interpolation=SCALING,
-            )
-            frame.pts, frame.time_base = index, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A decoded frame with what its stream says about it."""
-
-    frame: av.VideoFrame
-    rate: Fraction
-    pixel_aspect: float  # width / height of a pixel
-    stated_duration: float  # of the stream, seconds
-
-    @property
-    def duration(self) -> float:
-        """Seconds, by its container; 0 if that does not say."""
-        frame = self.frame
-        return float((frame.duration or 0) * (frame.time_base or 0))
-
-    @property
-    def turns(self) -> int:
-        """Quarter turns, counterclockwise, that make the picture upright."""
-        return round(self.frame.rotation / 90) % 4
-
-    @property
-    def upright_size(self) -> tuple[int, int]:
-        """Height and width with square pixels."""
-        height, width = self.frame.height, round(self.frame.width * self.pixel_aspect)
-        return (width, height) if self.turns % 2 else (height, width)
-
-    def small(self, scaler: VideoReformatter) -> np.ndarray:
-        """uint8 YUV [HEIGHT, WIDTH, 3], for finding cuts."""
-        frame = scaler.reformat(
-            self.frame,
-            width=WIDTH,
-            height=HEIGHT,
-            format="yuv444p",
-            interpolation=Interpolation.AREA,
-        )
-        return frame.to_ndarray().transpose(1, 2, 0)
-
-    def pixels(self, scaler: VideoReformatter, height: int, width: int) -> np.ndarray:
-        """uint8 RGB [height, width, 3], resized to cover and cropped at the centre.
-
-        Grey becomes RGB, alpha is left out, and HDR is mapped to the range of other video.
-        """
-        if self.turns % 2:
-            height, width = width, height
-        frame, square_width = self.frame, self.frame.width * self.pixel_aspect
-        scale = max(height / frame.height, width / square_width)
-        cover_height = max(height, round(frame.height * scale))
-        cover_width = max(width, round(square_width * scale))
-        high_range = frame.color_trc in hdr.TRANSFERS
-        cover = scaler.reformat(
-            frame,
-            width=cover_width,
-            height=cover_height,
-            format="rgb48le" if high_range else "rgb24",
-            src_colorspace=_colorspace(frame),
-            interpolation=SCALING,
-        ).to_ndarray()
-        top, left = (cover_height - height) // 2, (cover_width - width) // 2
-        picture = cover[top : top + height, left : left + width]
-        if high_range:
-            picture = hdr.tone_map(picture, frame.color_trc)
-        return np.rot90(picture, self.turns)
-
-
-def _colorspace(frame: av.VideoFrame) -> int:
-    """As tagged; an untagged picture is BT.709 from 720 rows up and BT.601 below, as in players."""
-    if frame.colorspace != UNSPECIFIED:
-        return frame.colorspace
-    return Colorspace.ITU709 if min(frame.height, frame.width) >= 720 else Colorspace.ITU601
-
-
-def shown(path: Path, fps: float) -> Iterator[Picture]:
-    """The picture on display i / fps seconds after the first frame, for i = 0, 1, ..."""
+def resampled(path: Path, fps: float) -> Iterator[Picture]:
+    """Yield the picture on display i / fps seconds after the first frame, for i = 0, 1, ..."""
     current, index = None, 0
     origin = now = interval = 0.0
-    for time, picture in _in_order(_decode(path)):
+    for time, picture in _with_sorted_times(_decode(path)):
         if current is None:
             origin, interval = time, float(1 / picture.rate)
-        later = max(now, time - origin)  # a clock that runs backwards stands still
+        later = max(now, time - origin)  # timestamps never run backwards
         while current is not None and index / fps + TOLERANCE < later:
             yield current
             index += 1
         current, now, interval = picture, later, (later - now) or interval
-    # Containers often write the last frame's duration wrong: it may not stay longer than the one
-    # before did.
+    # Containers often store a wrong duration for the last frame: do not show it longer than the
+    # frame before it.
     end = now + min(interval, current.duration or interval) if current is not None else 0.0
     while current is not None and index / fps + TOLERANCE < end:
         yield current
         index += 1
 
 
-def _in_order(decoded: Iterator[tuple[float, Picture]]) -> Iterator[tuple[float, Picture]]:
-    """The same with timestamps that fit the order of the pictures.
+def _with_sorted_times(
+    decoded: Iterator[tuple[float, Picture]],
+) -> Iterator[tuple[float, Picture]]:
+    """Yield the same pictures with their timestamps sorted.
 
-    A decoder puts pictures in order, but AVI numbers them as they are stored, so the timestamps
-    of H.264 with B-frames come shuffled. Sorting them over the reordering window repairs that and
-    changes nothing elsewhere.
+    A decoder returns pictures in display order, but AVI numbers them in storage order, so the
+    timestamps of H.264 with B-frames come shuffled. Sorting them within the reorder window repairs
+    that and changes nothing for other files.
     """
     times: list[float] = []
     pictures: deque[Picture] = deque()
@@ -320,7 +191,7 @@ def _in_order(decoded: Iterator[tuple[float, Picture]]) -> Iterator[tuple[float,
         for time, picture in decoded:
             heapq.heappush(times, time)
             pictures.append(picture)
-            if len(pictures) > REORDERED:
+            if len(pictures) > REORDER_WINDOW:
                 yield heapq.heappop(times), pictures.popleft()
     except DecodeError as error:
         damage = error
@@ -331,14 +202,16 @@ def _in_order(decoded: Iterator[tuple[float, Picture]]) -> Iterator[tuple[float,
 
 
 def _decode(path: Path) -> Iterator[tuple[float, Picture]]:
-    """(timestamp in seconds, picture) as the decoder gives them, up to the end or to damage.
+    """Yield (timestamp in seconds, picture) in decoder order, up to the end or the first damage.
 
-    I/O errors pass through as OSError, for they say nothing about the content.
+    I/O errors are raised as OSError, because they say nothing about the content.
     """
     if path.stat().st_size == 0:
         raise DecodeError(path.name, "the file is empty")
     try:
-        container = av.open(str(path.absolute()))  # "a:b.mp4" would name a protocol
+        container = av.open(
+            str(path.absolute())
+        )  # a relative "a:b.mp4" would be read as a protocol
     except FFmpegError as error:
         raise _fault(path, "not a readable video", error) from error
     with container:
@@ -347,7 +220,7 @@ def _decode(path: Path) -> Iterator[tuple[float, Picture]]:
             raise DecodeError(path.name, "there is no video stream in it")
         if stream.codec_context is None:
             raise DecodeError(path.name, "there is no decoder for its video codec")
-        # Threads across frames would report damage late and lose what came before it.
+        # Frame threading would report damage late and lose frames decoded before it.
         stream.thread_type = "SLICE"
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         aspect = float(stream.sample_aspect_ratio or 1) or 1.0
@@ -372,9 +245,9 @@ def _decode(path: Path) -> Iterator[tuple[float, Picture]]:
 
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames up to the end, or up to damage and then its error.
+    """Yield frames up to the end or the first damage, then raise its error.
 
-    Errors before the first good packet are passed over: recordings may begin between key frames.
+    Errors before the first good packet are ignored: recordings may begin between key frames.
     """
     packets = container.demux(stream)
     started, problem = False, None
@@ -384,7 +257,7 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[av.Video
             if packet is None:
                 break
             yield from packet.decode()
-            if packet.size:  # the last one is empty and flushes the decoder
+            if packet.size:  # the last packet is empty and flushes the decoder
                 started, problem = True, None
         except FFmpegError as error:
             problem = error
@@ -392,13 +265,14 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[av.Video
                 break
     if problem is not None:
         if started:
-            for frame in stream.decode(None):  # what the decoder held back
+            for frame in stream.decode(None):  # frames the decoder still holds
                 frame.time_base = stream.time_base
                 yield frame
         raise problem
 
 
 def _fault(path: Path, what: str, error: Exception) -> Exception:
+    """Turn a libav error into an OSError of `path` if it is one, else into a DecodeError."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, str(path))
     return DecodeError(path.name, f"{what} ({getattr(error, 'strerror', None) or error})")

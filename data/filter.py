@@ -1,12 +1,12 @@
-"""Rules over the columns of a table: `aesthetic > 5.2 and "motion score" > 3`.
+"""Parse and apply rules over the columns of a table: `aesthetic > 5.2 and "motion score" > 3`.
 
     rule:       any number of comparisons with `and`, `or`, `not` and parentheses
     comparison: column < <= > >= == != value, or: column contains 'text'
     column:     a name, in double quotes if it has spaces
     value:      a number, or text in single quotes
 
-That is all: the text is parsed here and never evaluated as code. A row without a value for a column
-fails every comparison with it.
+The grammar is complete: the text is parsed here and never evaluated as code. A row without a value
+for a column fails every comparison with that column.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
 }
 WORDS = ("and", "or", "not", "contains")
-DEEPEST = 50  # levels of parentheses and `not`
+MAX_DEPTH = 50  # nesting of parentheses and `not`
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """Compares a column with a number or a text."""
+
     column: str
     sign: str
     value: float | str
@@ -59,6 +61,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Not:
+    """Passes rows that `part` does not pass."""
+
     part: Node
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
@@ -67,6 +71,8 @@ class Not:
 
 @dataclass(frozen=True)
 class Both:
+    """Passes rows that all `parts` pass."""
+
     parts: tuple[Node, ...]
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
@@ -75,6 +81,8 @@ class Both:
 
 @dataclass(frozen=True)
 class Either:
+    """Passes rows that at least one of `parts` passes."""
+
     parts: tuple[Node, ...]
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
@@ -86,7 +94,10 @@ Node = Comparison | Not | Both | Either
 
 @dataclass(frozen=True)
 class Rule:
-    """A parsed rule: called with a row, it says whether the row passes."""
+    """Holds a parsed rule; calling it with a row returns True if the row passes.
+
+    text: the rule as written. columns: the columns it reads. what: name of the setting.
+    """
 
     text: str
     node: Node
@@ -97,7 +108,7 @@ class Rule:
         return self.node(row)
 
     def check_columns(self, known: Iterable[str]) -> None:
-        """Raise ValueError for a column that no row has."""
+        """Raise ValueError if the rule reads a column that is not among `known`."""
         known = sorted(known)
         for column in self.columns:
             if column in known:
@@ -109,16 +120,17 @@ class Rule:
             raise ValueError(f"{self.what}={self.text}: there is no column {column!r}. {meant}")
 
     def explain(self, row: Mapping[str, Any]) -> str:
-        """The row's values of the columns that the rule reads."""
+        """Return the row's values of the columns that the rule reads, as text."""
         return ", ".join(f"{column} is {_shown(row.get(column))}" for column in self.columns)
 
     @staticmethod
     def number(row: Mapping[str, Any], column: str) -> float | None:
+        """Return the number in a column, None if there is none."""
         return as_number(row.get(column))
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, from a number or its text as CSV has it; None for all else."""
+    """Convert a number, or its text as CSV holds it, to a finite float; None for anything else."""
     if isinstance(value, bool) or value is None:
         return None
     try:
@@ -129,11 +141,20 @@ def as_number(value: Any) -> float | None:
 
 
 def parse(text: str, what: str = "data.filter") -> Rule:
-    """Raises ValueError with the place of what is not of the grammar. what: the setting's name."""
+    """Parse a rule. what: name of the setting, for messages.
+
+    Raises ValueError, with the position, for text outside the grammar.
+    """
     return _Parser(text, what).rule()
 
 
 class _Parser:
+    """Parses a rule by recursive descent.
+
+    `either` parses parts joined by `or`, `both` parts joined by `and`, `single` a comparison, a
+    negation or a parenthesis.
+    """
+
     def __init__(self, text: str, what: str) -> None:
         self.text, self.what = text, what
         self.tokens: list[tuple[str, str, int]] = []  # kind, text, place
@@ -171,7 +192,7 @@ class _Parser:
 
     def single(self) -> Node:
         self.depth += 1
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise self.error(self.place, "too many parentheses")
         if self.take("word", "not"):
             node: Node = Not(self.single())
@@ -219,9 +240,9 @@ class _Parser:
 
     def error(self, place: int, reason: str) -> ValueError:
         return ValueError(
-            f"{self.what}={self.text}: {reason} (character {place + 1}). A rule is such as "
-            'aesthetic > 5.2 and "motion score" > 3, with names that have spaces in double '
-            "quotes and text in single ones."
+            f"{self.what}={self.text}: {reason} (character {place + 1}). An example of a rule is "
+            'aesthetic > 5.2 and "motion score" > 3; names with spaces need double quotes, '
+            "texts need single quotes."
         )
 
 

@@ -1,4 +1,4 @@
-"""A folder of videos: captions in text files beside them, or in a table."""
+"""List a folder of videos with captions in text files beside them or in a table."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NOT_VIDEOS = frozenset((SIDECAR, ".json", ".npz", ".srt", ".vtt", ".jpg", ".jpeg
 
 
 def list_folder(spec: SourceSpec) -> Listing:
-    """The captioned videos of a folder and its sub-folders, and what was left out.
+    """List the captioned videos of a folder and its sub-folders, and what was left out.
 
     Captions come from the rows of a metadata.jsonl, .csv or .parquet in the video's folder or one
-    above it: `file_name` or `video`, relative to that file, `caption` or `text`, and perhaps
-    `start` and `end` in seconds, so that a video may have several rows. Else from a `.txt` file of
-    the same stem. Hidden files are skipped.
+    above it. A row has `file_name` or `video`, relative to the table, `caption` or `text`, and
+    optionally `start` and `end` in seconds; a video may have several rows. Videos without a row
+    take their caption from a `.txt` file of the same stem. Hidden files are skipped.
 
-    Raises ValueError for a missing folder, a folder with no video and a malformed table.
+    Raises ValueError for a missing folder, a folder without videos and a malformed table.
     """
     folder = Path(spec.path)
     check_folder(folder)
@@ -50,15 +50,16 @@ def list_folder(spec: SourceSpec) -> Listing:
 
 
 def check_folder(folder: Path) -> None:
+    """Raise ValueError if `folder` is not a folder."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}: point data.path at a folder of videos with captions")
 
 
 def visible_files(folder: Path) -> dict[str, None]:
-    """Names of all files, relative and sorted: nothing later depends on the file system's order.
+    """Return the relative names of all files, sorted so that the file system's order is irrelevant.
 
-    Links are followed, but into no folder twice.
+    Links are followed, but no folder is entered twice. The result is a dict for fast look-ups.
     """
     return dict.fromkeys(sorted(_walk(folder)))
 
@@ -68,7 +69,7 @@ def _walk(folder: Path) -> Iterator[str]:
     root = os.fspath(folder)
     for parent, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(parent)
-        if real in visited:  # a link to a folder above would go round for ever
+        if real in visited:  # a link to a parent folder would loop forever
             folders.clear()
             continue
         visited.add(real)
@@ -79,12 +80,16 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def suffix(name: str) -> str:
+    """Return the extension in lower case, with its dot."""
     return posixpath.splitext(name)[1].lower()
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What a table, or a text file, says of a video. reason: why there is no caption."""
+    """Holds what a table or text file says about a video.
+
+    reason: why it has no caption, used if `caption` is empty.
+    """
 
     caption: str
     reason: str
@@ -94,6 +99,7 @@ class _Row:
 
 
 def _sidecar(video: Path) -> _Row:
+    """Read the caption of a video from the text file beside it."""
     path = video.with_suffix(SIDECAR)
     try:
         caption = path.read_text(encoding="utf-8-sig").strip()
@@ -106,7 +112,7 @@ def _sidecar(video: Path) -> _Row:
 
 
 def _unknown_extensions(files: dict[str, None], used: set[str]) -> Iterator[Dropped]:
-    """Files with a caption beside them that would pass unseen."""
+    """Yield files that have a caption but no known extension and would be ignored silently."""
     stems = {posixpath.splitext(name)[0] for name in used}
     for name in files:
         stem, extension = posixpath.splitext(name)
@@ -121,7 +127,7 @@ def _unknown_extensions(files: dict[str, None], used: set[str]) -> Iterator[Drop
 def _read_tables(
     folder: Path, files: dict[str, None], spec: SourceSpec
 ) -> tuple[dict[str, list[_Row]], list[Dropped]]:
-    """What the tables say by the video's name, and the rows that were left out."""
+    """Return the rows of all tables by the video's name, and the rows that were left out."""
     rows: dict[str, list[_Row]] = {}
     places: dict[tuple[str, float, float | None], str] = {}
     dropped = []
@@ -161,6 +167,7 @@ def _read_tables(
 
 
 def _check_only_table(path: Path) -> None:
+    """Raise ValueError if a folder holds tables of two formats."""
     others = [name for name in METADATA if name != path.name and path.with_name(name).exists()]
     if others:
         both = " and ".join(sorted([path.name, *others], key=METADATA.index))
@@ -168,7 +175,7 @@ def _check_only_table(path: Path) -> None:
 
 
 def _file_name(row: dict[str, Any], columns: tuple[str, ...]) -> str:
-    """Also of a column that `datasets` wrote as {"path": ...}."""
+    """Return a row's file name; `datasets` writes such a column as {"path": ...}."""
     for column in columns:
         value = row.get(column)
         value = value.get("path") if isinstance(value, dict) else value
@@ -178,10 +185,12 @@ def _file_name(row: dict[str, Any], columns: tuple[str, ...]) -> str:
 
 
 def _target(file_name: str, parent: str, root: str) -> str:
-    """The name relative to the folder that the table's `file_name` means."""
+    """Return a table's `file_name` relative to the listed folder instead of the table."""
     plain = file_name.partition("/")
     if not plain[1] and "\\" not in file_name and file_name not in (".", ".."):
-        return f"{parent}/{file_name}" if parent else file_name  # of 100,000 rows, most
+        return (
+            f"{parent}/{file_name}" if parent else file_name
+        )  # the usual case, fast for 100,000 rows
     joined = posixpath.normpath(posixpath.join(root, parent, file_name.replace("\\", "/")))
     if joined.startswith(root + "/"):
         return joined[len(root) + 1 :]

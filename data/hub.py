@@ -1,8 +1,8 @@
-"""`datasets` as a source, by name or from a local copy, without its decoding.
+"""List a data set of the `datasets` library, by its name on the Hub or from a local copy.
 
-The data set is streamed once, undecoded: videos that it holds as bytes are put into the cache,
-files that lie on this machine are used where they are. The list is kept, so that a run with a full
-cache does not import `datasets`.
+The data set is streamed once, undecoded. Videos that it holds as bytes are written to the cache;
+files on this machine are used where they are. The list is stored, so that a run with a full cache
+does not import `datasets`.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import FULL, read_json_lines, replacing, told_when_full
+from .files import DISK_FULL, explain_full_disk, read_json_lines, replacing
 from .folder import suffix
 from .listing import VIDEO_SUFFIXES, Dropped, Listing, Source, SourceSpec
 from .tables import first_text, span
 
 log = logging.getLogger(__name__)
 
-SIMPLE = (str, int, float, bool)  # what is kept of a row for filters
-SCHEMA = 1
+SIMPLE = (str, int, float, bool)  # types of the columns that are kept for filters
+SCHEMA = 1  # increase it with every change of the stored list
 
 
 def list_dataset(spec: SourceSpec) -> Listing:
-    """The captioned videos of a split.
+    """List the captioned videos of a split.
 
-    Raises ValueError without `datasets`, for a data set or a split that cannot be loaded, and for
-    one that has no column of videos or captions.
+    Raises ValueError if `datasets` is not installed, the data set or split cannot be loaded, or it
+    has no column of videos.
     """
     where = f"{spec.path} ({spec.split})"
     file = _list_file(spec)
     rows = _read(file)
     if rows is None:
-        with told_when_full(Path(spec.cache_dir).absolute()):
+        with explain_full_disk(Path(spec.cache_dir).absolute()):
             rows = _write(file, _stream(spec))
         log.info(f"{where}: {len(rows)} rows; delete {file} to read the data set again.")
     sources, dropped = [], []
@@ -54,7 +54,7 @@ def list_dataset(spec: SourceSpec) -> Listing:
 
 
 def _list_file(spec: SourceSpec) -> Path:
-    """Local copies are told apart by when their files were last written."""
+    """Return the file of the stored list; local copies are distinguished by sizes and times."""
     local = Path(spec.path)
     stamps: list[tuple[str, int, int]] = []
     if local.is_dir():
@@ -66,7 +66,7 @@ def _list_file(spec: SourceSpec) -> Path:
 
 
 def _read(file: Path) -> list[dict[str, Any]] | None:
-    """The list of an earlier run, unless files that it names are gone."""
+    """Return the list that an earlier run stored; None if a file that it names is gone."""
     try:
         rows = list(read_json_lines(file))
     except (OSError, ValueError):
@@ -76,6 +76,7 @@ def _read(file: Path) -> list[dict[str, Any]] | None:
 
 
 def _write(file: Path, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Store the list and return its rows."""
     kept = []
     with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as out:
         for row in rows:
@@ -85,23 +86,23 @@ def _write(file: Path, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stream(spec: SourceSpec) -> Iterator[dict[str, Any]]:
-    """A plain row for each of the data set; videos held as bytes are stored on the way."""
+    """Yield a plain row for each row of the data set, storing videos that it holds as bytes."""
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "data.source=datasets needs the library: pip install 'longreel[datasets]'"
+            "data.source=datasets needs the datasets library: pip install 'longreel[datasets]'"
         ) from error
     try:
         split: Any = datasets.load_dataset(
             spec.path, spec.subset, split=spec.split, revision=spec.revision, streaming=True
         )
-    except Exception as error:  # it raises families of its own and of the Hub's
+    except Exception as error:  # datasets and the Hub client raise many types
         raise ValueError(
             f"data.path={spec.path}: datasets cannot load it ({_line(error)}); data.path is a name "
             "on the Hub or a local folder, data.subset and data.split choose a part"
         ) from error
-    with _reading(spec):  # columns of CSV and JSON are not known before
+    with _reading(spec):  # CSV and JSON reveal their columns only when read
         features = dict(split.features or dict.fromkeys(next(iter(split), {})))
     column = spec.video or _video_column(features, datasets)
     if features and column not in features:
@@ -117,33 +118,37 @@ def _stream(spec: SourceSpec) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _reading(spec: SourceSpec) -> Iterator[None]:
-    """Say which data set could not be read: a broken file, or a connection that ended."""
+    """Turn errors of reading into a ValueError that names the data set and the split."""
     try:
         yield
-    except Exception as error:  # families of its own, of the Hub's and of Arrow's
-        if isinstance(error, OSError) and error.errno in FULL:
+    except Exception as error:  # datasets, the Hub client and Arrow raise many types
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         raise ValueError(
             f"data.path={spec.path}: datasets cannot read split {spec.split} to its end "
-            f"({_line(error)}); run again, or mend the files"
+            f"({_line(error)}); run again, or fix the files"
         ) from error
 
 
 def _line(error: Exception) -> str:
-    """The first of what an error says."""
+    """Return the first line of an error."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _video_column(features: dict[str, Any], datasets: Any) -> str:
+    """Return the column of videos, by its type or else by its name."""
     videos = [name for name, kind in features.items() if isinstance(kind, datasets.Video)]
     named = [name for name in ("video", "mp4", "file_name") if name in features]
     if not videos and not named:
-        have = ", ".join(features) or "not known"
-        raise ValueError(f"data.video: no column of videos is found; the columns are {have}")
+        have = ", ".join(features) or "unknown"
+        raise ValueError(
+            f"data.video: no column of videos was found; the columns are {have}; set it to one"
+        )
     return [*videos, *named][0]
 
 
 def _plain_row(index: int, row: dict[str, Any], column: str, spec: SourceSpec) -> dict[str, Any]:
+    """Convert a row to JSON values: name, caption, columns, path, and why it is dropped, if so."""
     value = row.get(column)
     video = value if isinstance(value, dict) else {"path": value, "bytes": None}
     if isinstance(value, bytes):
@@ -165,6 +170,7 @@ def _plain_row(index: int, row: dict[str, Any], column: str, spec: SourceSpec) -
 
 
 def _store(content: bytes, given: str, cache_dir: Path) -> Path:
+    """Write a video's bytes to the cache, named by their hash, and return the file."""
     digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
     extension = suffix(given) if suffix(given) in VIDEO_SUFFIXES else ".mp4"
     path = cache_dir.absolute() / "videos" / digest[:2] / f"{digest}{extension}"

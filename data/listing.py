@@ -1,4 +1,4 @@
-"""What a source gives: captioned videos, and what of it cannot be used."""
+"""Define what a source lists: captioned videos, and what cannot be used."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, Literal
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 )
-CAPTIONS, FILES = ("caption", "text"), ("file_name", "video")  # names of columns, as found
+# Usual names of the columns with captions and with file names.
+CAPTIONS, FILES = ("caption", "text"), ("file_name", "video")
 
-# What the report counts by.
+# The reasons that the report counts dropped videos by.
 Kind = Literal[
     "no caption",
     "no such file",
@@ -30,10 +31,10 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A captioned video, or the seconds from `start` to `end` of one (None: its end).
+    """Describes a captioned video, or the part of one from `start` to `end` seconds.
 
-    `name` is its path relative to the folder, with forward slashes; columns: of its row, for
-    `data.filter` and `data.top_k`.
+    name: its path relative to the folder, with forward slashes. end: None for the end of the video.
+    columns: the other columns of its row, for `data.filter` and `data.top_k`.
     """
 
     path: Path
@@ -46,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A video, a part of one, or a row of a table that is not trained on, and why."""
+    """Names a video, part of a video or row of a table that is not trained on, and why."""
 
     name: str
     kind: Kind
@@ -55,7 +56,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source gives, sorted by name. where: for messages."""
+    """Holds what a source lists, sorted by name. where: the source's name in messages."""
 
     where: str
     sources: list[Source]
@@ -64,13 +65,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Which source, and how to read it; the fields are the settings of the same names under `data`.
+    """Names a source and how to read it.
 
-    cache_dir: where a source that has no files of its own puts them.
+    The fields are the settings of the same names under `data`. cache_dir: folder for the files of a
+    source that has none of its own.
     """
 
+    path: str
     source: str = "folder"
-    path: str = ""
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -83,8 +85,10 @@ class SourceSpec:
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
+        """Return the columns that may hold the caption."""
         return (self.caption,) if self.caption else CAPTIONS
 
     @property
     def file_columns(self) -> tuple[str, ...]:
+        """Return the columns that may hold the video's file name."""
         return (self.video,) if self.video else FILES

@@ -1,4 +1,4 @@
-"""Batches read from the cache ahead of the steps that use them."""
+"""Read batches from the cache ahead of the steps that use them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .sampler import SeededBatches
 class Loader:
     """Iterates over batches of `dataset` in the sampler's order, endlessly.
 
-    workers: threads that read, one batch each; 0 reads when asked. Threads and not processes:
-    reading a file leaves Python's lock alone, and no batch has to pass through shared memory, of
-    which containers often have 64 MB. At most `workers` + 1 batches exist, the one in use included.
-    An error of reading is raised where its batch would have come.
+    workers: threads that read one batch each; 0 reads a batch when it is requested. Threads suffice
+    because reading a file releases the GIL, and unlike processes they need no shared memory, of
+    which containers often have only 64 MB. At most `workers` + 1 batches exist, including the one
+    in use. A read error is raised in place of its batch.
     """
 
     def __init__(self, dataset: LatentDataset, sampler: SeededBatches, workers: int) -> None:

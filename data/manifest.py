@@ -1,10 +1,10 @@
-"""What a run uses of the cache, written before it is filled and when it is complete.
+"""Record which files of the cache a run uses, before the cache is filled and when it is complete.
 
-    <cache>/manifests/<key>.jsonl            a line about the settings, then one a clip
+    <cache>/manifests/<key>.jsonl            a line about the settings, then one per clip
     <cache>/manifests/<key>.dropped.jsonl    what was dropped, and why
 
-The next start with the same videos and settings takes its clips from here, and only looks whether
-the files of the cache are as they were; `longreel cache` knows by it what is in use.
+The next start with the same videos and settings takes its clips from here, after checking that the
+files of the cache have not changed. `longreel cache` reads here which files are in use.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .cache import SCHEMA, CacheSpec, Entry, short_hash
+from .cache import MANIFESTS, SCHEMA, CacheSpec, Entry, short_hash
 from .files import read_json_lines, replacing
+from .identity import header_value
 from .ledger import stamp
 from .listing import Dropped, Listing
 
-FOLDER = "manifests"
 DROPPED = ".dropped.jsonl"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of a manifest; files are relative to the cache."""
+    """Names a clip of a manifest and its files, relative to the cache."""
 
     id: str
     latents: str
@@ -40,7 +40,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Manifest:
-    """path: of its file, whose time is when it was used last. about: the settings in words."""
+    """Holds a manifest.
+
+    path: its file, whose modification time is the time of its last use. about: its first line, the
+    settings and counts.
+    """
 
     path: Path
     about: dict[str, Any]
@@ -48,24 +52,27 @@ class Manifest:
 
     @property
     def files(self) -> set[str]:
-        """All that it names, relative to the cache."""
+        """Return all files that it names, relative to the cache."""
         return {file for clip in self.clips for file in (clip.latents, clip.text)} | set(
             self.about["texts"]
         )
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What a start takes from a manifest."""
+class ClipList:
+    """Holds the clips of a run, what was dropped, and notes on captions that are cut."""
 
     entries: list[Entry]
     dropped: list[Dropped]
     notes: list[str]
 
 
-def state(listing: Listing) -> str:
-    """A hash of all that decides which clips the videos give: names, sizes and times of the files,
-    captions, times in them, and the PyAV that says what cannot be decoded."""
+def listing_hash(listing: Listing) -> str:
+    """Hash all that decides which clips the videos give.
+
+    That is the names, sizes and times of the files, captions, spans, and the version of PyAV, which
+    decides what can be decoded.
+    """
     digest = hashlib.sha1(f"{SCHEMA} {version('av')}".encode(), usedforsecurity=False)
     for source in listing.sources:
         try:
@@ -83,13 +90,17 @@ def write_manifest(
     cache_dir: Path,
     listing: Listing,
     spec: CacheSpec,
-    ready: Ready,
+    clip_list: ClipList,
     texts: dict[str, Path],
     state: str | None,
 ) -> Path:
-    """One file for each source and spec. state: None if a start must look at the videos again: the
-    files are yet to be written, or a video could not be read for a reason that may pass."""
-    entries = ready.entries
+    """Write the manifest of a source and spec, and return its path.
+
+    texts: file of every caption. state: the `listing_hash` under which the next start may use this
+    manifest; None if it must look at the videos again, because files are yet to be written or a
+    video could not be read for a reason that may pass.
+    """
+    entries = clip_list.entries
     used = {str(entry.text) for entry in entries}
     places = {(s.name, s.caption): place for place, s in enumerate(listing.sources)}
     about = {
@@ -97,17 +108,17 @@ def write_manifest(
         "buckets": [str(bucket) for bucket in spec.buckets],
         "fps": spec.fps,
         "windows": spec.windows,
-        "video_encoder": spec.video_encoder,
-        "text_encoder": spec.text_encoder,
+        "video_encoder": header_value(spec.video_encoder),
+        "text_encoder": header_value(spec.text_encoder),
         "clips": len(entries),
-        "dropped": len(ready.dropped),
+        "dropped": len(clip_list.dropped),
         "texts": [_relative(path, cache_dir) for path in texts.values() if str(path) not in used],
         "state": state,
-        "notes": ready.notes,
+        "notes": clip_list.notes,
     }
 
     def line(entry: Entry) -> list[Any]:
-        about = [
+        values = [
             entry.id,
             _relative(entry.latents, cache_dir),
             _relative(entry.text, cache_dir),
@@ -117,21 +128,24 @@ def write_manifest(
             entry.group,
         ]
         if state is not None:
-            about += [*_size_and_time(entry.latents), *_size_and_time(entry.text)]
-        return about
+            values += [*_size_and_time(entry.latents), *_size_and_time(entry.text)]
+        return values
 
     path = _path(cache_dir, listing.where, spec)
-    reasons = ([item.name, item.kind, item.reason] for item in ready.dropped)
+    reasons = ([item.name, item.kind, item.reason] for item in clip_list.dropped)
     _write(path.with_suffix(DROPPED), reasons)
     _write(path, chain([about], map(line, entries)))
     return path
 
 
-def read_ready(
+def read_clip_list(
     cache_dir: Path, listing: Listing, spec: CacheSpec, texts: Sequence[Path], state: str
-) -> Ready | None:
-    """The clips of the last start, if videos, settings and all files of the cache are as they were
-    then, `texts` among them; else None."""
+) -> ClipList | None:
+    """Return the clips of the last start with the same settings; None if anything has changed.
+
+    Checked are `state`, the `listing_hash` of the videos, and the sizes and times of all files of
+    the cache. texts: files of further captions, which must exist.
+    """
     path = _path(cache_dir, listing.where, spec)
     read = _lines(path)
     if read is None or read[0].get("state") != state:
@@ -161,23 +175,24 @@ def read_ready(
         dropped = [Dropped(*item) for item in read_json_lines(path.with_suffix(DROPPED))]
     except (OSError, ValueError, TypeError, IndexError):
         return None
-    if len(dropped) != about["dropped"]:  # of another process that wrote both at the same time
+    if len(dropped) != about["dropped"]:  # another process was writing both files
         return None
     known = {str(entry.text) for entry in entries} if texts else set()
     for text in texts:
         if str(text) not in known and not (_relative(text, cache_dir) in others and text.is_file()):
             return None
-    with contextlib.suppress(OSError):  # another's cache may be there to read only
+    with contextlib.suppress(OSError):  # a cache of another user may be read-only
         os.utime(path)
-    return Ready(entries, dropped, about["notes"])
+    return ClipList(entries, dropped, about["notes"])
 
 
 def _path(cache_dir: Path, where: str, spec: CacheSpec) -> Path:
+    """Return the manifest's file, whose name is the hash of the source's name and the spec."""
     shapes = [str(bucket) for bucket in spec.buckets]
     chosen = [spec.windows, spec.stride, spec.least_scale, spec.shots, spec.canonical]
-    encoders = [spec.video_encoder, spec.text_encoder]
+    encoders = [str(spec.video_encoder), str(spec.text_encoder)]
     key = short_hash(SCHEMA, where, shapes, spec.fps, encoders, chosen)[:16]
-    return cache_dir / FOLDER / f"{key}.jsonl"
+    return cache_dir / MANIFESTS / f"{key}.jsonl"
 
 
 def _relative(path: Path, cache_dir: Path) -> str:
@@ -190,7 +205,7 @@ def _size_and_time(path: str | Path) -> tuple[int, int]:
 
 
 def version(package: str) -> str:
-    """Of an installed package, without importing it; empty if there is none."""
+    """Return the version of an installed package without importing it; empty if it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -198,8 +213,8 @@ def version(package: str) -> str:
 
 
 def read_manifests(cache_dir: Path) -> list[Manifest]:
-    """All that can be read, the one used last first."""
-    paths = [p for p in (cache_dir / FOLDER).glob("*.jsonl") if not p.name.endswith(DROPPED)]
+    """Return all manifests that can be read, the most recently used first."""
+    paths = [p for p in (cache_dir / MANIFESTS).glob("*.jsonl") if not p.name.endswith(DROPPED)]
     paths.sort(key=lambda path: (-path.stat().st_mtime_ns, path.name))
     return [manifest for manifest in map(_read, paths) if manifest is not None]
 
@@ -215,7 +230,7 @@ def _read(path: Path) -> Manifest | None:
 
 
 def _lines(path: Path) -> tuple[dict[str, Any], list[list[Any]]] | None:
-    """The first line and the others, None for a file that is missing or not ours."""
+    """Return the first line and the others; None for a file that is missing or malformed."""
     try:
         about, *lines = read_json_lines(path)
     except (OSError, ValueError):

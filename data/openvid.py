@@ -1,10 +1,10 @@
-"""OpenVid-1M as its authors publish it (Nan et al., 2024, arXiv 2407.02371).
+"""List OpenVid-1M in the layout of its authors (Nan et al., 2024, arXiv 2407.02371).
 
     <path>/data/train/OpenVid-1M.csv    or OpenVidHD.csv, or any OpenVid*.csv
-    <path>/video/*.mp4                  what was unpacked of OpenVid_part*.zip
+    <path>/video/*.mp4                  unpacked from OpenVid_part*.zip
 
-Its columns: video, caption, aesthetic score, motion score, temporal consistency score, camera
-motion, frame, fps, seconds. Scores go by their short names as well: aesthetic, motion, temporal
+Its columns are video, caption, aesthetic score, motion score, temporal consistency score, camera
+motion, frame, fps and seconds. Scores also have short names: aesthetic, motion, temporal
 consistency.
 """
 
@@ -25,9 +25,9 @@ SHORT = {
 
 
 def list_openvid(spec: SourceSpec) -> Listing:
-    """The rows whose videos are there; the others are counted, in one line.
+    """List the rows whose videos exist; the other rows are reported together, by their number.
 
-    Raises ValueError where the table or all videos are missing.
+    Raises ValueError if the table or all videos are missing.
     """
     folder = Path(spec.path)
     check_folder(folder)
@@ -39,7 +39,7 @@ def list_openvid(spec: SourceSpec) -> Listing:
         found = f"{len(tables)}: {', '.join(tables)}" if tables else "none"
         raise ValueError(
             f"{folder}: data.source=openvid needs one OpenVid*.csv in it, and there is {found}. "
-            "Fetch it with `hf download nkp37/OpenVid-1M data/train/OpenVid-1M.csv --repo-type "
+            "Download it with `hf download nkp37/OpenVid-1M data/train/OpenVid-1M.csv --repo-type "
             "dataset --local-dir FOLDER` and unpack OpenVid_part*.zip into FOLDER/video."
         )
     videos = {posixpath.basename(n): n for n in files if suffix(n) in VIDEO_SUFFIXES}

@@ -1,4 +1,4 @@
-"""The report on a data set, before its encoding and after."""
+"""Report on a data set before and after it is encoded."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from dataclasses import dataclass, field
 from .cache import Bucket
 from .listing import Dropped
 
-NAMED = 5  # of each kind of what was dropped, and of the notes
+NAMED = 5  # items listed of each kind that was dropped, and of the notes
 
 
 def too_short(frames: int, fps: float, needed: int) -> str:
-    """The reason for dropping a video that shows only `frames` frames at `fps`."""
+    """Return the reason for dropping a video that has only `frames` frames at `fps`."""
     missing = f"{needed - frames} frames ({(needed - frames) / fps:.1f} s) missing"
     return f"{missing}: {frames / fps:.1f} s = {frames} frames at {fps:g} fps, {needed} needed"
 
 
 @dataclass(frozen=True)
 class Report:
-    """`kept` clips of `sources` videos, of which `encoded` are new, or to be encoded if not `done`,
-    and `reused` were there.
+    """Counts the clips of a data set, and holds what was dropped.
 
-    buckets: clips of each; the shapes that got none too. seconds: that encoding will take, None if
-    no clip was encoded with these encoders and on this device before. notes: of captions.
+    kept: number of clips. sources: number of videos they come from. dropped: what is not used.
+    encoded: number of new clips, which are yet to be encoded if not `done`. reused: number of clips
+    found in the cache. buckets: clips per bucket, including buckets without any; new: the same of
+    the new clips. seconds: estimated time of encoding; None if no clip was encoded with these
+    encoders on this device before. notes: captions that are cut.
     """
 
     kept: int
@@ -40,18 +42,21 @@ class Report:
 
     @property
     def tokens(self) -> int:
-        """Of all clips once."""
+        """Return the tokens of all clips together, which one epoch reads."""
         return sum(bucket.tokens * count for bucket, count in self.buckets.items())
 
     @property
     def bytes(self) -> int:
+        """Return the size of all latents."""
         return sum(bucket.bytes * count for bucket, count in self.buckets.items())
 
     @property
     def new_bytes(self) -> int:
+        """Return the size of the new latents."""
         return sum(bucket.bytes * count for bucket, count in self.new.items())
 
     def lines(self) -> list[str]:
+        """Return the report as it is printed."""
         kept = f"kept {_count(self.kept, 'clip')} of {_count(self.sources, 'video')}"
         verb = "encoded" if self.done else "to encode"
         return [
@@ -75,14 +80,16 @@ class Report:
             yield size
 
 
-def refusal(where: str, entries: int, dropped: list[Dropped], strict: bool) -> str | None:
-    """Why training cannot begin with these clips; None if it can."""
+def unusable(where: str, entries: int, dropped: list[Dropped], strict: bool) -> str | None:
+    """Return why training cannot begin with these clips; None if it can."""
     if entries and not (strict and dropped):
         return None
     if not entries:
-        first = f"{where} gives no clip to train on; mend the videos or captions, or ask for less:"
+        first = (
+            f"{where} gives no clip to train on; fix the videos or captions, or relax the settings:"
+        )
     else:
-        first = f"{where}: {len(dropped)} unusable; mend or remove them, or set data.strict=false:"
+        first = f"{where}: {len(dropped)} unusable; fix or remove them, or set data.strict=false:"
     return "\n".join([first, *list(_dropped(dropped, NAMED))[1:]])
 
 
@@ -105,7 +112,7 @@ def _first(lines: list[str], most: int, indent: str = "") -> list[str]:
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
-        return "a time not known before the first clip"
+        return "a time that is unknown before the first clip"
     if seconds < 90:
         return f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

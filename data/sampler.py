@@ -1,4 +1,4 @@
-"""Which samples make which batch: a function of the seed and of how many were drawn before."""
+"""Draw batches of samples as a function of the seed and of the number of samples drawn before."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from torch.utils.data import Sampler
 
 
 class SeededBatches(Sampler[list[int]]):
-    """Endless batches of sample indices for `DataLoader(batch_sampler=...)`.
+    """Yields endless batches of sample indices, as `DataLoader(batch_sampler=...)` takes them.
 
-    The samples form one endless stream, epoch after epoch, each a permutation of its own. A step
-    takes the next `num_ranks * batch` of them and rank r the r-th `batch` of those; a batch that
-    reaches the end of an epoch goes on in the next, so every sample is seen equally often and all
-    batches are full.
+    The samples form one endless stream of epochs, each with its own permutation. A step takes the
+    next `num_ranks * batch` samples of the stream, and rank r takes the r-th `batch` of those. A
+    batch that reaches the end of an epoch continues in the next one, so every sample is seen
+    equally often and all batches are full.
 
-    buckets: for each sample the shape that it has; samples of one batch, and of all ranks at one
-    step, have the same. Each bucket is a stream, and a step takes from the one that is furthest
-    behind its share of the samples. Without buckets, all samples are of one.
-    drawn: how many samples of each stream came before step 0, as `drawn_after` gives them: a run
-    that goes on sees what the uninterrupted one would have seen, and one that goes on with another
-    batch or number of ranks the samples that come next. None: none.
+    buckets: the shape of each sample. All samples of one step, on all ranks, have the same shape:
+    each bucket is a stream of its own, and a step takes from the stream that is furthest behind its
+    share of the samples. None: all samples are in one bucket.
+    drawn: number of samples drawn from each stream before step 0, as `drawn_after` returns it;
+    None for none. A resumed run sees what the uninterrupted one would have seen; if it changes the
+    batch or the number of ranks, it continues with the next samples.
+    Raises ValueError for impossible values.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class SeededBatches(Sampler[list[int]]):
         if seed < 0:
             raise ValueError(f"seed is {seed}: it must not be negative")
         if not 0 <= rank < num_ranks:
-            raise ValueError(f"no such place: rank {rank} of {num_ranks}")
+            raise ValueError(f"rank {rank} of {num_ranks} does not exist")
         if buckets is not None and len(buckets) != num_samples:
             raise ValueError(f"{num_samples} samples, but buckets of {len(buckets)}")
         self.num_samples, self.batch, self.seed = num_samples, batch, seed
@@ -50,7 +51,7 @@ class SeededBatches(Sampler[list[int]]):
         self._streams = _streams(num_samples, buckets, seed)
         counts = [0] * len(self._streams) if drawn is None else [*drawn]
         if len(counts) != len(self._streams) or min(counts) < 0:
-            raise ValueError(f"no such place: after {counts} of {len(self._streams)} streams")
+            raise ValueError(f"drawn is {counts}: give {len(self._streams)} counts, 0 or more")
         sizes = [len(stream.samples) for stream in self._streams]
         self._turns = _Turns(sizes, counts, batch * num_ranks)
 
@@ -61,19 +62,19 @@ class SeededBatches(Sampler[list[int]]):
             step += 1
 
     def batch_at(self, step: int) -> list[int]:
-        """This rank's indices at `step`."""
+        """Return this rank's sample indices at `step`."""
         chosen, before = self._turns.at(step)
         first = before + self.rank * self.batch
         stream = self._streams[chosen]
         return [stream.sample(position) for position in range(first, first + self.batch)]
 
     def drawn_after(self, steps: int) -> list[int]:
-        """Of each stream, by all ranks: samples that are drawn once so many steps are made."""
+        """Return the samples drawn per stream, over all ranks, after `steps` steps."""
         return self._turns.counts_before(steps)
 
 
 class _Stream:
-    """The samples of a bucket, epoch after epoch."""
+    """Holds the samples of one bucket, permuted anew in every epoch."""
 
     def __init__(self, samples: np.ndarray, seed: tuple[int, ...]) -> None:
         self.samples, self.seed = samples, seed
@@ -89,6 +90,7 @@ class _Stream:
 
 
 def _streams(num_samples: int, buckets: Sequence[object] | None, seed: int) -> list[_Stream]:
+    """Return a stream per bucket, the largest first."""
     members: dict[object, list[int]] = {}
     for index in range(num_samples):
         members.setdefault(None if buckets is None else buckets[index], []).append(index)
@@ -99,18 +101,22 @@ def _streams(num_samples: int, buckets: Sequence[object] | None, seed: int) -> l
 
 
 class _Turns:
-    """Which stream each step takes `taken` samples from: the one that most lags its share."""
+    """Chooses the stream of each step: the one that is furthest behind its share.
+
+    sizes: samples of each stream. drawn: samples drawn from each before step 0. taken: samples that
+    one step takes.
+    """
 
     def __init__(self, sizes: list[int], drawn: list[int], taken: int) -> None:
         self.sizes, self.drawn, self.taken = sizes, drawn, taken
         self._restart()
 
     def at(self, step: int) -> tuple[int, int]:
-        """(stream, samples that were drawn from it before)."""
+        """Return (index of the stream, samples drawn from it before `step`)."""
         if step < self._step - 1:
             self._restart()
         while self._step <= step:
-            # In whole numbers, times all samples: shares would round.
+            # Integer arithmetic, scaled by the number of samples: shares would round.
             total = sum(self._counts) + self.taken
             lag = [
                 size * total - sum(self.sizes) * count
@@ -122,6 +128,7 @@ class _Turns:
         return self._last, self._counts[self._last] - self.taken
 
     def counts_before(self, step: int) -> list[int]:
+        """Return the samples drawn from each stream before `step`."""
         if step < self._step:
             self._restart()
         if step:

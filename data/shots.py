@@ -1,30 +1,30 @@
-"""Cuts, found by how much the picture changes from one frame to the next.
+"""Find cuts by how much the picture changes from one frame to the next.
 
-As PySceneDetect's AdaptiveDetector decides: a frame begins a shot if it differs from the one before
-by much, and by far more than its neighbours do, so that fast motion is no cut. Fades are not found.
+The rule is that of PySceneDetect's AdaptiveDetector: a frame begins a shot if it differs strongly
+from the frame before it, and by far more than its neighbours do, so that fast motion is not taken
+for a cut. Fades are not found.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-HEIGHT, WIDTH = 36, 64  # what frames are reduced to
-LEAST = 15.0  # mean change of the three channels, in grey levels of 255
-RATIO = 3.0  # how many times the mean change nearby
-NEARBY = 2  # frames on either side
+HEIGHT, WIDTH = 36, 64  # size that frames are reduced to before they are compared
+LEAST = 15.0  # smallest mean change of the three channels at a cut, in grey levels of 255
+RATIO = 3.0  # smallest ratio of that change to the mean change of the neighbours
+NEARBY = 2  # neighbours on either side
 
 
 class CutDetector:
-    """Is shown each frame once, in order; `cuts` are the frames that begin a shot, but the first
-    one."""
+    """Collects frames, each once and in order, and returns the cuts between them."""
 
     def __init__(self) -> None:
         self._frames: list[int] = []
         self._changes: list[float] = []
         self._last: np.ndarray | None = None
 
-    def see(self, index: int, picture: np.ndarray) -> None:
-        """picture: [HEIGHT, WIDTH, 3], a luminance and two colours, 0 to 255."""
+    def add(self, index: int, picture: np.ndarray) -> None:
+        """Add frame `index`. picture: `[HEIGHT, WIDTH, 3]`, luma and chroma, 0 to 255."""
         now = picture.astype(np.float32)
         if self._last is not None:
             self._frames.append(index)
@@ -32,6 +32,7 @@ class CutDetector:
         self._last = now
 
     def cuts(self) -> list[int]:
+        """Return the frames that begin a shot, without the first frame of the video."""
         found = []
         for place, change in enumerate(self._changes):
             nearby = self._changes[max(0, place - NEARBY) : place]
@@ -43,6 +44,6 @@ class CutDetector:
 
 
 def shots(frames: int, cuts: list[int]) -> list[range]:
-    """The frames 0 ... `frames` - 1 from cut to cut."""
+    """Split the frames 0 ... `frames` - 1 at `cuts`."""
     edges = [0, *(cut for cut in cuts if cut < frames), frames]
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]

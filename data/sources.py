@@ -1,6 +1,6 @@
-"""Where videos come from: a source lists captioned videos, and says what of it cannot be used.
+"""List the captioned videos of a source, and what cannot be used.
 
-Nothing is opened here but tables and folders: what the files hold is for `survey.py`.
+Only tables and folders are read here; `survey.py` opens the videos.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _datasets(spec: SourceSpec) -> Listing:
     return list_dataset(spec)
 
 
-# By what stands before a colon in `data.source`; what follows it is the source's own affair.
+# By the part of `data.source` before a colon; the source itself interprets the rest.
 SOURCES: dict[str, Callable[[SourceSpec], Listing]] = {
     "folder": _folder,
     "openvid": _openvid,
@@ -39,22 +39,22 @@ SOURCES: dict[str, Callable[[SourceSpec], Listing]] = {
 
 
 def list_videos(spec: SourceSpec) -> Listing:
-    """The videos of a source that `data.filter` and `data.top_k` leave.
+    """Return the videos of a source that pass `data.filter` and `data.top_k`.
 
-    Raises ValueError for a source that is unknown, missing or empty, for a malformed table, and for
-    a filter that does not parse or names no column.
+    Raises ValueError if the source is unknown, missing or empty, a table is malformed, or the
+    filter does not parse or names a column that does not exist.
     """
     name = spec.source.partition(":")[0]
     if name not in SOURCES:
         known = ", ".join(SOURCES)
         raise ValueError(f"data.source={spec.source} is unknown: choose one of {known}")
     if spec.filter:
-        parse(spec.filter)  # before minutes of listing
+        parse(spec.filter)  # fail before listing, which may take minutes
     return select(SOURCES[name](spec), spec.filter, spec.top_k, spec.top_by)
 
 
 def select(listing: Listing, filter: str, top_k: int | None, top_by: str | None) -> Listing:
-    """The sources that `filter` passes, and of these the `top_k` with the greatest `top_by`."""
+    """Keep the sources that pass `filter`, and of these the `top_k` with the greatest `top_by`."""
     sources, dropped = listing.sources, list(listing.dropped)
     if filter:
         rule = parse(filter)
@@ -84,6 +84,7 @@ def select(listing: Listing, filter: str, top_k: int | None, top_by: str | None)
 
 
 def _best_first(scored: tuple[float | None, Source]) -> tuple[bool, float, str, float]:
+    """Return the sort key: scored sources first, the greatest score first, then by name."""
     score, source = scored
     return score is None, -(score or 0.0), source.name, source.start
 
@@ -91,4 +92,6 @@ def _best_first(scored: tuple[float | None, Source]) -> tuple[bool, float, str, 
 def _not_in_top(score: float | None, column: str, top_k: int, least: float) -> str:
     if score is None:
         return f"data.top_k: {column} has no number"
-    return f"data.top_k: {column} {score:g} is not among the {top_k} greatest, down to {least:g}"
+    return (
+        f"data.top_k: {column} {score:g} is not among the {top_k} greatest, which end at {least:g}"
+    )

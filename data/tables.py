@@ -1,4 +1,4 @@
-"""Rows of metadata.jsonl, .csv and .parquet with their places, for messages."""
+"""Read the rows of metadata.jsonl, .csv and .parquet, with line numbers for messages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, Row]]:
-    """(line or row number, row); one of the columns `needed` must be there, in a table with a head.
+    """Yield (line or row number, row).
 
-    Raises ValueError, naming file and line, for what is malformed.
+    needed: columns of which a table with a header must have at least one. Raises ValueError, naming
+    file and line, if the table is malformed.
     """
     match path.suffix:
         case ".parquet":
@@ -28,7 +29,7 @@ def read_rows(path: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, Row
 
 
 def first_text(row: Mapping[str, Any], columns: Iterable[str]) -> str:
-    """The first of the columns that holds text, stripped; empty if none does."""
+    """Return the first non-empty text among `columns`, stripped; empty if there is none."""
     for column in columns:
         value = row.get(column)
         if isinstance(value, str) and value.strip():
@@ -37,7 +38,7 @@ def first_text(row: Mapping[str, Any], columns: Iterable[str]) -> str:
 
 
 def span(row: Mapping[str, Any], place: str) -> tuple[float, float | None]:
-    """`start` and `end` in seconds; ValueError, naming the place, for impossible ones."""
+    """Return `start` and `end` in seconds. Raises ValueError, naming `place`, for bad times."""
     if "start" not in row and "end" not in row:
         return 0.0, None
     start, end = (_seconds(row, key, place) for key in ("start", "end"))
@@ -62,7 +63,7 @@ def _csv_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
             reader = csv.DictReader(file)
             _check_head(path, "line 1", reader.fieldnames or (), needed)
             for row in reader:
-                if None in row:  # the rest of a caption, which would be cut without a word
+                if None in row:  # the rest of a caption, which would be lost silently
                     raise ValueError(
                         f"{path} line {reader.line_num} has more fields than line 1 has names: put "
                         'captions with commas in double quotes, as "a dog, running"'
@@ -89,7 +90,7 @@ def _json_row(path: Path, number: int, line: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} line {number} is not valid JSON ({error.msg}): mend that line"
+            f"{path} line {number} is not valid JSON ({error.msg}): fix that line"
         ) from error
     if not isinstance(row, dict):
         raise ValueError(
@@ -121,12 +122,13 @@ def _parquet_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Ro
 
 
 def _check_head(path: Path, where: str, columns: Iterable[str], needed: tuple[str, ...]) -> None:
+    """Raise ValueError if a table's header has none of the columns `needed`."""
     columns = list(columns)
     if needed and not set(needed) & set(columns):
         raise ValueError(
             f"{path} {where} names no column {' or '.join(needed)}, but "
-            f"{', '.join(columns) or 'nothing'}: the video's file name and its caption are needed, "
-            "and data.video and data.caption tell columns of other names"
+            f"{', '.join(columns) or 'nothing'}: the video's file name and its caption are needed; "
+            "set data.video and data.caption if their columns have other names"
         )
 
 

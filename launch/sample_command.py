@@ -79,7 +79,7 @@ def sample(argv: list[str]) -> None:
 
     import torch
 
-    from ..data.decode import write_video
+    from ..data.write_video import write_video
     from ..trainer.parallel.sequence import join_all
     from ..trainer.run.progress import quiet_libraries
     from ..trainer.sampling.pipeline import encode_captions, generate, load_pipeline, share_tokens

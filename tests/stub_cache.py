@@ -1,4 +1,4 @@
-"""Encoders that need no model, and small videos: what the tests of the cache fill it with."""
+"""Stub encoders that need no model, and small videos, to fill caches in tests."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from videos import numbers, steady
 
 from longreel.data.cache import Bucket, CacheSpec, Encoders
-from longreel.data.encode import Prepared, prepare
 from longreel.data.listing import SourceSpec
+from longreel.data.prepare import Prepared, prepare
 from longreel.data.sources import list_videos
 
 BUCKET = Bucket(9, 32, 48)
@@ -18,7 +18,7 @@ SPEC = CacheSpec((BUCKET,), fps=16, video_encoder="tiny-vae", text_encoder="tiny
 
 
 def encoders() -> Encoders:
-    """Latents [3, F, h / 8, w / 8] are samples of the pixels."""
+    """Return encoders whose latents `[3, F, h / 8, w / 8]` are samples of the pixels."""
 
     def video(pixels: np.ndarray) -> torch.Tensor:
         assert pixels.dtype == np.uint8
@@ -31,7 +31,7 @@ def encoders() -> Encoders:
 
 
 class Recording:
-    """The same, with a record of how often they were loaded and what they were given."""
+    """Loads the same encoders, and records how often it did and what they were given."""
 
     def __init__(self, clips_before_failure: int | None = None) -> None:
         self.loads, self.clips, self.captions = 0, [], []
@@ -65,7 +65,7 @@ def build(folder: Path, spec: CacheSpec, cache: Path, load=encoders, **options) 
 def add(
     folder: Path, name: str, num_frames: int, caption: str | None, fps: int = 16, **options
 ) -> Path:
-    """A numbered video; without a caption for None."""
+    """Write a numbered video with a caption, or without one if it is None."""
     path = steady(folder / name, num_frames, fps, **options)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption)

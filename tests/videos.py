@@ -1,4 +1,4 @@
-"""Small videos whose frames tell their own number, and the clock that says which one is on show."""
+"""Make small videos whose frames encode their own number, and predict which frame is on display."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 import av
 import numpy as np
 
-from longreel.data.decode import write_video
+from longreel.data.write_video import write_video
 
 STEP, DARKEST = 4, 18  # grey levels; far enough apart to survive lossy codecs
 
 
 def painted(index: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """uint8 [height, width, 3] whose grey level tells `index` (0 to 55)."""
+    """uint8 [height, width, 3] whose grey level encodes `index` (0 to 55)."""
     return np.full((height, width, 3), DARKEST + STEP * index, np.uint8)
 
 
 def numbers(clip: np.ndarray) -> list[int]:
-    """Which frame each frame of `clip` [F, H, W, 3] is."""
+    """Return the number that each frame of `clip` [F, H, W, 3] encodes."""
     return [round((float(frame.mean()) - DARKEST) / STEP) for frame in clip]
 
 
@@ -36,9 +36,10 @@ def make_video(
     options: dict[str, str] | None = None,
     pixel_aspect: Fraction | None = None,
 ) -> Path:
-    """A video whose frame i, numbered unless given, has the timestamp `times[i] / per_second`.
+    """Write a video whose frame i has the timestamp `times[i] / per_second`.
 
-    A codec that wants whole frames per second gets constant times as `range(n)` and their rate.
+    frames: numbered ones if None. For codecs that need a constant frame rate, pass `range(n)` and
+    that rate.
     """
     frames = [painted(index) for index in range(len(times))] if frames is None else frames
     height, width = frames[0].shape[:2]
@@ -57,18 +58,18 @@ def make_video(
 
 
 def steady(path: Path, num_frames: int, fps: int = 25, **options) -> Path:
-    """A numbered video of constant frame rate."""
+    """Write a numbered video of constant frame rate."""
     return make_video(path, range(num_frames), per_second=fps, **options)
 
 
 def on_show(seconds: Sequence[float], fps: float, num_frames: int, start: int = 0) -> list[int]:
-    """The frames a viewer sees (start + i) / fps seconds in; `seconds` are the timestamps."""
+    """Return the frames on display at (start + i) / fps seconds; `seconds` are their timestamps."""
     wanted = [(start + i) / fps + 1e-3 for i in range(num_frames)]
     return [max(k for k, s in enumerate(seconds) if s - seconds[0] <= t) for t in wanted]
 
 
 def noise(num_frames: int, height: int = 64, width: int = 64) -> list[np.ndarray]:
-    """Frames that do not compress, so that every frame takes room in the file."""
+    """Return frames that do not compress, so that every frame takes space in the file."""
     generator = np.random.default_rng(0)
     return list(generator.integers(0, 256, (num_frames, height, width, 3), np.uint8))
 
@@ -78,7 +79,7 @@ def gaps(seconds: Sequence[float]) -> list[float]:
 
 
 def write_waves(folder: Path, count: int, frames: int, height: int, width: int, fps: int) -> Path:
-    """So many videos of moving waves, with captions."""
+    """Write `count` videos of moving waves, with captions."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
 
     def picture(index: int, t: int) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Fill the cache with a job's latents and text embeddings, by its family's own encoders."""
+"""Fill the cache with a job's latents and text embeddings, using the encoders of its family."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from ..data.cache import CacheSpec, Encoders
 from ..data.captions import CaptionLimit
-from ..data.encode import Prepared, prepare
+from ..data.identity import EncoderIdentity
 from ..data.listing import SourceSpec
+from ..data.prepare import Prepared, prepare
+from ..data.process_group import ProcessGroup
 from ..data.report import Report
 from ..data.sources import list_videos
-from ..data.survey import Team
-from ..data.synthetic import Arena, Source, write_folder
+from ..data.synthetic import Arena, ClipSet, write_folder
 from .config.schema import Config
 from .config.source import SYNTHETIC, is_drawn
 from .config.values import ConfigError
@@ -30,23 +32,27 @@ log = logging.getLogger(__name__)
 
 
 def prepare_data(job: Job, accelerator: Accelerator, dtype: torch.dtype) -> Prepared:
-    """The clips to train on and the prompts to sample, encoded where the cache lacks them.
+    """Encode the clips to train on and the prompts to sample, as far as the cache lacks them.
 
     All processes must call it, and each encodes a share on its device. Encoders are loaded only if
-    something is missing, after the report on the data has been logged. Raises ConfigError when the
-    videos or their captions leave nothing to train on, and when the cache's disk is full.
+    something is missing, after the report on the data has been logged. Raises ConfigError if the
+    videos or their captions leave nothing to train on, or if the cache's disk is full.
     """
     config, device = job.config, accelerator.device
-    wait = accelerator.wait_for_everyone
 
-    def agree(yes: bool) -> bool:
-        answers: Any = accelerator.gather(torch.tensor([int(yes)], device=device))
-        return bool(answers.all())
+    def all_true(value: bool) -> bool:
+        values: Any = accelerator.gather(torch.tensor([int(value)], device=device))
+        return bool(values.all())
 
-    team = Team(accelerator.process_index, accelerator.num_processes, wait, agree)
+    group = ProcessGroup(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+        all_true,
+    )
     encoders = _FamilyEncoders(job, device, dtype)
     try:
-        # Clips are drawn, and a data set is fetched from the Hub, by one process for all.
+        # One process draws synthetic clips, or downloads a data set from the Hub, for all.
         with accelerator.main_process_first():
             listing = list_videos(source_spec(job))
         return prepare(
@@ -59,7 +65,7 @@ def prepare_data(job: Job, accelerator: Accelerator, dtype: torch.dtype) -> Prep
             progress=StageLog(),
             announce=_announce,
             caption_limit=caption_limit(job),
-            team=team,
+            group=group,
             device=_device_name(device),
         )
     except ValueError as error:
@@ -69,59 +75,55 @@ def prepare_data(job: Job, accelerator: Accelerator, dtype: torch.dtype) -> Prep
 
 
 def source_spec(job: Job) -> SourceSpec:
-    """Where the videos come from, and which of them; synthetic ones are drawn."""
-    config, data = job.config, job.config.data
+    """Return the source of the job's videos: the settings under `data`, or its synthetic clips."""
+    config = job.config
     if is_drawn(config):
         return SourceSpec(path=str(clips_folder(job)))
-    assert data.path is not None
-    return SourceSpec(
-        source=data.source,
-        path=data.path,
-        subset=data.subset,
-        split=data.split,
-        revision=data.revision,
-        video=data.video,
-        caption=data.caption,
-        filter=data.filter,
-        top_k=data.top_k,
-        top_by=data.top_by,
-        cache_dir=config.cache.dir,
-    )
+    assert config.data.path is not None
+    names = [field.name for field in fields(SourceSpec) if field.name != "cache_dir"]
+    settings = {name: getattr(config.data, name) for name in names}
+    return SourceSpec(**settings, cache_dir=config.cache.dir)
 
 
 def check_clips(job: Job) -> None:
-    """Raise ConfigError if there are none to train on, or none of the job's size can be drawn."""
+    """Raise ConfigError if no clips are given or synthetic ones of this size cannot be drawn."""
     if job.config.data.path is None and not is_drawn(job.config):
         raise ConfigError(
-            "data.path is not set: the folder of videos with captions; or set data.source="
-            "synthetic:NAME."
+            "data.path is not set: give the folder of videos with captions, or set "
+            "data.source=synthetic:NAME."
         )
     if is_drawn(job.config):
-        _source(job)
+        _clip_set(job)
 
 
 def clips_folder(job: Job) -> Path:
-    """The folder of a job's synthetic clips, which are drawn there if need be."""
+    """Return the folder of the job's synthetic clips, drawing those that it lacks."""
     config = job.config
     parent = Path(config.cache.dir) / "synthetic"
-    return write_folder(_source(job), config.data.synthetic.clips, job.fps, parent)
+    return write_folder(_clip_set(job), config.data.synthetic.clips, job.fps, parent)
 
 
-def _source(job: Job) -> Source:
+def _clip_set(job: Job) -> ClipSet:
+    """Return the set that the job's clips are drawn from. Raises ConfigError for a bad one."""
     config = job.config
     try:
         arena = Arena(job.frames, config.height, config.width, job.native_frames)
         name = config.data.source.removeprefix(SYNTHETIC)
-        return Source(name, arena, config.data.synthetic.seed)
+        return ClipSet(name, arena, config.data.synthetic.seed)
     except ValueError as error:
         raise ConfigError(f"data.source={config.data.source}: {error}") from error
 
 
 def cache_spec(job: Job, dtype: torch.dtype) -> CacheSpec:
-    """What the clips are, and by which encoders in which precision."""
+    """Describe the job's clips and the encoders that make them. dtype: of weights and latents."""
     config, data = job.config, job.config.data
-    identity = f"{job.family.name}:{config.model.path}@{config.model.revision}"
-    identity += f":{Path(job.model_path).name}:{dtype}"
+    identity = EncoderIdentity(
+        family=job.family.name,
+        model=config.model.path,
+        revision=config.model.revision,
+        snapshot=Path(job.model_path).name,
+        dtype=str(dtype),
+    )
     return CacheSpec(
         buckets=job.buckets(),
         fps=job.fps,
@@ -136,7 +138,10 @@ def cache_spec(job: Job, dtype: torch.dtype) -> CacheSpec:
 
 
 def caption_limit(job: Job) -> CaptionLimit:
-    """How captions are measured, with a tokenizer that is loaded if one may be too long."""
+    """Return the family's limit of caption tokens.
+
+    Its tokenizer is loaded when the first caption that may be too long is measured.
+    """
     loaded: list[Any] = []
     limit = job.family.caption_tokens
 
@@ -159,14 +164,19 @@ def _device_name(device: torch.device) -> str:
 
 
 def extra_captions(config: Config) -> list[str]:
-    """What is encoded beside the clips' captions: prompts, and the empty one, which guidance leads
-    away from and which stands in for dropped captions."""
+    """Return what is encoded in addition to the clips' captions: prompts and the empty caption.
+
+    The empty caption is the negative prompt of guidance, and replaces dropped captions.
+    """
     prompts = config.validate.prompts
     return [*prompts, ""] if prompts or config.train.caption_dropout else []
 
 
 class _FamilyEncoders:
-    """Text encoder and VAE, never both in memory: captions all come before the first clip."""
+    """Loads the text encoder or the VAE when it is called, never both at a time.
+
+    That works because all captions are encoded before the first clip.
+    """
 
     def __init__(self, job: Job, device: torch.device, dtype: torch.dtype) -> None:
         self.job, self.device, self.dtype = job, device, dtype
@@ -174,21 +184,23 @@ class _FamilyEncoders:
         self._holds = ""
 
     def text(self, caption: str) -> Text:
+        """Encode a caption to named tensors."""
         return self.job.family.encode_text(self._pipeline("text"), caption)
 
     def video(self, pixels: np.ndarray) -> Tensor:
+        """Encode uint8 RGB `[F, H, W, 3]` to latents `[C, f, h, w]`."""
         latents = self.job.family.encode_video(self._pipeline("vae"), torch.from_numpy(pixels))
         return latents.to(self.dtype)
 
     def free(self) -> None:
-        """Give all memory back, also what PyTorch would keep for tensors of the same sizes."""
+        """Free all memory, including blocks that PyTorch's allocator would keep for reuse."""
         self._pipe, self._holds = None, ""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _pipeline(self, part: str) -> Any:
         if self._holds != part:
-            self.free()  # before the other is read
+            self.free()  # before the other part is loaded
             self._pipe = self.job.family.load_pipeline(
                 self.job.model_path,
                 self.job.config.model.revision,

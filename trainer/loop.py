@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import gather_object
 
 from ..data.dataset import LatentDataset, read_text, split
-from ..data.encode import Prepared
 from ..data.loader import Loader
+from ..data.prepare import Prepared
 from ..data.sampler import SeededBatches
 from ..sparse.draw import draw_pattern
 from . import summary

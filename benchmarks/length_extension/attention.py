@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from longreel.data.files import replacing
-from longreel.data.synthetic import Source
+from longreel.data.synthetic import ClipSet
 from longreel.sparse.analyze import Observer, summary
 from longreel.sparse.patterns import PATTERNS, Dense
 from longreel.trainer.flow import add_noise
@@ -41,7 +41,7 @@ def analyse(cell: Cell, model: Any, family: PixelWan, path: Path, device: torch.
         Dense(), block=scale.block, masks={row: mask for row, (mask, _) in masks.items()}, rows=ROWS
     )
     family.install(model, observer)
-    source = Source("mix", scale.arena(cell.factor), SEEN)
+    source = ClipSet("mix", scale.arena(cell.factor), SEEN)
     with torch.no_grad(), evaluating(model), half_products(device, model.dtype == torch.float32):
         for index in range(len(SET_NAMES)):
             pixels = torch.from_numpy(source.clip(index))[None].to(device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longreel.data.synthetic import Source
+from longreel.data.synthetic import ClipSet
 
 from .settings import Scale
 from .workers import Workers
@@ -22,7 +22,7 @@ class Bank:
     def __init__(
         self, scale: Scale, factor: int, seed: int, device: torch.device, workers: Workers
     ) -> None:
-        self.source = Source("mix", scale.arena(factor), seed)
+        self.source = ClipSet("mix", scale.arena(factor), seed)
         clips = workers.map(self.source.clip, range(scale.clips))
         self.pixels = torch.from_numpy(np.stack(clips)).to(device)
         self.captions = [self.source.caption(index) for index in range(scale.clips)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from longreel.data.synthetic import COLOURS, SETS, Source
+from longreel.data.scenes import COLOURS
+from longreel.data.synthetic import SETS, ClipSet
 from longreel.sparse.patterns import Spatial
 
 from .cells import control_cells
@@ -87,7 +88,7 @@ def _window_at_chance(store: Store, scale: Scale) -> Check:
     # Blocks are kept whole, so that a window reaches up to two blocks further than it says.
     grid = scale.grid(4)
     reach = scale.layers * (cell.pattern.half_width + 2 * scale.block / grid.per_frame)
-    gap = int((~Source("occlude", scale.arena(4)).scene(0).visible).sum())  # pyright: ignore
+    gap = int((~ClipSet("occlude", scale.arena(4)).scene(0).visible).sum())  # pyright: ignore
     said = f"its {scale.layers} layers reach {reach:.0f} frames, the gap is {gap}"
     window = store.of_row(cell.row, 4)
     if not window:
@@ -99,7 +100,7 @@ def _window_at_chance(store: Store, scale: Scale) -> Check:
 
 def _captions_tell_nothing(scale: Scale) -> Check:
     """By counting: given the caption, every colour is as likely as the others."""
-    source, clips = Source("mix", scale.arena(1)), 600 * len(SETS)
+    source, clips = ClipSet("mix", scale.arena(1)), 600 * len(SETS)
     counts: Counter[tuple[str, int]] = Counter()
     for index in range(0, clips, len(SETS)):  # `bounce` alone has a colour in every clip
         scene = source.scene(index)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from longreel.data.files import replacing
-from longreel.data.synthetic import CAPTIONS, SETS, Source
+from longreel.data.synthetic import CAPTIONS, SETS, ClipSet
 from longreel.trainer.families.base import diffusers_class
 from longreel.trainer.sampling.pipeline import evaluating
 
@@ -20,7 +20,7 @@ SAMPLED = 3  # seed of captions that samples are asked for
 SHOWN_CLIPS, SHOWN_FRAMES = 2, 12  # of a strip
 
 
-def captions_of(source: Source, count: int, *, other: bool) -> list[str]:
+def captions_of(source: ClipSet, count: int, *, other: bool) -> list[str]:
     """Of the first clips of a set; other: each time the set's other caption."""
     captions = [source.caption(index) for index in range(count)]
     if not other:
@@ -43,7 +43,7 @@ def sample(
     """uint8 `[N, T, H, W, 3]` of a set. Noise depends on seed, set and number alone, so that cells
     of one length and seed start from the same."""
     scale = family.scale
-    source = Source(name, scale.arena(factor), SAMPLED)
+    source = ClipSet(name, scale.arena(factor), SAMPLED)
     captions = captions_of(source, scale.samples, other=other_captions)
     grid = scale.grid(factor)
     shape = (scale.channels, grid.frames, grid.height, grid.width)

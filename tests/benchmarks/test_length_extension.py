@@ -25,7 +25,7 @@ from length_extension.training import OutOfTime, Training, model_of, pretrain, r
 from length_extension.workers import Workers
 
 from longreel.data.coherence import measure
-from longreel.data.synthetic import CAPTIONS, Source
+from longreel.data.synthetic import CAPTIONS, ClipSet
 from longreel.sparse.patterns import PATTERNS, Dense, Radial, Spatial
 from longreel.trainer.config.values import ConfigError
 
@@ -88,7 +88,7 @@ def test_the_narrow_window_cannot_reach_across_the_gap():
     pattern, _ = solved(cell, FULL)
     grid = FULL.grid(4)
     kept = pattern.blocks(grid, FULL.block)
-    shown = Source("occlude", FULL.arena(4)).scene(0).visible
+    shown = ClipSet("occlude", FULL.arena(4)).scene(0).visible
     frame = torch.arange(len(kept)) * FULL.block // grid.per_frame
     reached = frame <= int(np.flatnonzero(~shown)[0])
     for _ in range(FULL.layers):
@@ -100,7 +100,7 @@ def test_the_narrow_window_cannot_reach_across_the_gap():
 
 
 def test_pixels_are_latents_and_back():
-    clip = torch.from_numpy(Source("pan", MICRO.arena(1)).clip(0))[None]
+    clip = torch.from_numpy(ClipSet("pan", MICRO.arena(1)).clip(0))[None]
     latents = to_latents(clip, MICRO.squeeze)
     grid = MICRO.grid(1)
     assert latents.shape == (1, 48, grid.frames, grid.height, grid.width)
@@ -190,16 +190,16 @@ def test_a_model_that_is_loaded_samples_as_the_one_that_was_trained(base, tmp_pa
 
 @pytest.mark.slow
 def test_processes_draw_and_measure_the_same():
-    source, workers = Source("mix", MICRO.arena(1)), Workers(2)
+    source, workers = ClipSet("mix", MICRO.arena(1)), Workers(2)
     clips = workers.map(source.clip, range(60))
     assert all(np.array_equal(clip, source.clip(index)) for index, clip in enumerate(clips))
-    spins = np.stack([Source("spin", MICRO.arena(1)).clip(index) for index in range(50)])
+    spins = np.stack([ClipSet("spin", MICRO.arena(1)).clip(index) for index in range(50)])
     here = [measure("spin", clip, 9) for clip in spins]
     assert repr(workers.measure("spin", spins, 9)) == repr(here)  # NaN equals nothing
 
 
 def test_other_captions_are_the_other_of_each_set():
-    source = Source("spin", MICRO.arena(1), 3)
+    source = ClipSet("spin", MICRO.arena(1), 3)
     usual, other = (captions_of(source, 8, other=other) for other in (False, True))
     assert all({a, b} == set(CAPTIONS["spin"]) for a, b in zip(usual, other, strict=True))
 

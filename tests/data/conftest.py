@@ -1,4 +1,4 @@
-"""A folder of small real video files, and the place of a cache of theirs."""
+"""Fixtures: a folder of small real video files, and the path of their cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stub_cache import add
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three videos of 20, 30 and 9 frames, two of them with the same caption."""
+    """Make three videos of 20, 30 and 9 frames, two of them with the same caption."""
     folder = tmp_path / "videos"
     add(folder, "a.mp4", 20, "a dog")
     add(folder, "b.mp4", 30, "a cat")

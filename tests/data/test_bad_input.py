@@ -1,4 +1,4 @@
-"""What people really have in their folders: the message for each, and that the rest is used."""
+"""Each kind of bad file that folders really contain is reported, and the rest is used."""
 
 import json
 import os
@@ -107,7 +107,11 @@ CASES: list[tuple[Callable[[Path], None], str, str]] = [
         "unreadable",
         r"bad.mp4: cannot be read \(Too many levels of symbolic links\)",
     ),
-    (duplicate, "repeated", "same.mp4: frame 0 on: the same pictures and caption as good.mp4@0"),
+    (
+        duplicate,
+        "repeated",
+        "same.mp4: from frame 0 on: the same pictures and caption as good.mp4@0",
+    ),
     (
         too_short,
         "too short",
@@ -128,7 +132,7 @@ def test_one_bad_input_is_told_and_the_rest_is_used(tmp_path, make, kind, messag
     assert report.lines()[1] == f"dropped 1: 1 {kind}"
     again = build(folder, SPEC, cache, None).report  # loads no encoder
     assert again.dropped == report.dropped and (again.kept, again.encoded) == (1, 0)
-    with pytest.raises(ValueError, match="1 unusable; mend or remove them, or set data.strict"):
+    with pytest.raises(ValueError, match="1 unusable; fix or remove them, or set data.strict"):
         build(folder, SPEC, tmp_path / "other", None, strict=True)
     assert not list((tmp_path / "other").rglob("*.safetensors"))
 
@@ -163,7 +167,7 @@ def test_a_replaced_video_is_encoded_anew_and_the_old_clip_is_kept(tmp_path):
     times = os.stat(path)
     (before,) = build(folder, SPEC, cache).entries
     add(folder, "a.mp4", 12, "good", frames=noise(12))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` may
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` does
     replaced = build(folder, SPEC, cache)
     assert replaced.report.encoded == 1 and replaced.entries[0].latents != before.latents
     assert before.latents.exists()

@@ -1,4 +1,4 @@
-"""Filling a cache by several processes, killed at any moment, or at the same time as others."""
+"""Several processes fill a cache, are killed at any moment, or run beside other builds."""
 
 import json
 import random
@@ -14,10 +14,10 @@ import pytest
 from stub_cache import SPEC, add, build, encoders, never
 from videos import noise
 
-from longreel.data.encode import prepare
 from longreel.data.listing import SourceSpec
+from longreel.data.prepare import prepare
+from longreel.data.process_group import ProcessGroup
 from longreel.data.sources import list_videos
-from longreel.data.survey import Team
 from longreel.launch.demo import fetch_videos
 from longreel.trainer.families import FAMILIES
 
@@ -40,7 +40,7 @@ def folder(tmp_path) -> Path:
 
 
 class InThreads:
-    """Runs `prepare` as so many processes would, in threads with a barrier between them."""
+    """Runs `prepare` as `size` processes would, in threads with a barrier between them."""
 
     def __init__(self, size: int) -> None:
         self.barrier, self.size = threading.Barrier(size, timeout=60), size
@@ -57,15 +57,15 @@ class InThreads:
 
                 return replace(made, video=video)
 
-            def agree(yes: bool) -> bool:
-                self.answers[rank] = yes
+            def all_true(value: bool) -> bool:
+                self.answers[rank] = value
                 self.barrier.wait()
                 return all(self.answers)
 
-            team = Team(rank, self.size, lambda: self.barrier.wait() and None, agree)
+            group = ProcessGroup(rank, self.size, lambda: self.barrier.wait() and None, all_true)
             listing = list_videos(SourceSpec(path=str(folder)))
             try:
-                self.results[rank] = prepare(listing, spec, cache, load or counted, team=team)
+                self.results[rank] = prepare(listing, spec, cache, load or counted, group=group)
             except BaseException as error:
                 self.results[rank] = error
                 self.barrier.abort()
@@ -82,14 +82,14 @@ class InThreads:
 def test_processes_share_the_work_and_agree(folder, tmp_path, size):
     spec = replace(SPEC, windows="all")
     alone = build(folder, spec, tmp_path / "alone")
-    team = InThreads(size)
-    results = team.run(folder, tmp_path / "cache", spec)
+    threads = InThreads(size)
+    results = threads.run(folder, tmp_path / "cache", spec)
     for prepared in results:
         assert [e.id for e in prepared.entries] == [e.id for e in alone.entries]
         assert prepared.report.dropped == alone.report.dropped
         assert prepared.report.encoded == alone.report.encoded
-    assert sum(team.calls) == len(alone.entries) == 17  # each clip once
-    assert sorted(team.calls)[-2] > 0 and max(team.calls) <= 17 - 3 * (min(size, 5) - 1) + 2
+    assert sum(threads.calls) == len(alone.entries) == 17  # each clip once
+    assert sorted(threads.calls)[-2] > 0 and max(threads.calls) <= 17 - 3 * (min(size, 5) - 1) + 2
     assert tensors(tmp_path / "cache") == tensors(tmp_path / "alone")
     again = InThreads(size).run(folder, tmp_path / "cache", spec, load=never)
     assert [e.id for e in again[0].entries] == [e.id for e in alone.entries]
@@ -134,7 +134,7 @@ def test_two_processes_that_know_nothing_of_each_other_fill_one_cache(folder, tm
 
 
 def kill_until_done(command, cache: Path, seconds: float, kills: int) -> int:
-    """Start again and again, and kill after a random time within `seconds`; how often it had to."""
+    """Start `command` again and again, killing it within `seconds`; return the number of kills."""
     random.seed(0)
     killed = 0
     for _ in range(kills):
@@ -181,7 +181,7 @@ accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
 quiet_libraries()
 
 def begin(cache):
-    child = os.fork()  # what is imported once serves all
+    child = os.fork()  # children share the imports
     if child == 0:
         job = Job.from_config(load([*sys.argv[2:], f"cache.dir={cache}"]))
         prepare_data(job, accelerator, torch.float32)
@@ -202,8 +202,8 @@ random.seed(0)
 counts, killed = [], 0
 for trial in range(20):
     cache = folder / f"killed {trial}"
-    # After a random number of files and a random part of the time that one takes: the machine may
-    # be busier than it was.
+    # Kill after a random number of files plus a random part of the time that one file takes; a time
+    # alone would miss, because the machine may be busier than it was.
     after, child = random.randrange(len(whole)), begin(cache)
     while len(paths(cache)) < after:
         time.sleep(0.002)
@@ -222,8 +222,10 @@ print(json.dumps([len(whole), counts, killed]))
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_clips_killed_at_20_random_moments_give_the_same_bytes(tmp_path, family):
-    """The clips of `make demo`, by the family's own tokenizer, text encoder and VAE: at 20 moments
-    whatever is there is whole, and the same command goes on to the same bytes."""
+    """Encode the clips of `make demo` by the family's own tokenizer, text encoder and VAE.
+
+    At each of 20 kills all files are complete, and the same command continues to the same bytes.
+    """
     fetch_videos(tmp_path / "videos")
     given = [f"recipe=tiny_{family}", f"data.path={tmp_path / 'videos'}", "data.shots=true"]
     given += ["frames=25", "extend.native=25", "extend.factor=null", "height=96", "width=128"]
@@ -232,4 +234,4 @@ def test_real_clips_killed_at_20_random_moments_give_the_same_bytes(tmp_path, fa
     assert run.returncode == 0
     total, counts, killed = json.loads(out.splitlines()[-1])
     assert total >= 6 and len(set(counts)) >= 3  # before, between and after files
-    assert killed >= 15  # the others were done before their moment came
+    assert killed >= 15  # the others finished before they were killed

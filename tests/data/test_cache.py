@@ -1,4 +1,4 @@
-"""Under which settings a file of the cache is found again, and that it is whole."""
+"""A file of the cache is found again only under the same settings, and only if it is complete."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Each figure sees the fault that it is for, and no other."""
+"""Each figure reacts to the fault that it is meant for, and to no other."""
 
 import dataclasses
 import math
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from longreel.data.coherence import measure
-from longreel.data.synthetic import COLOURS, SETS, Arena, Source
+from longreel.data.scenes import COLOURS
+from longreel.data.synthetic import SETS, Arena, ClipSet
 
 NATIVE = 21
 ARENA = Arena(81, 40, 48, NATIVE)
@@ -15,7 +16,7 @@ CLIPS = 3
 
 
 def sources(name):
-    return [Source(name, ARENA).scene(index) for index in range(CLIPS)]
+    return [ClipSet(name, ARENA).scene(index) for index in range(CLIPS)]
 
 
 def figures(name, clips):
@@ -23,11 +24,11 @@ def figures(name, clips):
     return {key: np.mean([row[key] for row in rows]) for key in rows[0]}
 
 
-# Faults of what is shown; each takes a scene and a generator.
+# Faults of the scene; each takes a scene and a random generator.
 
 
 def other_colours(scene, random):
-    """A new identity every 20 frames."""
+    """Change the identity every 20 frames."""
     moves = np.arange(len(scene.colour)) // 20
     return dataclasses.replace(scene, colour=(scene.colour + moves) % len(COLOURS))
 
@@ -42,12 +43,12 @@ def other_after_gap(scene, random):
 
 
 def jitter(scene, random):
-    """Of 2 pixels, a twentieth of the picture."""
+    """Move the object by 2 pixels at random, a twentieth of the picture."""
     return dataclasses.replace(scene, centre=scene.centre + random.normal(0, 2, scene.centre.shape))
 
 
 def lost(scene, random):
-    """Every third sighting is missing."""
+    """Hide every third sighting."""
     return dataclasses.replace(
         scene, visible=scene.visible & (np.arange(len(scene.visible)) % 3 > 0)
     )
@@ -58,7 +59,7 @@ def haunted(scene, random):
 
 
 def too_fast(scene, random):
-    """By a third."""
+    """Turn a third faster."""
     turns = scene.angle - scene.angle[0]
     return dataclasses.replace(scene, angle=scene.angle[0] + turns * 4 / 3)
 
@@ -71,8 +72,8 @@ def turning_round(scene, random):
 
 
 def forgotten(scene, random):
-    """The scene is another one on the way back, from a while after the turn on."""
-    other = Source("pan", ARENA, seed=1).scene(int(random.integers(1000)))
+    """Replace the scene on the way back, from shortly after the turn on."""
+    other = ClipSet("pan", ARENA, seed=1).scene(int(random.integers(1000)))
     turn = len(scene.left) // 2 + 6
 
     class Two:
@@ -83,7 +84,7 @@ def forgotten(scene, random):
 
 
 def late(scene, random):
-    """The bar fills in half of the time."""
+    """Fill the bar in half of the time."""
     return dataclasses.replace(scene, filled=np.minimum(2 * scene.filled, 1))
 
 
@@ -91,11 +92,11 @@ def restless(scene, random):
     return dataclasses.replace(scene, filled=scene.filled + random.normal(0, 0.05, 81))
 
 
-# Faults of pixels, whatever they show.
+# Faults of the pixels; each takes a clip and a random generator.
 
 
 def dimmed(clip, random):
-    """Brightness wavers by 6 %."""
+    """Let brightness waver by 6 %."""
     level = 1 + 0.06 * random.standard_normal((len(clip), 1, 1, 1))
     return np.clip(clip * level, 0, 255).astype(np.uint8)
 
@@ -121,9 +122,9 @@ FAULTS = {
     ("bounce", lost): {"visible", "motion"},
     ("bounce", dimmed): {"flicker"},
     ("bounce", drifting): {"drift"},
-    ("bounce", frozen): {"motion", "trajectory_rmse"},  # nor does it fly
+    ("bounce", frozen): {"motion", "trajectory_rmse"},  # a frozen object does not fly either
     ("bounce", noisy): set(),
-    # Pairs across the gap disagree, those within a part do not.
+    # Pairs across the gap disagree; pairs on one side of it agree.
     ("occlude", other_after_gap): {"agree@32", "agree@42", "agree@63", "switches", "ends"},
     ("occlude", haunted): {"ghosts", "motion"},
     ("occlude", jitter): {"trajectory_rmse"},
@@ -140,7 +141,7 @@ FAULTS = {
     ("clock", restless): {"backwards", "clock_error"},
     ("clock", drifting): {"drift"},
 }
-# Movement below these is none. Trembling pictures also move and change brightness a little.
+# Smaller changes of a figure are ignored: noisy pictures also change motion and brightness.
 SMALL = {
     "flicker": 1.2,
     "drift": 0.03,
@@ -184,7 +185,7 @@ def test_clean_clips_are_without_fault():
     for name in SETS:
         found = figures(name, [scene.render() for scene in sources(name)])
         for key, value in found.items():
-            if math.isnan(value):  # a gap, or none, leaves nothing to tell
+            if math.isnan(value):  # the figure has no frames or pairs to look at
                 assert name in ("occlude", "cross") or key == "ghosts", (name, key)
             elif key in wanted:
                 assert value == pytest.approx(wanted[key], abs=1e-4), (name, key)
@@ -203,8 +204,8 @@ def test_a_clip_without_an_object_says_so_and_nothing_more():
 
 
 def test_agreement_counts_pairs():
-    """Against a count by hand: red for 30 frames, then blue for 11."""
-    scene = Source("bounce", Arena(41, 40, 48, NATIVE)).scene(0)
+    """Compare with a count by hand: red for 30 frames, then blue for 11."""
+    scene = ClipSet("bounce", Arena(41, 40, 48, NATIVE)).scene(0)
     scene = dataclasses.replace(scene, colour=np.r_[np.zeros(30, int), np.full(11, 2)])
     found = measure("bounce", scene.render(), NATIVE)
     assert found["switches"] == 1

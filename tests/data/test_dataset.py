@@ -1,4 +1,4 @@
-"""Cached clips as a data set, and the hold-out split."""
+"""Cached clips are read as a data set, and whole videos are held out."""
 
 from dataclasses import replace
 from pathlib import Path

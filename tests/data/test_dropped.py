@@ -1,4 +1,4 @@
-"""What is dropped and what is said of it; videos that change or go away under a run."""
+"""Faults are reported with their reasons; videos may change or disappear during a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,13 @@ from videos import noise
 
 from longreel.data import decode
 from longreel.data.cache import Encoders
-from longreel.data.decode import write_video
 from longreel.data.listing import Dropped
+from longreel.data.write_video import write_video
 
 
 @pytest.fixture
 def poor(folder) -> Path:
-    """The three good videos, and one of each fault."""
+    """Make the three good videos and one video of each fault."""
     add(folder, "long_enough.mp4", 13, "25 fps", fps=25)
     add(folder, "short.mp4", 12, "25 fps", fps=25)
     add(folder, "mute.mp4", 20, None)
@@ -55,7 +55,7 @@ def test_strict_refuses_faults_before_anything_is_loaded(poor, cache):
     with pytest.raises(ValueError) as caught:
         build(poor, SPEC, cache, never, strict=True)
     first, *rest = str(caught.value).splitlines()
-    assert first == f"{poor}: 4 unusable; mend or remove them, or set data.strict=false:"
+    assert first == f"{poor}: 4 unusable; fix or remove them, or set data.strict=false:"
     assert rest[0] == "  empty.mp4  undecodable: the file is empty" and len(rest) == 4
 
 
@@ -66,7 +66,7 @@ def test_nothing_left_is_refused_before_anything_is_loaded(tmp_path, cache):
         build(tmp_path / "videos", SPEC, cache, never)
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'videos'} gives no clip to train on; "
-        "mend the videos or captions, or ask for less:",
+        "fix the videos or captions, or relax the settings:",
         "  0.mp4  too short: 5 frames (0.3 s) missing: 0.2 s = 4 frames at 16 fps, 9 needed",
         "  1.mp4  too short: 4 frames (0.2 s) missing: 0.3 s = 5 frames at 16 fps, 9 needed",
         "  2.mp4  too short: 5 frames (0.3 s) missing: 0.2 s = 4 frames at 16 fps, 9 needed",
@@ -85,7 +85,7 @@ def test_damage_after_the_first_clip_matters_only_if_all_are_wanted(poor, cache)
 
 
 def test_a_video_that_cannot_be_opened_is_dropped_but_not_remembered(folder, cache, tmp_path):
-    """A link into a disk that is not mounted, say."""
+    """An example is a link into a disk that is not mounted."""
     (folder / "a.mp4").rename(tmp_path / "moved.mp4")
     (folder / "a.mp4").symlink_to(tmp_path / "disk.mp4")
     dropped = build(folder, SPEC, cache).report.dropped
@@ -111,23 +111,23 @@ def test_a_video_that_goes_away_after_the_check_is_dropped(folder, cache):
 def test_a_video_that_is_replaced_while_others_are_encoded_is_not_kept_under_its_old_name(
     folder, cache, canonical
 ):
-    """Pixels of the new one, found by the old one's hash, would be wrong for ever."""
+    """Pixels of the new video stored under the old one's hash would stay wrong for ever."""
     spec = replace(SPEC, canonical=canonical)
     (folder / "old.mp4").write_bytes((folder / "b.mp4").read_bytes())
 
     def load() -> Encoders:
         write_video(folder / "b.mp4", noise(40), 16)
-        (folder / "a.mp4").touch()  # the same content: nothing is wrong with it
+        (folder / "a.mp4").touch()  # same content, so nothing is wrong
         return encoders()
 
     prepared = build(folder, spec, cache, load)
-    if canonical:  # copies were made before
+    if canonical:  # the copies were made earlier
         assert [entry.source for entry in prepared.entries] == ["a.mp4", "b.mp4", "deep/c.mp4"]
     else:
         assert [entry.source for entry in prepared.entries] == ["a.mp4", "deep/c.mp4"]
         reason = "cannot be read (it was replaced meanwhile: run again)"
         assert Dropped("b.mp4", "unreadable", reason) in prepared.report.dropped
-    build(folder, spec, cache)  # the new one
+    build(folder, spec, cache)  # encodes the new video
     (folder / "old.mp4").rename(folder / "b.mp4")
     again = build(folder, spec, cache).entries
     alone = build(folder, spec, cache.with_name("alone")).entries

@@ -1,4 +1,4 @@
-"""The grammar of data.filter."""
+"""data.filter accepts its grammar and refuses everything else."""
 
 import pytest
 from hypothesis import given, settings

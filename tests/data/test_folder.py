@@ -1,3 +1,5 @@
+"""Captions are found in tables and text files, and everything left out is reported."""
+
 import json
 
 import pytest
@@ -127,7 +129,7 @@ def test_nothing_captioned_is_not_an_error_here(tmp_path):
             {"metadata.csv": "file_name,caption\na.mp4,a dog, running\n"},
             "metadata.csv line 2 has more fields than line 1 has names: put captions with commas",
         ),
-        ({"metadata.csv": ""}, "and data.video and data.caption tell columns of other names"),
+        ({"metadata.csv": ""}, "set data.video and data.caption if their columns have other names"),
         ({"metadata.csv": b"file_name,caption\na.mp4,\xff\n"}, "metadata.csv is not UTF-8 text"),
         ({"metadata.csv": "", "metadata.jsonl": ""}, "holds both metadata.jsonl and metadata.csv"),
     ],

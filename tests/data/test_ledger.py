@@ -1,4 +1,4 @@
-"""What is known of files: the newest fact counts, and only files that are done with are merged."""
+"""The newest fact counts, and only ledger files that nobody writes to are merged."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from longreel.data.ledger import IN_USE, MOST_FILES, Ledger
 
 
 def age(cache, seconds: float) -> None:
-    """All files as if written so long before."""
+    """Make all files `seconds` older."""
     for path in (cache / "ledger").iterdir():
         then = path.stat().st_mtime - seconds
         os.utime(path, (then, then))
@@ -27,7 +27,7 @@ def write(cache, key: str, value: object) -> None:
 
 
 def test_the_newest_fact_counts_whatever_the_files_are_called(tmp_path):
-    for value in range(8):  # names are random: in their order this would rarely come out
+    for value in range(8):  # file names are random, so their order would rarely give this result
         age(tmp_path, 10) if value else None
         write(tmp_path, "a.mp4", value)
     assert Ledger(tmp_path).get("file", "a.mp4") == 7
@@ -84,7 +84,9 @@ def test_a_fault_is_not_believed_after_an_upgrade_of_the_decoder(folder, cache):
     for path in (cache / "ledger").iterdir():
         facts = [json.loads(line) for line in path.read_text().splitlines()]
         for kind, _, value in facts:
-            if kind.startswith("video") and value[5]:  # frames, whole, size, cuts, fault, decoder
+            if (
+                kind.startswith("video") and value[5]
+            ):  # frames, complete, size, cuts, fault, decoder
                 value[5:] = ["there is no decoder", "1.0"]
         path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     assert build(folder, SPEC, cache, never).report.dropped[0].reason.startswith("not a readable")

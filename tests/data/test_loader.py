@@ -1,4 +1,4 @@
-"""What training reads: batches in order, ahead of their steps, in parts, in bounded memory."""
+"""Batches are read in order, ahead of their steps, in parts, and in bounded memory."""
 
 import gc
 import time
@@ -52,7 +52,7 @@ def test_an_error_comes_where_its_batch_would_have(entries, workers, tmp_path):
 
 
 def test_memory_is_bounded(entries):
-    """However long a step takes, as many batches wait as there are workers."""
+    """However long a step takes, no more batches wait than there are workers."""
     alive = []
 
     class Watched(LatentDataset):
@@ -104,7 +104,7 @@ def test_processes_that_share_a_clip_read_a_part_each(entries, parts):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_part_is_all_that_is_read(entries, dtype, tmp_path, monkeypatch):
-    """Of a large file: the header, and that part's bytes."""
+    """Only the header and the bytes of that part are read from the file."""
     path = tmp_path / "a.safetensors"
     latents = torch.randn(16, 4, 32, 32).to(dtype)
     about = {"schema": 1, "shape": list(latents.shape), "start": 0}

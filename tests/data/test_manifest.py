@@ -1,4 +1,4 @@
-"""A start with a full cache: by its manifest alone, without a decoder, whatever is damaged."""
+"""A start with a full cache needs only its manifest, and makes a damaged manifest again."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ import pytest
 from processes import run_script
 from stub_cache import SPEC, add, build, never
 
-from longreel.data import encode
+from longreel.data import prepare
 
 
 def content(cache: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file of the cache with its time of writing."""
+    """Return every file of the cache with its mtime and content."""
     files = (path for path in cache.rglob("*.*") if path.parent.name != "manifests")
     return {path.as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
@@ -32,7 +32,7 @@ import sys
 sys.modules["av"] = sys.modules["datasets"] = None  # importing them fails
 from longreel.data.dataset import LatentDataset
 from longreel.data.cache import Bucket, CacheSpec
-from longreel.data.encode import prepare
+from longreel.data.prepare import prepare
 from longreel.data.loader import Loader
 from longreel.data.sampler import SeededBatches
 from longreel.data.listing import SourceSpec
@@ -84,7 +84,7 @@ def test_a_full_cache_is_opened_by_its_manifest_alone(folder, cache, monkeypatch
     def looks(*arguments):
         raise AssertionError("the videos are looked at")
 
-    monkeypatch.setattr(encode, "survey", looks)
+    monkeypatch.setattr(prepare, "survey", looks)
     again = build(folder, SPEC, cache, never, extra_captions=[""])
     assert (again.entries, again.texts) == (first.entries, first.texts)
     assert not (cache / "ledger").exists()
@@ -100,7 +100,7 @@ def test_a_full_cache_is_opened_by_its_manifest_alone(folder, cache, monkeypatch
         monkeypatch.undo()
         caption.write_text("a cat")
         build(folder, SPEC, cache, extra_captions=[""])
-        monkeypatch.setattr(encode, "survey", looks)
+        monkeypatch.setattr(prepare, "survey", looks)
 
 
 def test_a_cache_that_can_only_be_read_is_used(folder, cache, monkeypatch):
@@ -117,5 +117,5 @@ def test_a_caption_that_is_not_utf_8_does_not_slow_every_start_down(folder, cach
     add(folder, "d.mp4", 12, None).with_suffix(".txt").write_bytes(b"\xff\xfe\xfa")
     first = build(folder, SPEC, cache)
     assert [item.kind for item in first.report.dropped] == ["no caption"]
-    monkeypatch.setattr(encode, "survey", None)
+    monkeypatch.setattr(prepare, "survey", None)
     assert build(folder, SPEC, cache, never).report.dropped == first.report.dropped

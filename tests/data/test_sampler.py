@@ -1,3 +1,5 @@
+"""Batches are a function of the seed, whatever the ranks, and resume where they stopped."""
+
 from collections import Counter
 from itertools import islice
 
@@ -16,7 +18,7 @@ SHAPES = {
 
 
 def stream(num_samples, batch, seed, num_ranks, steps):
-    """What all ranks see, in the global order."""
+    """Return the samples of all ranks in the global order."""
     ranks = [
         SeededBatches(num_samples, batch, seed, rank=rank, num_ranks=num_ranks)
         for rank in range(num_ranks)
@@ -39,7 +41,7 @@ def test_every_epoch_is_a_permutation_shared_out_among_ranks(num_samples, batch,
 def test_the_global_order_does_not_depend_on_the_number_of_ranks(
     num_samples, batch, num_ranks, seed
 ):
-    """So a run may go on with other numbers of processes as long as the global batch stays."""
+    """So a run can resume with another number of processes if the global batch stays the same."""
     split = stream(num_samples, batch, seed, num_ranks, 5)
     assert split == stream(num_samples, batch * num_ranks, seed, 1, 5)
 
@@ -96,7 +98,7 @@ def test_resuming_among_buckets(buckets, start):
 
 @given(buckets=BUCKETS, start=st.integers(0, 20))
 def test_going_on_with_other_ranks_leaves_no_sample_out(buckets, start):
-    """Each bucket's stream goes on where it was, whatever a step now takes."""
+    """Each bucket's stream continues where it was, however many samples a step now takes."""
     two = SeededBatches(len(buckets), 1, 1, buckets=buckets, num_ranks=2, rank=0)
     drawn = two.drawn_after(start)
     assert sum(drawn) == 2 * start

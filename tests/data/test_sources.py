@@ -1,4 +1,4 @@
-"""Tables with times and scores, OpenVid-1M, `datasets`; filters and top_k over them."""
+"""Tables with times and scores, OpenVid-1M and `datasets` are listed, filtered and ranked."""
 
 import errno
 import json
@@ -130,9 +130,9 @@ def test_filter(scored):
 
 def test_top_k(scored):
     found = listing(scored, top_k=2, top_by="look")
-    assert kept(found) == "ac"  # of equal scores the first by name
+    assert kept(found) == "ac"  # equal scores: the first by name
     reasons = {item.name: item.reason for item in found.dropped}
-    assert reasons["e.mp4"] == "data.top_k: look 4 is not among the 2 greatest, down to 5.5"
+    assert reasons["e.mp4"] == "data.top_k: look 4 is not among the 2 greatest, which end at 5.5"
     assert reasons["d.mp4"] == "data.top_k: look has no number"
     assert kept(listing(scored, top_k=9, top_by="look")) == "abce"
     assert kept(listing(scored, filter="look < 6", top_k=1, top_by="move it")) == "a"
@@ -175,7 +175,7 @@ def test_openvid(tmp_path):
 
 @pytest.fixture
 def parquet(tmp_path):
-    """A local copy of a data set whose Parquet file holds the videos' bytes."""
+    """Make a local copy of a data set whose Parquet file holds the videos' bytes."""
     datasets = pytest.importorskip("datasets")
     paths = [steady(tmp_path / f"{i}.mp4", 12 + i) for i in range(3)]
     rows = [
@@ -202,8 +202,10 @@ def test_a_data_set_is_streamed_once_without_its_decoder(parquet, tmp_path, monk
     assert source.path.read_bytes() == paths[0].read_bytes()
     assert sorted(item.kind for item in found.dropped) == ["filtered", "no caption"]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert listing(folder, **options) == found  # from the list
-    with pytest.raises(ValueError, match="needs the library: pip install 'longreel.datasets.'"):
+    assert listing(folder, **options) == found  # from the stored list
+    with pytest.raises(
+        ValueError, match="needs the datasets library: pip install 'longreel.datasets.'"
+    ):
         listing(folder, **options, split="test")
 
 

@@ -1,4 +1,4 @@
-"""Which clips videos give: buckets, shots, times, sizes; drops; the report before work."""
+"""Videos give clips by buckets, shots, times and sizes, and the report comes before any work."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from videos import make_video, noise, numbers, painted
 from longreel.data.cache import Bucket
 from longreel.data.captions import CaptionLimit
 from longreel.data.decode import examine, read_clip
-from longreel.data.files import read_about
+from longreel.data.files import read_header
 from longreel.data.manifest import read_manifests
 from longreel.data.shots import shots
 
@@ -47,18 +47,18 @@ def test_videos_go_to_the_bucket_of_the_nearest_aspect_and_the_longest_that_fits
     ]
     for entry in prepared.entries:
         shape = [3, entry.bucket.frames, entry.bucket.height // 8, entry.bucket.width // 8]
-        assert read_about(entry.latents)["shape"] == shape
+        assert read_header(entry.latents)["shape"] == shape
     assert str(prepared.report).splitlines()[1] == "  17 x 48 x 32: 1 clip"
     first = build(folder, replace(spec, windows="first"), tmp_path / "cache", never)
     assert [place[2] for place in places(first)] == [17, 17, 17]
-    # A bucket that got nothing is counted too.
+    # A bucket without clips is counted too.
     (folder / "tall.mp4").unlink()
     lines = str(build(folder, spec, tmp_path / "cache", never).report).splitlines()
     assert "  17 x 48 x 32: 0 clips" in lines
 
 
 def scenes(*lengths: int) -> list[np.ndarray]:
-    """Shots of moving waves that differ in brightness and colour."""
+    """Draw shots of moving waves that differ in brightness and colour."""
     y, x = np.mgrid[:48, :64]
     frames = []
     for shot, length in enumerate(lengths):
@@ -160,12 +160,12 @@ def test_the_report_comes_before_any_work(tmp_path):
     assert before.splitlines() == [
         "kept 3 clips of 2 videos: 3 to encode, 0 from the cache",
         "3,000 tokens an epoch, 150.0 MB of latents, 150.0 MB of them to be written in "
-        "a time not known before the first clip",
+        "a time that is unknown before the first clip",
         "dropped 1: 1 too short",
         "  c.mp4  too short: 4 frames (0.2 s) missing: 0.3 s = 5 frames at 16 fps, 9 needed",
     ]
     assert seen[1] == "load"
-    add(folder, "d.mp4", 13, "a horse")  # now the time is known
+    add(folder, "d.mp4", 13, "a horse")  # the speed is known by now
     build(folder, spec, cache, announce=lambda report: seen.append(str(report)))
     assert "50.0 MB of them to be written in about 0 s" in seen[-1]
 
@@ -184,7 +184,7 @@ def test_a_report_names_some_of_each_kind_and_the_manifest_all(tmp_path):
     (manifest,) = read_manifests(cache)
     names = manifest.path.with_suffix(".dropped.jsonl").read_text().splitlines()
     assert len(names) == 9 and json.loads(names[0])[1] == "undecodable"
-    with pytest.raises(ValueError, match="9 unusable; mend or remove them"):
+    with pytest.raises(ValueError, match="9 unusable; fix or remove them"):
         build(folder, SPEC, cache, never, strict=True)
 
 
@@ -205,7 +205,7 @@ def test_captions_that_are_too_long_are_told_with_what_is_cut(tmp_path):
     assert note.startswith("caption 'word0 word1 word2 ")
     assert "has 30 tokens, of which the model reads 20; cut: 'word20 word21 " in note
     assert build(folder, SPEC, cache, caption_limit=limit).report.notes == [note]
-    assert measured == [long]  # once, and only what may be too long
+    assert measured == [long]  # once, and only the caption that may be too long
 
 
 def test_a_picture_under_a_video_s_name_is_too_short(tmp_path):
@@ -225,7 +225,7 @@ def test_a_picture_under_a_video_s_name_is_too_short(tmp_path):
 
 
 def test_a_video_replaced_by_one_of_the_same_size_and_ends_is_encoded_anew(tmp_path):
-    """Of the content's middle alone: what a hash of both ends would miss."""
+    """Only the middle of its content differs, which a hash of both ends would miss."""
     folder, cache = tmp_path / "v", tmp_path / "cache"
     path = add(folder, "a.mkv", 24, "a", frames=noise(24, 256, 256), codec="rawvideo")
     assert path.stat().st_size > 2 << 20
@@ -253,11 +253,11 @@ def test_canonical_copies_are_made_once_and_give_the_same_clips(tmp_path):
     with av.open(str(copy)) as container:
         packets = [p for p in container.demux(video=0) if p.pts is not None]
         times = [round(p.pts * p.time_base * 16) for p in packets]
-    assert times == list(range(26))  # no B-frames: stored as shown
+    assert times == list(range(26))  # no B-frames: storage order is display order
     assert [i for i, p in enumerate(packets) if p.is_keyframe] == [0, 16]
     before = copy.stat().st_mtime_ns
     assert build(folder, spec, cache, never).entries == prepared.entries
-    copy.unlink()  # a full cache needs none
+    copy.unlink()  # a full cache needs no copy
     assert build(folder, spec, cache, never).entries == prepared.entries
     assert not copy.exists()
     for path in (cache / "manifests").iterdir():

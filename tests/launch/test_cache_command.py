@@ -46,8 +46,8 @@ def test_verify(cache, tmp_path, capsys):
         run(capsys, "verify", f"dir={cache}")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{torn}: cannot be read (")
-    assert lines[1] == f"{changed}: its numbers are not those that were written"
-    assert lines[2] == f"{caption}: its numbers are not those that were written"
+    assert lines[1] == f"{changed}: its tensors differ from what was written"
+    assert lines[2] == f"{caption}: its tensors differ from what was written"
     lines = run(capsys, "verify", f"dir={cache}", "delete=true")
     assert lines[-2] == "6 files, 0.00 GB: 3 damaged"
     assert lines[-1] == f"{tmp_path / 'v'}: 3 files are missing, and are encoded at its next run"
@@ -113,9 +113,9 @@ def test_show_decodes_a_clip(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "cache '' is no command"),
-        (["list"], "cache 'list' is no command"),
-        (["verify", "dir=/no/such"], "dir=/no/such is no cache"),
+        ([], "cache '' is not a command"),
+        (["list"], "cache 'list' is not a command"),
+        (["verify", "dir=/no/such"], "dir=/no/such is not a cache"),
         (["gc", "day=3"], "day is not a setting. Did you mean days?"),
         (["gc", "days=nan", "delete=true"], "days=nan is not a finite number"),
         (["show", "x"], "clip=x must be a whole number"),

@@ -90,7 +90,7 @@ class Validator:
     def _sample(self, prompt: str, path: Path) -> bool:
         """One video, and whether this process wrote it; the VAE is on the device for as long as it
         takes. A disk that is full costs the run this video alone."""
-        from ...data.decode import write_video
+        from ...data.write_video import write_video
         from .pipeline import generate
 
         config, job = self.job.config, self.job

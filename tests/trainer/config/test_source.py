@@ -45,7 +45,7 @@ def test_a_file_in_the_place_of_a_folder_is_told(key, words, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["data.source=synthetic:hop"], "data.source=synthetic:hop is no set.*bounce, occlude"),
+        (["data.source=synthetic:hop"], "data.source=synthetic:hop is not a set.*bounce, occlude"),
         (["data.source=files"], "data.source=files is unknown: take folder, openvid"),
         (["data.source=synthetic:pan", "data.path=."], "leave one out"),
         (["data.source=synthetic:pan", "height=16"], "24 pixels"),

@@ -1,4 +1,4 @@
-"""One item ahead: what comes next is made while the present one is used."""
+"""Compute the next item of an iterator in a thread while the current one is used."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items in the same order, made by a thread.
+def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
+    """Yield the same items in the same order, computed by a thread.
 
-    At most two exist at a time: the one in use and the next. An error of `items` is raised where
-    its item would have come; a consumer that stops early stops the thread.
+    At most two items exist at a time: the one in use and the next. An error of `items` is raised in
+    place of its item. If the consumer stops early, the thread stops too.
     """
     made: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     room = threading.Semaphore(2)
@@ -33,7 +33,7 @@ def ahead(items: Iterator[T]) -> Generator[T, None, None]:
                 made.put(("item", item))
                 del item
             made.put(("end", None))
-        except BaseException as error:  # noqa: BLE001 - goes on to the consumer
+        except BaseException as error:  # re-raised in the consumer
             made.put(("error", error))
 
     thread = threading.Thread(target=make, daemon=True)
