@@ -1,25 +1,19 @@
 """`block_sparse_attention`: checks, choice of backend, and the custom op with its gradient."""
 
-import logging
-from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..backend import check_dtype, check_name, check_triton
 from . import reference
 from .lists import Lists
-from .tuning import FA4_IS_FASTER, hopper_takes
-
-log = logging.getLogger(__name__)
+from .tuning import hopper_takes
 
 Backend = Literal["auto", "triton", "flex", "fa4", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCKS = (16, 32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What "auto" hands to the op where fa4 is faster: the check of fa4's results then decides.
-FA4_OR_TRITON = "fa4 or triton"
 
 
 def block_sparse_attention(
@@ -79,135 +73,48 @@ def block_sparse_attention(
         raise ValueError(f"scale is {scale}; it must be positive (negate q for a negative one)")
     resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3], block)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    asked = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     if resolved == "fa4":
-        # An explicit one may run in the mode that only warns.
-        wanted = deterministic if backend == "fa4" else asked
-        resolved = _fa4_or_other(backend, valid, gradients, wanted)
+        from . import fa4
+
+        fa4.check_call(valid, gradients, deterministic)
     if resolved == "flex":
         if gradients and q.device.type == "cpu":
             raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
         from . import flex
 
         return flex.attention(q, k, v, lists, factor)
-    return _attention(q, k, v, *lists, factor, resolved, asked)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return _attention(q, k, v, *lists, factor, resolved, deterministic)
 
 
 def resolve_backend(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int = 128
 ) -> str:
-    """The backend that `backend` means for such inputs; an explicit one never falls back.
+    """Return the backend that `backend` means for such inputs; an explicit one never falls back.
 
-    "auto" is "reference" on CPUs and "triton" on NVIDIA GPUs since Ampere, or "fa4" where that was
-    measured to be faster (`tuning.FA4_IS_FASTER`) and is installed; calls that fa4 has no kernel
-    for, or whose results it gets wrong, then run in "triton". "flex" is PyTorch's FlexAttention on
-    the same lists: an independent implementation to compare with. "fa4" is the package
-    flash-attn-4, on Hopper.
+    "auto" is "reference" on CPUs and "triton" everywhere else. The others run only when asked for:
+    "flex" is PyTorch's FlexAttention on the same lists, an independent implementation to compare
+    with; "fa4" is the package flash-attn-4, on Hopper.
 
     Raises:
-        ValueError: what stands in the way, and the remedy.
+        ValueError: if the backend is unknown or cannot compute such inputs here; the message says
+            why, and what to use instead.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    check_name(backend, BACKENDS)
     if backend == "auto":
-        backend = _automatic(device, dtype, head_dim, block)
+        backend = "reference" if device.type == "cpu" else "triton"
     if backend == "fa4":
         from . import fa4
 
         fa4.check_inputs(device, dtype, head_dim, block)
-    if backend != "reference" and dtype not in DTYPES:
-        raise ValueError(
-            f"the {backend} backend does not compute in {dtype}; use bfloat16, float16 or float32, "
-            "or backend='reference'"
-        )
+    if backend != "reference":
+        check_dtype(backend, dtype)
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}; it must be one of {HEAD_DIMS}")
     if backend == "triton":
         check_triton(device)
     return backend
-
-
-def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str:
-    """What "auto" means; `resolve_backend` says when it is which."""
-    if device.type == "cpu":
-        return "reference"
-    if (
-        device.type == "cuda"
-        and (torch.cuda.get_device_capability(device), head_dim) in FA4_IS_FASTER
-    ):
-        from . import fa4
-
-        try:
-            fa4.check_inputs(device, dtype, head_dim, block)
-            return "fa4"
-        except ValueError:
-            pass
-    return "triton"
-
-
-def _fa4_or_other(
-    backend: str, valid: Tensor | None, gradients: bool, deterministic: bool | None
-) -> str:
-    """The backend of a call that resolved to fa4: ValueError if it was asked for and cannot."""
-    from . import fa4
-
-    try:
-        fa4.check_call(valid, gradients, deterministic)
-    except ValueError:
-        if backend == "fa4":
-            raise
-        return "triton"
-    return "fa4" if backend == "fa4" else FA4_OR_TRITON
-
-
-def _checked(backend: str, q: Tensor, row_indptr: Tensor) -> str:
-    """The backend that runs, once fa4's results are known. Called in the op, where tensors are real
-    also under torch.compile.
-
-    Raises:
-        RuntimeError: if fa4 was asked for and is wrong here.
-    """
-    if backend not in ("fa4", FA4_OR_TRITON):
-        return backend
-    from . import fa4
-
-    failure = fa4.failure(q, row_indptr)
-    if failure is None:
-        return "fa4"
-    if backend == "fa4":
-        raise RuntimeError(f"{failure}; {fa4.REMEDY}")
-    _warn(failure)
-    return "triton"
-
-
-@cache  # once
-def _warn(failure: str) -> None:
-    log.warning("%s; such attention runs in Triton instead", failure)
-
-
-def check_triton(device: torch.device) -> None:
-    """Raise unless Triton is installed and can compile for `device`."""
-    try:
-        from triton import knobs
-    except ImportError as error:
-        raise ValueError(
-            "the triton backend needs the triton package (pip install 'triton>=3.6'); "
-            "on a CPU use backend='reference'"
-        ) from error
-    if device.type == "cpu" and knobs.runtime.interpret:
-        return
-    if device.type != "cuda" or torch.version.hip is not None:
-        kind = "AMD GPU" if torch.version.hip is not None else device.type
-        raise ValueError(
-            f"the triton backend needs an NVIDIA GPU, and the tensors are on: {kind}; use "
-            "backend='reference'"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        raise ValueError(
-            "the triton backend needs compute capability 8.0 (Ampere) or newer, and this GPU has "
-            f"{capability[0]}.{capability[1]}; use backend='reference'"
-        )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: Lists) -> None:
@@ -277,11 +184,13 @@ def _attention(
     deterministic: bool,  # of the gradients
 ) -> tuple[Tensor, Tensor]:
     lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
-    backend = _checked(backend, q, row_indptr)
     if backend == "reference":
         return reference.forward(q, k, v, lists, scale)
     if backend == "fa4":
-        from .fa4 import forward
+        from .fa4 import check_results, forward
+
+        # Here, inside the op, tensors are real also under torch.compile.
+        check_results(q, row_indptr)
     elif hopper_takes(block, q, k, v):
         from .hopper_forward import forward
     else:
@@ -322,11 +231,12 @@ def _attention_backward(
         grad_out = grad_out.contiguous()
     lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
     arguments = (grad_out, grad_lse, q, k, v, out, lse, lists, scale)
-    backend = _checked(backend, q, row_indptr)
     if backend == "reference":
         return reference.backward(*arguments)
     if backend == "fa4":
-        from .fa4 import backward
+        from .fa4 import backward, check_results
+
+        check_results(q, row_indptr)
     elif hopper_takes(block, q, k, v, grad_out):
         if deterministic:
             from .hopper_backward import backward

@@ -54,12 +54,6 @@ HOPPER = {
 }
 HOPPER_BLOCK = 128  # a program's rows are one block: two groups of 64
 
-# Where flash-attn-4 was measured faster than these kernels, forward and backward together: (compute
-# capability, head_dim). The backend "auto" is "fa4" there. By 1 to 3 % (H200, flash-attn-4
-# 4.0.0b36: benchmarks/results/2026-11-23-attention-h200-*.md); not on Mochi's 56 frames, where it
-# is 2 % slower.
-FA4_IS_FASTER: frozenset[tuple[tuple[int, int], int]] = frozenset({((9, 0), 64), ((9, 0), 128)})
-
 
 def hopper_takes(block: int, *tensors: Tensor) -> bool:
     """Whether the Hopper kernels compute from these [B, S, H, D] tensors in blocks of `block`.

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..fused import Backend, dense, resolve
+from ..backend import FusedBackend, contiguous_rows, resolve_fused
 from . import reference
 
 Norm = Literal["rms", "layer"]
@@ -20,7 +20,7 @@ def modulated_norm(
     *,
     norm: Norm,
     eps: float,
-    backend: Backend = "auto",
+    backend: FusedBackend = "auto",
 ) -> Tensor:
     """norm(x) * scale + shift over channels, rounded once.
 
@@ -47,12 +47,12 @@ def modulated_norm(
         raise ValueError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
     x = _checked("x", x)
     scale, shift = (_rows(n, m, x) for n, m in (("scale", scale), ("shift", shift)))
-    if resolve(backend, x, {"scale": scale, "shift": shift}) == "reference":
+    if resolve_fused(backend, x, {"scale": scale, "shift": shift}) == "reference":
         return reference.modulated_norm(x, scale, shift, norm == "layer", eps)
     return _modulated_norm(x, scale, shift, norm == "layer", eps)
 
 
-def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") -> Tensor:
+def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: FusedBackend = "auto") -> Tensor:
     """x + y * gate, computed in fp32 and rounded once.
 
     Args:
@@ -75,7 +75,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
         )
     rows = _rows("gate", gate, x)
     assert rows is not None
-    if resolve(backend, x, {"gate": rows}) == "reference":
+    if resolve_fused(backend, x, {"gate": rows}) == "reference":
         return reference.gated_add(x, y, rows)
     return _gated_add(x, y, rows)
 
@@ -86,7 +86,7 @@ def _checked(name: str, x: Tensor) -> Tensor:
             f"{name} must be [B, S, C], not empty and of at most {MOST_CHANNELS} channels; got "
             f"{tuple(x.shape)}"
         )
-    return dense(x)
+    return contiguous_rows(x)
 
 
 def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
@@ -103,7 +103,7 @@ def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
         )
     if modulation.device != x.device:
         raise ValueError(f"{name} is on {modulation.device}, x on {x.device}; move it")
-    return dense(modulation.reshape(-1, channels))
+    return contiguous_rows(modulation.reshape(-1, channels))
 
 
 @torch.library.custom_op("longreel::modulated_norm", mutates_args=())
@@ -126,7 +126,7 @@ def _modulated_norm_backward(
 ) -> Tensor:
     from .kernel import norm_backward
 
-    return norm_backward(dense(grad_out), x, scale, layer, eps)
+    return norm_backward(contiguous_rows(grad_out), x, scale, layer, eps)
 
 
 @_modulated_norm_backward.register_fake
@@ -163,7 +163,7 @@ def _(x, *_):
 def _gated_add_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
     from .kernel import gate as launch
 
-    return launch(None, dense(grad_out), gate)
+    return launch(None, contiguous_rows(grad_out), gate)
 
 
 @_gated_add_backward.register_fake

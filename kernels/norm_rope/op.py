@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..fused import Backend, dense, resolve
+from ..backend import FusedBackend, contiguous_rows, resolve_fused
 from . import reference
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -20,7 +20,7 @@ def norm_rope(
     round_before_weight: bool = False,
     text: Tensor | None = None,
     text_weight: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: FusedBackend = "auto",
 ) -> Tensor:
     """RMS norm of queries or keys, then rotary position embedding of the first tokens.
 
@@ -55,7 +55,7 @@ def norm_rope(
         _check_text(x, text, text_weight, across_heads)
     options = (eps, across_heads, round_before_weight)
     constants = {"weight": weight, "text_weight": text_weight, "cos": cos, "sin": sin}
-    if resolve(backend, x, constants) == "reference":
+    if resolve_fused(backend, x, constants) == "reference":
         return reference.norm_rope(x, weight, cos, sin, text, text_weight, *options)
     return _norm_rope(x, weight, cos, sin, text, text_weight, *options)
 
@@ -148,7 +148,7 @@ def _norm_rope_backward(
 ) -> Tensor:
     from .kernel import backward
 
-    return backward(dense(grad_out), x, weight, cos, sin, eps, across_heads)
+    return backward(contiguous_rows(grad_out), x, weight, cos, sin, eps, across_heads)
 
 
 @_norm_rope_backward.register_fake
