@@ -362,11 +362,11 @@ def without_the_plan(attention):
 
 
 def with_the_plan(attention):
-    return attention.checkpoint
+    return attention.recomputing
 
 
 def keeping_what_attention_returned(attention):
-    return partial(attention.checkpoint, context_fn=keeping_attention)
+    return partial(attention.recomputing, context_fn=keeping_attention)
 
 
 PLANS = {
