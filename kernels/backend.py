@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-# "fused" operators are `norm_rope` and `modulated_norm`; `block_sparse` has more backends.
+# The backends of the fused operators, `norm_rope` and `modulated_norm`; block_sparse has more.
 FusedBackend = Literal["auto", "triton", "reference"]
 FUSED_BACKENDS: tuple[str, ...] = get_args(FusedBackend)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

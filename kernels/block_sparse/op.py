@@ -32,13 +32,13 @@ def block_sparse_attention(
     deterministic: bool | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v, where each block of queries attends to the key blocks it lists.
+    """Compute softmax(scale * q k^T) v, where each query block attends to the key blocks it lists.
 
-    All of a listed pair of blocks is attended, except keys at or past `valid` and the ragged tail
-    past the sequence. Differentiable once in q, k and v through both outputs. Deterministic, but
-    for gradients where `deterministic` says so, and without host synchronisation (`reference` reads
-    the lists, so on a GPU it waits, and `fa4` does for lists and shapes that are new to it). The
-    algorithm is FlashAttention-2's (Dao, 2023), over block lists.
+    All token pairs of a listed pair of blocks are attended, except keys at or past `valid` and the
+    tail past the sequence. The function is differentiable once in q, k and v through both outputs.
+    It is deterministic, except for gradients as `deterministic` says, and does not synchronise with
+    the host. (On a GPU `reference` does, because it reads the lists, and so does `fa4` for new
+    lists and shapes.) The algorithm is FlashAttention-2's (Dao, 2023), over block lists.
 
     Args:
         q, k, v: [B, S, H, D] bf16, fp16 or fp32 (`reference`: fp64 too), D in {16, 32, 64, 128};
@@ -46,16 +46,16 @@ def block_sparse_attention(
         row_indptr: [L, rows + 1] int32, rows = ceil(S / block). Block row r of layout l lists
             `row_indices[row_indptr[l, r] : row_indptr[l, r + 1]]`.
         row_indices: [nnz] int32, key blocks of all L layouts, ascending within a row.
-        col_indptr, col_indices: the same pairs by key block column, which lists query blocks.
+        col_indptr, col_indices: the same pairs by key block: column c lists its query blocks.
         head_to_layout: [H] int32, the layout of each head.
-        block: tokens a block: 16, 32, 64 or 128 (the fast one).
-        valid: [B] int32 on the same device: keys at positions >= valid[b] do not count. Queries
+        block: tokens per block: 16, 32, 64 or 128 (the fast one).
+        valid: [B] int32 on the same device: keys at positions >= valid[b] are masked. Queries
             there are computed like any others.
         scale: positive factor of the logits; D ** -0.5 by default.
-        deterministic: whether gradients must be bit-equal when repeated; by default what
-            torch.use_deterministic_algorithms asks for. Where they need not be, `triton` on Hopper
-            and `fa4` add up that of q in no fixed order, which is faster.
-        backend: see `resolve_backend`.
+        deterministic: True if repeated gradients must be bit-equal; None follows
+            torch.use_deterministic_algorithms. Otherwise `triton` on Hopper and `fa4` sum the
+            gradient of q in no fixed order, which is faster.
+        backend: "auto", "triton", "flex", "fa4" or "reference"; see `resolve_backend`.
 
     Returns:
         out [B, S, H, D], contiguous, in q's dtype; and the natural log-sum-exp of the scaled logits
@@ -63,7 +63,7 @@ def block_sparse_attention(
         gradients.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        ValueError: if an argument is wrong; the message names it, its value and the remedy.
         RuntimeError: if `fa4` is asked for and its results are wrong on this GPU.
     """
     lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
@@ -118,7 +118,7 @@ def resolve_backend(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: Lists) -> None:
-    """Everything that shapes, dtypes and devices can tell; contents stay on the device."""
+    """Raise ValueError for wrong shapes, dtypes or devices; contents are never read back."""
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or 0 in q.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k and v must all be [B, S, H, D] and not empty; got {shapes}")
@@ -226,7 +226,7 @@ def _attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The gradient of a sum arrives expanded, with strides of 0: no tile can be copied from that.
+    # The gradient of a sum arrives expanded, with strides of 0, from which no tile can be copied.
     if grad_out.stride(3) != 1 or 0 in grad_out.stride():
         grad_out = grad_out.contiguous()
     lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
@@ -273,5 +273,5 @@ def _differentiate(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
 
 _attention.register_autograd(_differentiate, setup_context=_save)
 
-# The operator as dispatch modes and `torch.compile` see it.
+# The operator under the name by which dispatch modes and `torch.compile` see it.
 OPERATOR = torch.ops.longreel.block_sparse_attention.default
