@@ -32,7 +32,7 @@ class BlockLists(NamedTuple):
     block_size: tuple[int, int]
 
     def keep(self) -> Tensor:
-        """[1 or H, rows, columns] bool, from what the kernels read."""
+        """Return bool [1 or H, rows, columns], from the entries that the kernels read."""
         assert not self.mask_block_cnt.any()
         counts, indices = self.full_block_cnt[0], self.full_block_idx[0]
         assert counts.dtype == indices.dtype == torch.int32
@@ -112,7 +112,7 @@ def test_attention(case, package):
 
 
 def test_expanded_inputs_are_copied(package, monkeypatch):
-    """Kernels for strides of 0 would be others than those that were checked."""
+    """Strides of 0 would make the package compile kernels that were not checked."""
     (q, k, v), _, lists, _ = CASE.make()
     seen = []
     backward = StandIn._flash_attn_bwd
@@ -130,7 +130,7 @@ def test_expanded_inputs_are_copied(package, monkeypatch):
 
 
 def test_lists_are_converted_once(package, monkeypatch):
-    """Also where a checkpoint recomputes the forward, which saves its inputs anew."""
+    """This also holds where activation checkpointing recomputes the forward."""
     qkv, grads, lists, _ = CASE.make()
     attend(*qkv, *lists.tensors, block=128)  # with the conversions of the check
     made = []
@@ -175,7 +175,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_results_are_refused(name, package):
-    """Each time, and before anything is computed for the caller."""
+    """Every call is refused, before anything is computed for the caller."""
     package.spoil[name] = WRONG[name]
     qkv, _, lists, _ = CASE.make()
     for _ in range(2):
@@ -198,7 +198,7 @@ def test_a_package_that_breaks_is_refused(package):
 @pytest.mark.parametrize("installed", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_auto_is_never_fa4(head_dim, installed, monkeypatch):
-    """Not even on the GPU and for the inputs that it is made for."""
+    """It is not even on the GPU and for the inputs that fa4 supports."""
     loaded = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(fa4, "_package", lambda: loaded.append(0) or StandIn())
