@@ -1,12 +1,12 @@
-"""What a model's attention is like: how its energy falls with distance, and what masks leave of it.
+"""Measures of a model's attention: how its energy decays with distance, and what masks lose of it.
 
-Energy: the mean post-softmax score between a query and the keys at one distance, in frames at the
+Energy is the mean post-softmax score between a query and the keys at one distance, in frames at the
 same place or in raster positions within the same frame (Radial Attention, arXiv 2506.19852, section
-3.1 and Fig. 8b), with the fit y = exp(-a x + b) of the paper. A mask is judged on the same queries,
-keys and values: the softmax mass that it recalls, and the output's relative mean squared error.
+3.1 and Fig. 8b), with the paper's fit y = exp(-a x + b). A mask is judged on the same queries, keys
+and values, by the softmax mass that it recalls and by the output's relative mean squared error.
 
 Rows of the attention matrix are computed for sampled queries, some at a time, over all keys: the
-figures of those rows are exact, and nothing is ever tokens x tokens.
+figures of those rows are exact, and no tensor is ever tokens x tokens.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Plan, SparseAttention
+from .attention import ForwardPlan, SparseAttention
 from .grid import TokenGrid
 from .layout import BlockLayout, build_layout
 from .patterns import SparsePattern
 
-CHUNK_BYTES = 1 << 28  # of one fp32 tensor of scores; some four live at a time
+CHUNK_BYTES = 1 << 28  # largest fp32 tensor of scores; about four are alive at a time
 
 
 @dataclass(frozen=True)
 class Decay:
-    """y = exp(-a x + b) and the share of y's variance that it explains; NaN without two points."""
+    """Holds a fit y = exp(-a x + b) and the share `r2` of y's variance that it explains.
+
+    All are NaN for fewer than two points.
+    """
 
     a: float
     b: float
@@ -37,9 +40,11 @@ class Decay:
 
 
 def fit_decay(x: Tensor, y: Tensor) -> Decay:
-    """Least squares on y itself, as plotted, not on its logarithm; x, y: `[n]`, y not negative.
+    """Fit y = exp(-a x + b) by least squares on y itself, not on its logarithm.
 
-    For a given a the best exp(b) is known, so that only a is searched: by grids that narrow.
+    For a given a the best exp(b) has a closed form, so only a is searched, on grids that narrow.
+
+    x, y: `[n]`; y is not negative.
     """
     x, y = x.double().cpu(), y.double().cpu()
     if len(x) < 2 or not bool(y.any()):
@@ -65,7 +70,7 @@ def fit_decay(x: Tensor, y: Tensor) -> Decay:
 
 @dataclass
 class Energy:
-    """Sums and counts of scores by distance, of each head: `[heads, distances]` fp64 on the CPU."""
+    """Accumulates scores by distance for each head: `[heads, distances]` fp64 on the CPU."""
 
     total: Tensor
     count: Tensor
@@ -75,7 +80,8 @@ class Energy:
         return cls(*(torch.zeros(heads, distances, dtype=torch.float64) for _ in range(2)))
 
     def add(self, scores: Tensor, distance: Tensor) -> None:
-        """scores `[heads, rows, keys]` at distances `[rows, keys]`, those past the last aside."""
+        """Add scores `[heads, rows, keys]` at distances `[rows, keys]`, ignoring distances past the
+        last bin."""
         distances, heads = self.total.shape[1], len(scores)
         index = distance.clamp(max=distances).flatten()
         sums = scores.new_zeros(heads, distances + 1, dtype=torch.float64)
@@ -85,10 +91,11 @@ class Energy:
         self.count += counts.cpu()
 
     def mean(self) -> Tensor:
+        """Return the mean score at each distance, `[heads, distances]`; 0 where none was seen."""
         return self.total / self.count.clamp(min=1)
 
     def fits(self) -> list[Decay]:
-        """Of each head."""
+        """Fit the decay of each head."""
         seen = self.count[0] > 0
         x = torch.arange(self.total.shape[1])[seen]
         return [fit_decay(x, row[seen]) for row in self.mean()]
@@ -96,7 +103,11 @@ class Energy:
 
 @dataclass
 class Loss:
-    """What a mask leaves, summed over rows, of each head: `[heads]` fp64 on the CPU."""
+    """Accumulates what a mask loses, summed over query rows: `[heads]` fp64 on the CPU.
+
+    recalled: softmax mass on kept keys. error: squared error of the output against dense
+    attention's. norm: squared norm of that. rows: query rows added.
+    """
 
     recalled: Tensor
     error: Tensor
@@ -110,18 +121,18 @@ class Loss:
 
     @property
     def recall(self) -> Tensor:
-        """Mean share of the softmax mass that is kept, `[heads]`."""
+        """The mean share of the softmax mass that is kept, `[heads]`."""
         return self.recalled / max(self.rows, 1)
 
     @property
     def relative_mse(self) -> Tensor:
-        """Of the output against dense attention's, `[heads]`."""
+        """The output's squared error over dense attention's squared norm, `[heads]`."""
         return self.error / self.norm
 
 
 @dataclass
 class LayerFigures:
-    """Of one layer, over all forwards that were seen."""
+    """The figures of one layer, over all observed forwards."""
 
     temporal: Energy
     spatial: Energy
@@ -130,11 +141,15 @@ class LayerFigures:
 
 @dataclass(eq=False)
 class Observer(SparseAttention):
-    """The attention of a model, that also looks at what it computes; the results are the same.
+    """A `SparseAttention` that also measures what it computes; its results are unchanged.
 
-    masks: patterns to judge, by name. layers: to look at; None for all. rows: queries of a forward,
-    spread over the video (0: all). positions: raster distances up to this are binned.
-    chunk: bytes of one tensor of scores.
+    masks: patterns to judge, by name.
+    layers: indices of the layers to measure; None for all.
+    rows: queries sampled from the video in each forward; 0 for all.
+    positions: number of raster distances that are binned, from 0 up.
+    chunk: most bytes of one tensor of scores.
+    seed: seed of the sampled queries.
+    found: the figures so far, by layer index.
     """
 
     masks: Mapping[str, SparsePattern] = field(default_factory=dict)
@@ -149,10 +164,12 @@ class Observer(SparseAttention):
         plan = self.current
         if plan is not None and (self.layers is None or layer_index in self.layers):
             with torch.no_grad():
-                self._look(layer_index, plan, q, k, v)
+                self._measure(layer_index, plan, q, k, v)
         return super().attention(layer_index, q, k, v)
 
-    def _look(self, layer_index: int, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _measure(
+        self, layer_index: int, plan: ForwardPlan, q: Tensor, k: Tensor, v: Tensor
+    ) -> None:
         grid, heads = plan.grid, q.shape[2]
         if layer_index not in self.found:
             self.found[layer_index] = LayerFigures(
@@ -160,7 +177,7 @@ class Observer(SparseAttention):
                 Energy.empty(heads, min(self.positions, grid.per_frame)),
                 {name: Loss.empty(heads) for name in self.masks},
             )
-        chosen = self._queries(grid, layer_index)
+        chosen = self._sample_queries(grid, layer_index)
         lengths = plan.valid or (len(grid),) * len(q)
         size = max(1, self.chunk // (4 * heads * len(grid)))
         for sample, length in enumerate(lengths):
@@ -171,7 +188,7 @@ class Observer(SparseAttention):
                 scores = queries @ keys.mT * q.shape[-1] ** -0.5
                 self._add(self.found[layer_index], grid, rows, scores.softmax(-1), values)
 
-    def _queries(self, grid: TokenGrid, layer_index: int) -> Tensor:
+    def _sample_queries(self, grid: TokenGrid, layer_index: int) -> Tensor:
         if not self.rows or self.rows >= grid.video:
             return torch.arange(grid.video)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer_index)
@@ -180,7 +197,7 @@ class Observer(SparseAttention):
     def _add(
         self, figures: LayerFigures, grid: TokenGrid, rows: Tensor, scores: Tensor, values: Tensor
     ) -> None:
-        """scores `[heads, rows, keys]`, values `[heads, keys, head_dim]`."""
+        """Add post-softmax scores `[heads, rows, keys]` and values `[heads, keys, head_dim]`."""
         s, device = grid.per_frame, rows.device
         frame, place = rows // s, rows % s
         frames, places = torch.arange(grid.frames, device=device), torch.arange(s, device=device)
@@ -205,17 +222,17 @@ class Observer(SparseAttention):
     def _kept(
         self, pattern: SparsePattern, grid: TokenGrid, rows: Tensor, shape: Sequence[int]
     ) -> Tensor:
-        """Whether a mask computes each pair, bool of the scores' shape `[heads, rows, keys]`."""
+        """Return which pairs a mask computes, bool in the scores' shape `[heads, rows, keys]`."""
         layout = build_layout(pattern, grid, self.block)
-        followed = pattern.head_layouts(shape[0])
-        used = sorted(set(followed))
+        layout_of_head = pattern.head_layouts(shape[0])
+        used = sorted(set(layout_of_head))
         per_layout = torch.stack([kept_keys(layout, index, rows, shape[2]) for index in used])
-        return per_layout[[used.index(index) for index in followed]]
+        return per_layout[[used.index(index) for index in layout_of_head]]
 
 
 def kept_keys(layout: BlockLayout, index: int, rows: Tensor, tokens: int) -> Tensor:
-    """Whether a layout computes each pair of the queries `rows` and the first `tokens` tokens, bool
-    `[len(rows), tokens]` on the device of `rows`."""
+    """Return which pairs of the queries `rows` and the first `tokens` tokens a layout computes:
+    bool `[len(rows), tokens]` on the device of `rows`."""
     place = torch.arange(layout.rows * layout.block)
     if layout.inverse is not None:
         place = layout.inverse[index].cpu().long()
@@ -228,8 +245,8 @@ def kept_keys(layout: BlockLayout, index: int, rows: Tensor, tokens: int) -> Ten
 
 
 def summary(observer: Observer, densities: Mapping[str, float]) -> dict[str, Any]:
-    """All figures as plain numbers, for JSON: by layer the fits of each head and what each mask
-    leaves, and what they come to over all."""
+    """Return all figures as plain numbers, for JSON: for each layer the fits of every head and what
+    each mask keeps, then the figures over all layers."""
     layers = {}
     for index, found in sorted(observer.found.items()):
         layers[str(index)] = {
@@ -271,7 +288,7 @@ def _r2(layers: Mapping[str, Any], kind: str) -> dict[str, float]:
 
 
 def _overall(layers: Mapping[str, Any], name: str, density: float) -> dict[str, float]:
-    """Means over layers and heads."""
+    """Return one mask's density, and its figures averaged over layers and heads."""
     figures = {"density": density}
     for key in ("relative_mse", "recall"):
         values = [value for layer in layers.values() for value in layer["masks"][name][key]]

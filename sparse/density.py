@@ -1,4 +1,4 @@
-"""The width of a pattern that meets a density, so that patterns can be compared at equal cost."""
+"""Find the width at which a pattern has a given density, to compare patterns at equal cost."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from .grid import TokenGrid
 from .layout import kept_blocks, token_densities
 from .patterns import SparsePattern
 
-CLOSE = 1e-4  # a density this near its target needs no better width
-NARROW = 1e-3  # relative: widths this near are one; densities then differ by about CLOSE
+CLOSE = 1e-4  # a density this near its target is accepted
+NARROW = 1e-3  # relative: the search ends at widths this near; densities then differ by about CLOSE
 
 
 def layer_density(
     pattern: SparsePattern, grid: TokenGrid, block: int = 128, heads: int | None = None
 ) -> float:
-    """Executed share of all token pairs of one layer, text counted, without listing the blocks.
+    """Return the share of all token pairs that one layer computes, text included.
 
-    heads: of the model, whose share of each layout counts; None: all layouts count alike.
+    It is counted on the matrix of kept blocks, without building the kernels' lists.
+
+    heads: number of heads, to weight each layout by the heads that use it; None weights all
+        layouts equally.
     """
     kept = kept_blocks(pattern, grid, block)
     shares = token_densities(kept, block, len(grid))
-    if heads is None or len(shares) == 1:  # one matrix may serve several orders
+    if heads is None or len(shares) == 1:  # one matrix may stand for several orders
         return sum(shares) / len(shares)
     return sum(shares[layout] for layout in pattern.head_layouts(heads)) / heads
 
@@ -33,20 +36,20 @@ def with_density(
     block: int = 128,
     heads: int | None = None,
 ) -> tuple[SparsePattern, float]:
-    """The pattern at the width that comes nearest to a target density, and its density there.
+    """Return the pattern at the width that comes nearest to a target density, and that density.
 
-    By bisection over `pattern.widths`, on what `layer_density` says of a sparse layer. A pattern
-    whose widths are few gets the nearest, one that meets the target as it is stays so. Widths are
-    rounded to six digits, so that what a run records can be read and typed.
+    The width is found by bisection over `pattern.widths`, by the `layer_density` of a sparse layer.
+    A pattern that meets the target already is returned unchanged; one with few possible widths gets
+    the nearest. Widths are rounded to six digits, so that recorded ones can be read and typed.
 
     Raises:
-        ValueError: if the pattern has no width, or for a target that no width reaches.
+        ValueError: if the pattern has no width, or no width meets the target.
     """
     if not 0 < target <= 1:
         raise ValueError(f"density={target} must be above 0 and at most 1.")
     low, high = pattern.widths(grid, block)
 
-    @cache  # widths that a pattern rounds to the same value are built once
+    @cache  # a pattern may round several widths to the same value
     def density(candidate: SparsePattern) -> float:
         return layer_density(candidate, grid, block, heads)
 
@@ -56,8 +59,8 @@ def with_density(
     def at(width: float) -> SparsePattern:
         return pattern.with_width(float(f"{width:.6g}"), grid, block)
 
-    def stands(width: float, reached: float) -> bool:
-        """Whether a width past the ends, if there is one, changes nothing."""
+    def saturates(width: float, reached: float) -> bool:
+        """Return whether a width past the ends exists and leaves the density unchanged."""
         try:
             return at(width) not in ends and abs(density(at(width)) - reached) <= CLOSE
         except ValueError:
@@ -70,10 +73,10 @@ def with_density(
             f"density={target:.4g} is out of reach: {pattern.width} from {low:.6g} to {high:.6g} "
             f"takes {pattern} from {least:.4f} to {most:.4f} on {grid}."
         )
-        if target > most and stands(2 * high, most):
-            message += _saturates(pattern, f"doubling {pattern.width} again adds")
-        if target < least and stands(low / 2, least):
-            message += _saturates(pattern, f"halving {pattern.width} again drops")
+        if target > most and saturates(2 * high, most):
+            message += _saturation(pattern, f"doubling {pattern.width} again adds")
+        if target < least and saturates(low / 2, least):
+            message += _saturation(pattern, f"halving {pattern.width} again drops")
         if target < least and grid.text:
             text = 1 - (grid.video / len(grid)) ** 2
             message += f" Text, which is always dense, takes {text:.4f} of it."
@@ -81,8 +84,8 @@ def with_density(
     best = min(ends, key=lambda candidate: abs(density(candidate) - target))
     halve = False
     while abs(density(best) - target) > CLOSE and high - low > NARROW * high:
-        # In turns where a straight line between the ends meets the target, and half way: most of
-        # the curves are smooth, but some are stairs.
+        # Alternate between linear interpolation and halving: most of the curves are smooth, but
+        # some are stairs.
         share = 0.5 if halve or most <= least else (target - least) / (most - least)
         middle = low + min(max(share, 0.02), 0.98) * (high - low)
         candidate, halve = at(middle), not halve
@@ -101,8 +104,11 @@ def nearest_density(
     block: int = 128,
     heads: int | None = None,
 ) -> tuple[SparsePattern, float, bool]:
-    """As `with_density`, but the end of a pattern's widths that is nearest where none reaches the
-    target, and a pattern without a width as it is; and whether the target was within reach."""
+    """Return the pattern nearest to a target density, its density, and whether it meets the target.
+
+    Unlike `with_density` this never raises: where no width meets the target it returns the nearest
+    end of the pattern's widths, and a pattern without a width unchanged.
+    """
     ends = [pattern]
     if pattern.width is not None:
         try:
@@ -114,8 +120,7 @@ def nearest_density(
     return nearest, found[nearest], False
 
 
-def _saturates(pattern: SparsePattern, change: str) -> str:
+def _saturation(pattern: SparsePattern, change: str) -> str:
     return (
-        f" It saturates: {change} no block; the rest is up to the other settings of "
-        f"{type(pattern).__name__}."
+        f" It saturates: {change} no block; change the other settings of {type(pattern).__name__}."
     )

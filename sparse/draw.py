@@ -1,4 +1,4 @@
-"""A picture of what a pattern computes."""
+"""Draw the blocks and token pairs that a pattern computes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .grid import TokenGrid
 from .layout import BlockLayout, build_layout
 from .patterns import SparsePattern
 
-MOST_PIXELS = 1200  # a side of one drawn matrix, and of all that stand side by side
-MOST_LAYOUTS = 4  # drawn
-MOST_FRAMES = 144  # of the keep region; more are left out evenly
+MOST_PIXELS = 1200  # width of all matrices side by side, and so of a single one
+MOST_LAYOUTS = 4  # only the first layouts are drawn
+MOST_FRAMES = 144  # of the keep region; of a longer video frames are skipped evenly
 DPI = 100
 MARGIN, TITLE, CURVE = 80, 90, 260  # pixels
 
@@ -27,12 +27,14 @@ MARGIN, TITLE, CURVE = 80, 90, 260  # pixels
 def draw_pattern(
     pattern: SparsePattern, grid: TokenGrid, block: int, title: str, heads: int | None = None
 ) -> Figure:
-    """What `pattern` computes on `grid`, a column for each layout.
+    """Draw what `pattern` computes on `grid`, one column per layout.
 
-    From above: the kept blocks, queries down and keys across; the video tokens that the centre
-    token attends to, frame by frame (dark: the pattern's own choice, pale: what its blocks add);
-    and the computed share of token pairs by the distance of their frames.
-    heads: of the model, to draw the layouts that some head follows; None: all of them.
+    From top to bottom a column shows the kept blocks, queries down and keys across, and the video
+    tokens that the centre token attends to, frame by frame (dark: kept by the pattern itself, pale:
+    added by its blocks). Below all columns stands the computed share of token pairs by the distance
+    of their frames.
+
+    heads: number of heads, to draw only the layouts that some head uses; None draws all.
     """
     layout = build_layout(pattern, grid, block)
     used = range(layout.layouts) if heads is None else sorted(set(pattern.head_layouts(heads)))
@@ -46,7 +48,7 @@ def draw_pattern(
     figure.suptitle(title, fontsize=10, y=1 - 12 / height, va="top", wrap=True)
 
     def axes(left: int, top: int, wide: int, high: int) -> Axes:
-        """In pixels from the figure's upper left corner, so that no image is resampled."""
+        """Add axes placed in pixels from the upper left corner, so that no image is resampled."""
         bottom = height - top - high
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))
 
@@ -72,10 +74,12 @@ def draw_pattern(
 
 
 def frame_density(layout: BlockLayout, grid: TokenGrid, index: int = 0) -> list[float]:
-    """Computed share of the video token pairs of one layout, by the distance of their frames."""
+    """Return the computed share of video token pairs of one layout, by their frames' distance."""
     block_of = _block_of(layout, index, grid)
     frame = torch.arange(grid.video) // grid.per_frame
-    held = torch.zeros(layout.rows, grid.frames, dtype=torch.float64)  # tokens of a frame
+    held = torch.zeros(
+        layout.rows, grid.frames, dtype=torch.float64
+    )  # tokens of each frame in each block
     held.index_put_((block_of, frame), torch.ones((), dtype=torch.float64), accumulate=True)
     # Sums of tokens of one frame are exact in fp32, which takes half the memory of fp64.
     keys = layout.to_dense()[index].float() @ held.float()
@@ -87,19 +91,20 @@ def frame_density(layout: BlockLayout, grid: TokenGrid, index: int = 0) -> list[
 
 
 def _block_of(layout: BlockLayout, index: int, grid: TokenGrid) -> Tensor:
-    """The block of each video token, `[video]`."""
+    """Return the block of each video token, `[video]`."""
     if layout.inverse is None:
         return torch.arange(grid.video) // layout.block
     return layout.inverse[index, : grid.video].long() // layout.block
 
 
 def _executed(layout: BlockLayout, dense: Tensor, index: int, grid: TokenGrid) -> Tensor:
-    """bool `[video]`: what the centre token attends to."""
+    """Return which video tokens the centre token attends to through blocks, bool `[video]`."""
     block_of = _block_of(layout, index, grid)
     return dense[index, block_of[_centre(grid)]][block_of]
 
 
 def _kept(pattern: SparsePattern, grid: TokenGrid, block: int, index: int) -> Tensor:
+    """Return which video tokens the pattern itself keeps for the centre token, bool `[video]`."""
     token = torch.arange(grid.video)
     return pattern.keep(grid, torch.tensor(_centre(grid)), token, block, index)
 
@@ -110,7 +115,11 @@ def _centre(grid: TokenGrid) -> int:
 
 
 def _draw_blocks(axes: Axes, kept: Tensor, block: int, name: str) -> None:
-    """With more blocks than pixels, blocks are averaged; the scale keeps thin bands visible."""
+    """Draw one block matrix.
+
+    Where there are more blocks than pixels they are averaged; the colour scale keeps thin bands
+    visible.
+    """
     rows, share = len(kept), kept.double().mean().item()
     pixels = min(rows, round(axes.bbox.width))
     image = F.adaptive_avg_pool2d(kept.float()[None], pixels)[0]
@@ -128,7 +137,10 @@ def _draw_blocks(axes: Axes, kept: Tensor, block: int, name: str) -> None:
 
 @dataclass(frozen=True)
 class _Montage:
-    """Frames left to right, then down: whole pixels for each token, and one token's between."""
+    """The arrangement of frames, left to right, then down.
+
+    Every token gets the same whole number of pixels, and the gap between frames is one token wide.
+    """
 
     frames: list[int]
     columns: int
@@ -137,9 +149,12 @@ class _Montage:
 
     @classmethod
     def of(cls, grid: TokenGrid, most: int) -> _Montage:
-        """About twice as wide as high, `most` pixels wide at most unless one frame is wider."""
+        """Arrange frames about twice as wide as high, in at most `most` pixels of width unless a
+        single frame is wider."""
         stride = math.ceil(grid.frames / MOST_FRAMES)
-        frames = list(range(grid.frames // 2 % stride, grid.frames, stride))  # the centre's too
+        frames = list(
+            range(grid.frames // 2 % stride, grid.frames, stride)
+        )  # including the centre's
         wide, high = grid.width + 1, grid.height + 1
         columns = math.ceil(math.sqrt(2 * len(frames) * high / wide))
         columns = max(1, min(columns, len(frames), most // wide))
@@ -157,7 +172,7 @@ def _draw_region(
     lines = math.ceil(len(frames) / columns)
     missing = tiles.new_full((lines * columns - len(frames), *tiles.shape[1:]), 4)
     image = torch.cat([tiles, missing]).view(lines, columns, *tiles.shape[1:])
-    # Neither, its blocks alone, the pattern alone, both; between frames.
+    # Values: 0 neither, 1 blocks only, 2 pattern only, 3 both, 4 the gap between frames.
     colours = ListedColormap(["white", "#9ecae1", "#fdae6b", "#08519c", "0.8"])
     flat = image.permute(0, 2, 1, 3).flatten(0, 1).flatten(1, 2)
     axes.imshow(flat, cmap=colours, vmin=0, vmax=4, aspect="auto", interpolation="nearest")

@@ -27,16 +27,17 @@ class TokenGrid:
 
     @property
     def per_frame(self) -> int:
-        """Tokens of one latent frame."""
+        """The number of tokens of one latent frame."""
         return self.height * self.width
 
     @property
     def video(self) -> int:
-        """Video tokens."""
+        """The number of video tokens."""
         return self.frames * self.per_frame
 
     def __len__(self) -> int:
         return self.video + self.text
 
     def without_text(self) -> TokenGrid:
+        """Return the grid of the video tokens alone."""
         return replace(self, text=0)

@@ -1,4 +1,4 @@
-"""How far information travels: layers until every video token has reached every other."""
+"""Reach: the number of layers until every video token has reached every other."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from .patterns import SparsePattern
 
 WORD = 64
 CHUNK = 1 << 14  # tokens handled together
-MOST_CHECKS = 4096  # a level: sets of blocks that are compared with all tokens
+MOST_CHECKS = 4096  # most sets of blocks that are compared with all tokens after one layer
 
 
 def layers_to_full_reach(
     pattern: SparsePattern, grid: TokenGrid, block: int = 128, heads: int | None = None
 ) -> int | None:
-    """Layers until each video token can depend on every other, None if it never does.
+    """Return how many layers it takes until each video token can depend on every other.
 
-    Through the executed blocks of the pattern alone: without text, which would join all in two
-    layers, and without dense layers. A layer unites the layouts that the heads follow (`heads`
-    None: all of them), since its output projection mixes heads; a token keeps what it has.
+    The result is None if that never happens. Only the executed blocks of the pattern count: neither
+    text, which would connect everything in two layers, nor dense layers. A layer unites the layouts
+    that the heads use, since its output projection mixes heads, and a token keeps what it has
+    (residual connections).
 
-    Exact where all layouts share one order. With several orders tokens, not blocks, carry
-    information from one to the next: also exact, until a level where more than MOST_CHECKS
-    different sets of reached blocks would have to be compared with all tokens. Such a level counts
-    as not full, so the result is then an upper bound. Memory is that of some bit matrices of
-    blocks by blocks.
+    The result is exact where all layouts share one order. With several orders, tokens and not
+    blocks carry information from one order to the next. The result is then exact too, unless after
+    some layer more than MOST_CHECKS different sets of reached blocks would have to be compared
+    with all tokens: that layer counts as not full, so the result is an upper bound. Memory is that
+    of a few bit matrices of blocks by blocks.
+
+    heads: number of heads, to count only the layouts that some head uses; None counts all.
     """
     orders = _orders(pattern, grid, block, heads)
     crossing = _crossing(orders, grid.video, block)
-    # reached[b]: the blocks that tokens of b have reached whole; one bit for each block of each
-    # order. `seen` is the same after a pattern's step, before tokens carry it to other orders.
+    # reached[b]: the blocks that the tokens of b, taken together, have reached in full; one bit for
+    # each block of each order. `seen` is the same before tokens carry it to other orders.
     n = -(-grid.video // block)
     reached = _pack(torch.eye(len(orders) * n, dtype=torch.bool))
     seen = torch.zeros_like(reached)
@@ -53,10 +56,10 @@ def layers_to_full_reach(
 
 
 class _Runs:
-    """The rows of a bool matrix as runs of kept columns, to unite bit rows over them quickly.
+    """Stores the rows of a bool matrix as runs of kept columns, to unite bit rows over them fast.
 
-    A union over a run is that of two overlapping power-of-two ranges, so its cost does not depend
-    on its length.
+    The union over a run is that of two overlapping power-of-two ranges, so its cost does not depend
+    on the run's length.
     """
 
     def __init__(self, kept: Tensor) -> None:
@@ -76,7 +79,7 @@ class _Runs:
         self.second = last[:, 1] + 1 - (1 << self.level)
 
     def union(self, bits: Tensor) -> Tensor:
-        """`[columns, words]` -> `[rows, words]`: the union of the columns that each row keeps."""
+        """Unite for each row the bits `[columns, words]` of its kept columns: `[rows, words]`."""
         table = [bits]  # table[k][i]: the union of bits[i : i + 2 ** k], cut off at the end
         for k in range(int(self.level.max()) if len(self.level) else 0):
             wider = table[-1].clone()
@@ -93,13 +96,14 @@ class _Runs:
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """One token order, and the blocks that any head keeps under it."""
+    """Holds one token order and the blocks that any head keeps under it."""
 
-    block_of: Tensor  # [video] the block that each token stands in
+    block_of: Tensor  # [video] the block of each token
     runs: _Runs
 
 
 def _orders(pattern: SparsePattern, grid: TokenGrid, block: int, heads: int | None) -> list[_Order]:
+    """Return the different token orders, uniting the blocks of layouts that share one."""
     layout = build_layout(pattern, grid.without_text(), block)
     used = range(layout.layouts) if heads is None else sorted(set(pattern.head_layouts(heads)))
     plain = torch.arange(grid.video, dtype=torch.int32)
@@ -117,7 +121,7 @@ def _orders(pattern: SparsePattern, grid: TokenGrid, block: int, heads: int | No
 
 
 def _crossing(orders: list[_Order], video: int, block: int) -> dict[tuple[int, int], _Runs]:
-    """By pair of orders, which blocks of the one share a token with which of the other."""
+    """Return, by pair of orders, which blocks of the one share a token with which of the other."""
     n = -(-video // block)
     crossing = {}
     for a, one in enumerate(orders):
@@ -130,7 +134,7 @@ def _crossing(orders: list[_Order], video: int, block: int) -> dict[tuple[int, i
 
 
 def _carry(crossing: dict[tuple[int, int], _Runs], seen: Tensor, n: int) -> Tensor:
-    """What the tokens of each block have seen, whichever order they saw it in."""
+    """Add to what each block has seen what its tokens have seen in their blocks of other orders."""
     parts = seen.split(n)
     result = [part.clone() for part in parts]
     for (a, b), runs in crossing.items():
@@ -139,21 +143,21 @@ def _carry(crossing: dict[tuple[int, int], _Runs], seen: Tensor, n: int) -> Tens
 
 
 def _is_full(seen: Tensor, orders: list[_Order], n: int) -> bool:
-    """Whether every token has seen every token, under one of the orders that it stands in."""
+    """Return whether every token has seen every token, under one order or several together."""
     wholes = [_pack(_span(len(orders) * n, a * n, n))[0] for a in range(len(orders))]
     parts = seen.split(n)
     if len(orders) == 1:
         return bool((parts[0] == wholes[0]).all())
     open_sets: list[Tensor] = []
     for start in range(0, len(orders[0].block_of), CHUNK):
-        of = [order.block_of[start : start + CHUNK] for order in orders]
-        token = parts[0][of[0]]
-        for part, index in zip(parts[1:], of[1:], strict=True):
+        blocks = [order.block_of[start : start + CHUNK] for order in orders]
+        token = parts[0][blocks[0]]
+        for part, index in zip(parts[1:], blocks[1:], strict=True):
             token = token | part[index]
         full = torch.stack([((token & whole) == whole).all(1) for whole in wholes]).any(0)
         if not full.all():
             open_sets.append(token[~full].unique(dim=0))
-            if not _covers(open_sets[-1][:1], orders, n):  # most levels end here
+            if not _covers(open_sets[-1][:1], orders, n):  # most calls end here
                 return False
     if not open_sets:
         return True
@@ -162,7 +166,7 @@ def _is_full(seen: Tensor, orders: list[_Order], n: int) -> bool:
 
 
 def _covers(sets: Tensor, orders: list[_Order], n: int) -> bool:
-    """Whether each set of blocks holds, under one order or another, every token."""
+    """Return whether each set of blocks holds every token, under one order or another."""
     for row in sets:
         blocks = _unpack(row, len(orders) * n).split(n)
         held = torch.zeros_like(orders[0].block_of, dtype=torch.bool)
@@ -180,7 +184,7 @@ def _span(size: int, start: int, length: int) -> Tensor:
 
 
 def _pack(rows: Tensor) -> Tensor:
-    """bool `[rows, n]` -> int64 `[rows, ceil(n / 64)]`, a bit for each."""
+    """Pack bool `[rows, n]` into the bits of int64 `[rows, ceil(n / 64)]`."""
     count, n = rows.shape
     padded = torch.nn.functional.pad(rows.to(torch.uint8), (0, -n % WORD)).view(count, -1, 8)
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
@@ -188,6 +192,6 @@ def _pack(rows: Tensor) -> Tensor:
 
 
 def _unpack(row: Tensor, n: int) -> Tensor:
-    """The first n bits of a packed row as bool `[n]`."""
+    """Unpack the first n bits of a packed row to bool `[n]`."""
     bits = row.contiguous().view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8)
     return (bits & 1).flatten()[:n].bool()

@@ -1,7 +1,7 @@
 """Backward kernels: row sums, then dK and dV by columns of key blocks, then dQ by rows of queries.
 
-Two passes over the kept blocks instead of one fused pass: each output tile is summed by one program
-in list order, so gradients are deterministic and nothing is accumulated through memory.
+Two passes over the kept blocks replace a fused one: each output tile is summed by one program in
+list order, so gradients are deterministic and nothing is accumulated in memory.
 """
 
 import torch
@@ -22,10 +22,11 @@ def _row_sums_kernel(
     S, H, padded, factor,
     ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dOut) - dLse, and the log-sum-exp times `factor`.
+    """Store delta = rowsum(out * dOut) - dLse, and the log-sum-exp times `factor`.
 
-    Rows that attend to nothing, and the padding rows up to a whole block, get +inf for it: every
-    probability recomputed from it is 0, so the passes below need no mask over queries.
+    The log-sum-exp becomes +inf for rows that attend to nothing and for padding rows up to a whole
+    block. Every probability recomputed from it is then 0, so the passes below need no mask over
+    queries.
     """
     batch = (tl.program_id(1) // H).to(tl.int64)
     head = (tl.program_id(1) % H).to(tl.int64)
@@ -48,7 +49,10 @@ def _row_sums_kernel(
 def row_sums(
     out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, block: int, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """(lse * factor, delta) as [B, H, padded] fp32, padded to whole blocks: `_row_sums_kernel`."""
+    """Return lse * factor and delta as fp32 [B, H, padded], padded to whole blocks.
+
+    `_row_sums_kernel` defines both.
+    """
     batch, tokens, heads, head_dim = out.shape
     padded = triton.cdiv(tokens, block) * block
     scaled, delta = torch.empty(2, batch, heads, padded, dtype=torch.float32, device=out.device)
@@ -100,7 +104,7 @@ def _grad_kv_kernel(
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    # A key reaches its own gradient row only: those past the end are zeroed here, not in the loop.
+    # A key affects only its own gradient row: rows past the end are zeroed here, not in the loop.
     counts = (start_n + tl.arange(0, BN) < end)[:, None]
     dk = tl.where(counts, dk * scale, 0.0).to(GradK.dtype.element_ty)
     dv = tl.where(counts, dv, 0.0).to(GradV.dtype.element_ty)
@@ -113,7 +117,7 @@ def _grad_kv_kernel(
 def _accumulate_dq(
     q, k, v, do, dq, lse2, delta, scale_log2, count, BN: tl.constexpr, MASK: tl.constexpr
 ):
-    """Add one tile of keys to dq; with `MASK` only the first `count` of them take part."""
+    """Add one tile of keys to dq; `MASK` leaves out all but the first `count` keys."""
     s = tl.dot(q, k.T, input_precision="ieee")  # [BM, BN]
     dp = tl.dot(do, v.T, input_precision="ieee")  # [BM, BN]
     p = tl.math.exp2(s * scale_log2 - lse2[:, None])
@@ -151,7 +155,7 @@ def _grad_q_kernel(
     delta = tl.load(Delta + sums)  # [BM]
     dq = tl.zeros([BM, D], tl.float32)
 
-    # As in the forward kernel: the last tile is peeled off.
+    # The last tile is peeled off, as in the forward kernel.
     for i in tl.range(0, whole, num_stages=STAGES):
         n = tile_start(indices, first, i, BLOCK, BN)
         k = load_rows(k_start, n, end, k_s, BN, D, True)
@@ -179,7 +183,7 @@ def backward(
     lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the three kernels for dq, dk, dv. `out` and `lse` are the forward's, contiguous."""
+    """Launch the three kernels for dq, dk, dv; `out` and `lse` are the forward's, contiguous."""
     batch, tokens, heads, head_dim = q.shape
     num_blocks = lists.row_indptr.shape[1] - 1
     padded = num_blocks * lists.block

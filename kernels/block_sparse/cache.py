@@ -1,4 +1,4 @@
-"""What a backend makes of the lists once, kept for as long as the lists live."""
+"""`PerTensor`: a cache of what a backend derives from the lists, for as long as the lists live."""
 
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
@@ -6,26 +6,29 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-class _Entry(NamedTuple, Generic[Made]):
+class _Entry(NamedTuple, Generic[Result]):
     version: tuple[int, ...]
-    others: tuple[Tensor | None, ...]  # the tensors besides the key that it was made from
-    made: Made
+    others: tuple[Tensor | None, ...]  # the inputs besides the key
+    result: Result
 
 
-class PerTensor(Generic[Made]):
-    """`make(key, *others, *settings)`, one result a `key` tensor, dropped with it.
+class PerTensor(Generic[Result]):
+    """Caches `make(key, *others, *settings)`: one result per `key` tensor, dropped with it.
 
-    A result serves only the very tensors and settings it was made from, unchanged since.
+    A result is reused only for the same tensor objects and settings, and only while none of the
+    tensors has been changed in place.
     """
 
-    def __init__(self, make: Callable[..., Made]) -> None:
+    def __init__(self, make: Callable[..., Result]) -> None:
         self.make = make
         self.entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def __call__(self, key: Tensor, *others: Tensor | None, settings: tuple[int, ...] = ()) -> Made:
+    def __call__(
+        self, key: Tensor, *others: Tensor | None, settings: tuple[int, ...] = ()
+    ) -> Result:
         version = (*settings, *(_version(x) for x in (key, *others)))
         entry = self.entries.get(key)
         if (
@@ -33,11 +36,11 @@ class PerTensor(Generic[Made]):
             or entry.version != version
             or any(a is not b for a, b in zip(entry.others, others, strict=True))
         ):
-            made = self.make(key, *others, *settings)
-            entry = self.entries[key] = _Entry(version, others, made)
-        return entry.made
+            result = self.make(key, *others, *settings)
+            entry = self.entries[key] = _Entry(version, others, result)
+        return entry.result
 
 
 def _version(x: Tensor | None) -> int:
-    """Counts in-place changes; inference tensors keep no count (and rarely change)."""
+    """Return the count of in-place changes; 0 for inference tensors, which keep none."""
     return 0 if x is None or x.is_inference() else x._version

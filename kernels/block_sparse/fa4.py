@@ -1,10 +1,10 @@
-"""The same attention through flash-attn-4's block-sparse kernels, on Hopper.
+"""Block-sparse attention by flash-attn-4's kernels, on Hopper; runs only when asked for by name.
 
-flash-attn-4 (`flash_attn.cute`, BSD-3) is a package of its own, in beta, that compiles kernels when
-they are first called. Its backward makes dK, dV and dQ in one pass and sums dQ through memory in no
-fixed order, so gradients are not bit-equal when repeated. Its block-sparse gradients on Hopper were
-silently wrong once, at head_dim 64 (Dao-AILab/flash-attention#2623): nothing is computed with it
-before `failure` has compared it with our oracle.
+flash-attn-4 (`flash_attn.cute`, BSD-3) is a separate package, in beta, that compiles kernels when
+they are first called. Its backward computes dK, dV and dQ in one pass and sums dQ in memory in no
+fixed order, so repeated gradients are not bit-equal. Its block-sparse gradients on Hopper were
+once silently wrong, at head_dim 64 (Dao-AILab/flash-attention#2623), so `check_results` compares
+it with our oracle before it computes anything for a caller.
 """
 
 from functools import cache
@@ -22,13 +22,13 @@ DTYPES = (torch.bfloat16, torch.float16)
 BLOCK = 128
 CAPABILITY = (9, 0)
 REMEDY = "use backend='triton'"
-# Tokens of the problem that a check solves; longer sequences differ from it in nothing that
-# flash-attn-4 compiles for.
+# Tokens of the problem that the self-check solves. For longer sequences flash-attn-4 compiles no
+# other kernels.
 CHECKED_TOKENS = 16 * BLOCK
 
 
 def check_inputs(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> None:
-    """Raise ValueError unless flash-attn-4 is there and computes such inputs."""
+    """Raise ValueError unless flash-attn-4 is installed and computes such inputs."""
     if dtype not in DTYPES:
         raise ValueError(
             f"the fa4 backend computes in bfloat16 and float16, and q is {dtype}; {REMEDY}"
@@ -54,10 +54,10 @@ def check_inputs(device: torch.device, dtype: torch.dtype, head_dim: int, block:
 
 
 def check_call(valid: Tensor | None, gradients: bool, deterministic: bool | None) -> None:
-    """Raise ValueError for what flash-attn-4 has no kernel for, whatever the inputs."""
+    """Raise ValueError for options of a call that flash-attn-4 has no kernel for."""
     if valid is not None:
         raise ValueError(
-            "the fa4 backend takes no valid: its backward knows no lengths of samples; cut the "
+            "the fa4 backend takes no valid: its backward does not support sample lengths; cut the "
             f"padding off and pass valid=None, or {REMEDY}"
         )
     if deterministic is None:
@@ -69,31 +69,35 @@ def check_call(valid: Tensor | None, gradients: bool, deterministic: bool | None
         )
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace the question
+@torch.compiler.assume_constant_result  # torch.compile cannot trace this
 def _strictly_deterministic() -> bool:
     return torch.get_deterministic_debug_mode() == 2  # an error, not a warning
 
 
-def failure(q: Tensor, row_indptr: Tensor) -> str | None:
-    """What is wrong with flash-attn-4's results for such inputs on this GPU; None if nothing is.
+def check_results(q: Tensor, row_indptr: Tensor) -> None:
+    """Raise RuntimeError if flash-attn-4's results for such inputs are wrong on this GPU.
 
-    Found out once a process for everything that makes it compile another kernel or mask another
-    tail. The host waits for that: seconds while it compiles what is needed anyway, else a moment.
+    Each kind of call, one for which it compiles another kernel or masks another tail, is checked
+    once a process. The host waits for that: seconds while kernels compile that the call needs
+    anyway, a moment otherwise.
     """
     batch, tokens, heads, head_dim = q.shape
     if tokens > CHECKED_TOKENS:
         tokens = CHECKED_TOKENS + tokens % BLOCK
     size = (min(batch, 2), tokens, min(heads, 2), head_dim)
-    return _failure(q.device, q.dtype, size, min(len(row_indptr), 2))
+    failure = _failure(q.device, q.dtype, size, min(len(row_indptr), 2))
+    if failure is not None:
+        raise RuntimeError(f"{failure}; {REMEDY}")
 
 
 @cache
 def _failure(
     device: torch.device, dtype: torch.dtype, size: tuple[int, int, int, int], layouts: int
 ) -> str | None:
+    """Return a sentence that names the first wrong quantity; None if all are right."""
     try:
         fault = find_fault(forward, backward, size, layouts, BLOCK, dtype, device)
-    except Exception as error:  # whatever a package that compiles at run time may raise
+    except Exception as error:  # a package that compiles at run time may raise anything
         fault = f"{type(error).__name__}: {error}"
     if fault is None:
         return None
@@ -101,7 +105,7 @@ def _failure(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
-    """Shapes and meanings are `block_sparse_attention`'s; valid is None and block 128."""
+    """Compute `block_sparse_attention`'s outputs; `valid` must be None and `block` 128."""
     assert lists.valid is None and lists.block == BLOCK
     q, k, v = (_not_expanded(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
@@ -129,7 +133,7 @@ def backward(
     lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv from the forward's out and lse: one pass over the columns."""
+    """Compute dq, dk, dv from the forward's `out` and `lse` in one pass over the columns."""
     assert lists.valid is None and lists.block == BLOCK
     q, k, v = (_not_expanded(x) for x in (q, k, v))
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
@@ -155,16 +159,17 @@ def backward(
 
 @PerTensor
 def _tensors(indices: Tensor, indptr: Tensor, head_to_layout: Tensor) -> Any:
-    """CSR lists as flash-attn-4 takes them: counts [1, 1 or H, rows] and, as wide as the longest
+    """Convert CSR lists to flash-attn-4's: counts [1, 1 or H, rows] and, padded to the longest
     row, indices [1, 1 or H, rows, longest], int32.
 
-    All blocks are full ones, of which flash-attn-4 masks only what lies past the sequence. It wants
-    lists of partial blocks too: these are empty, and their counts alone are read.
+    All blocks are listed as full ones, in which flash-attn-4 masks only what lies past the
+    sequence. It also requires lists of partial blocks: they are empty, so it reads only their
+    counts.
     """
     counts = indptr.diff()
     longest = max(1, int(counts.max()))
     place = indptr[:, :-1, None] + torch.arange(longest, device=indices.device)
-    # What follows a row's own entries is never read, but must exist behind the last row.
+    # Entries past a row's count are never read, but must exist behind the last row.
     padded = torch.nn.functional.pad(indices, (0, longest))[place]
     if len(indptr) > 1:
         each = head_to_layout.long()
@@ -179,22 +184,26 @@ def _tensors(indices: Tensor, indptr: Tensor, head_to_layout: Tensor) -> Any:
 
 
 def _not_expanded(x: Tensor) -> Tensor:
-    """Strides of 0, as the gradient of a sum has, would compile kernels that nothing checked."""
+    """Return `x`, copied if it is expanded.
+
+    Strides of 0, as the gradient of a sum has, would make flash-attn-4 compile kernels that the
+    self-check has not seen.
+    """
     return x.contiguous() if 0 in x.stride() else x
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace a package's import
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a package's import
 def _import_failure() -> str:
-    """Why flash-attn-4 is missing or does not load; empty if it does."""
+    """Return the reason why flash-attn-4 cannot be imported; empty if it can be."""
     try:
         _package()
-    except Exception as error:  # an ImportError, or whatever its own imports raise
+    except Exception as error:  # ImportError, or anything that its own imports raise
         return str(error) or type(error).__name__
     return ""
 
 
 def _package() -> Any:
-    """The module with flash-attn-4's kernels."""
+    """Return the module that holds flash-attn-4's kernels."""
     from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
 
     return interface

@@ -1,7 +1,7 @@
-"""The same attention through PyTorch's FlexAttention: an independent one to compare with.
+"""Block-sparse attention by PyTorch's FlexAttention, an independent implementation to compare with.
 
-Compiled FlexAttention walks the block lists and asks `mask_mod` only inside of partial blocks:
-those that reach past `valid`, all others being full. The eager one reads nothing but `mask_mod`,
+Compiled FlexAttention walks the block lists and calls `mask_mod` only inside partial blocks: those
+that extend past `valid`, while all others are full. Eager FlexAttention reads only `mask_mod`,
 which then has to repeat the lists.
 """
 
@@ -16,7 +16,7 @@ from .lists import Lists
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
-    """Shapes and meanings are `block_sparse_attention`'s; autograd is FlexAttention's own."""
+    """Compute `block_sparse_attention`'s outputs, with FlexAttention's own autograd."""
     mask = _block_mask(
         lists.row_indices,
         lists.row_indptr,
@@ -39,8 +39,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tu
 
 @cache
 def _compiled():
-    # fullgraph: past its limit of shapes torch.compile raises, where it would otherwise run the
-    # eager form, which holds tokens x tokens scores.
+    # fullgraph: past its limit of shapes torch.compile would fall back to the eager form, which
+    # holds tokens x tokens scores; so it raises instead.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -53,7 +53,7 @@ def _block_mask(
     tokens: int,
     block: int,
 ) -> BlockMask:
-    """Lists to dense block maps to BlockMask, all on the device."""
+    """Build the BlockMask of the lists by way of dense block maps, all on the device."""
     layouts, rows = row_indptr.shape[0], row_indptr.shape[1] - 1
     device = row_indices.device
     row = torch.repeat_interleave(
@@ -64,7 +64,7 @@ def _block_mask(
     kept = torch.zeros(layouts * rows, rows, dtype=torch.bool, device=device)
     kept[row, row_indices.long()] = True
     kept = kept.view(layouts, rows, rows)
-    # [1 or B, 1 or H, rows, columns]: FlexAttention broadcasts a mask that heads or samples share.
+    # [1 or B, 1 or H, rows, columns]; FlexAttention broadcasts dimensions of size 1.
     visit = kept[None] if layouts == 1 else kept[head_to_layout.long()][None]
     mask_mods = []
     if device.type == "cpu":
@@ -87,6 +87,6 @@ def _block_mask(
 
 
 def _ordered(visit: Tensor) -> tuple[Tensor, Tensor]:
-    """(counts [..., rows], indices [..., rows, columns]), the kept columns first and ascending."""
+    """Return counts [..., rows] and indices [..., rows, columns], ascending kept columns first."""
     counts = visit.sum(-1, dtype=torch.int32)
     return counts, torch.argsort(visit.byte(), dim=-1, descending=True, stable=True).int()

@@ -1,4 +1,4 @@
-"""Forward kernel: softmax(scale * q k^T) v over listed key blocks, a program a tile of queries."""
+"""Forward kernel: softmax(scale * q k^T) v over listed key blocks, one program per query tile."""
 
 import torch
 import triton
@@ -15,11 +15,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _accumulate(q, k, v, acc, top, total, scale_log2, count, BN: tl.constexpr, MASK: tl.constexpr):
-    """One online-softmax step; with `MASK` only the first `count` keys of the tile take part."""
+    """Do one online-softmax step; `MASK` leaves out all but the first `count` keys of the tile."""
     s = tl.dot(q, k.T, input_precision="ieee")  # [BM, BN]
     if MASK:
         s = tl.where(tl.arange(0, BN)[None, :] < count, s, float("-inf"))
-    # Every tile holds a key that counts, so `higher` is finite and no exponent is inf - inf.
+    # Every tile holds an unmasked key, so `higher` is finite and no exponent is inf - inf.
     higher = tl.maximum(top, tl.max(s, 1) * scale_log2)
     p = tl.math.exp2(s * scale_log2 - higher[:, None])
     shrink = tl.math.exp2(top - higher)
@@ -76,7 +76,7 @@ def _forward_kernel(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
-    """Launch the kernel. Shapes and meanings are `block_sparse_attention`'s."""
+    """Launch the kernel; shapes and meanings are those of `block_sparse_attention`."""
     batch, tokens, heads, head_dim = q.shape
     num_rows = lists.row_indptr.shape[1] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,13 +1,14 @@
-"""Pieces of the Hopper kernels: tiles that circulate in shared memory, and what a launch takes.
+"""Shared parts of the Hopper kernels: rings of tiles in shared memory, barriers, tensor maps.
 
 On compute capability 9.0 the kernels are written in Gluon, the lower level of Triton, where warps,
-barriers and the asynchronous tensor cores are explicit. A program has three groups: a producer of
-one warp, which walks the block list and has the bulk copy engine (TMA) bring tiles, and two
-consumers of four warps and 64 rows each, which multiply while the other one is busy with
-exponentials (FlashAttention-3, Shah et al. 2024, section 3.1). Tiles go through rings of a few
-slots. A ring is the tuple (slots, ready, free): shared memory [slots, 1, rows, 1, D], and a barrier
-each for "has been filled" and "both consumers are done with it". The tile that is loaded as number
-i, from 0, lies in slot i % slots.
+barriers and the asynchronous tensor cores are explicit. A program has three groups. The producer,
+one warp, walks the block list and makes the bulk copy engine (TMA) load tiles. Two consumers, of
+four warps and 64 rows each, take turns: one multiplies while the other computes exponentials
+(FlashAttention-3, Shah et al. 2024, section 3.1).
+
+Tiles go through rings of a few slots. A ring is the tuple (slots, ready, free): shared memory
+[slots, 1, rows, 1, D], and for each slot a barrier for "has been filled" and one for "both
+consumers are done with it". Tile number i, counted from 0, lies in slot i % slots.
 """
 
 from torch import Tensor
@@ -31,18 +32,18 @@ def _async_add(descriptor, coordinates, source, _semantic=None):
     _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, place, source.handle)
 
 
-# Public from Triton 3.8 on: until then the compiler has the operation, and Gluon no name for it.
+# Gluon has a public name for this from Triton 3.8 on; the compiler has had the operation before.
 async_add = getattr(tma, "async_atomic_add", None) or _async_add
 
 CONSUMERS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # of a consumer: the height of a tensor-core instruction
-WARPS = gl.constexpr(4)  # of a group
-PRODUCER_WARPS = gl.constexpr(1)  # one issues all copies; more would only wait beside it
+ROWS = gl.constexpr(64)  # rows per consumer: the height of a tensor-core instruction
+WARPS = gl.constexpr(4)  # warps per consumer
+PRODUCER_WARPS = gl.constexpr(1)  # one warp issues all copies; more would only wait
 
 
 @gluon.jit
 def open_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
-    """[NUM, 1] barriers, each complete after so many arrivals."""
+    """Allocate barriers [NUM, 1], each of which completes after `ARRIVALS` arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUM):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
@@ -51,9 +52,11 @@ def open_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def close_barriers(barriers):
-    """After the groups have met again. It also keeps the allocator from giving the barriers' memory
-    to something else while they are in use, which Triton's own warp specialization fell victim to
-    (README.md)."""
+    """Invalidate barriers; call it after the groups have joined.
+
+    It also keeps the allocator from reusing the barriers' memory while they are in use, a fault
+    that Triton's own warp specialization had (README.md).
+    """
     NUM: gl.constexpr = barriers.shape[0]
     for i in gl.static_range(NUM):
         mbarrier.invalidate(barriers.index(i))
@@ -61,18 +64,20 @@ def close_barriers(barriers):
 
 @gluon.jit
 def open_slots(descriptor, SLOTS: gl.constexpr):
-    """Shared memory for `SLOTS` tiles of a descriptor."""
+    """Allocate shared memory for `SLOTS` tiles of a descriptor."""
     shape: gl.constexpr = [SLOTS] + descriptor.block_type.shape
     return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
 
 
 @gluon.jit
 def open_ring(descriptor, SLOTS: gl.constexpr):
+    """Allocate a ring: (slots, ready, free)."""
     return open_slots(descriptor, SLOTS), open_barriers(SLOTS, 1), open_barriers(SLOTS, CONSUMERS)
 
 
 @gluon.jit
 def close_ring(ring):
+    """Invalidate a ring's barriers."""
     _, ready, free = ring
     close_barriers(ready)
     close_barriers(free)
@@ -80,13 +85,13 @@ def close_ring(ring):
 
 @gluon.jit
 def matrix(slot):
-    """The tile [1, rows, 1, D] in a slot as a matrix [rows, D]."""
+    """View the tile [1, rows, 1, D] in a slot as a matrix [rows, D]."""
     return slot.reshape([slot.shape[1], slot.shape[3]])
 
 
 @gluon.jit
 def claim(ring, i):
-    """Producer: the slot for tile `i`, once it is free, and the barrier that says it is filled."""
+    """Wait in the producer until the slot of tile `i` is free; return it and its ready barrier."""
     slots, ready, free = ring
     SLOTS: gl.constexpr = slots.shape[0]
     mbarrier.wait(free.index(i % SLOTS), (i // SLOTS & 1) ^ 1)
@@ -95,7 +100,7 @@ def claim(ring, i):
 
 @gluon.jit
 def copy(descriptor, batch, start, head, slot, ready):
-    """Have rows [start, start + rows) of a head brought to a slot; those past the end come as 0."""
+    """Start loading rows [start, start + rows) of a head into a slot; past the end they are 0."""
     mbarrier.expect(ready, descriptor.block_type.nbytes)
     async_load(descriptor, [batch, start, head, 0], ready, slot)
 
@@ -104,10 +109,10 @@ def copy(descriptor, batch, start, head, slot, ready):
 def copy_before(
     descriptor, base, stride, batch, start, head, end, slot, ready, CUT: gl.constexpr
 ):  # fmt: skip
-    """`copy`, but rows from `end` on, which may hold anything, come as 0.
+    """Start loading as `copy` does, but with rows from `end` on, which may hold anything, as 0.
 
-    `base` is the head's first row, `stride` the distance of two. Without `CUT` no row of the tensor
-    lies past `end`.
+    `base` points to the head's first row, and rows are `stride` elements apart. Without `CUT` no
+    row of the tensor lies past `end`.
     """
     if CUT:
         if start + slot.shape[1] > end:
@@ -133,12 +138,12 @@ def _copy_through_registers(base, stride, start, end, tile):
         place = base + m.to(gl.int64)[:, None] * stride + column[None, :]
         rows = gl.load(place, mask=(m < end)[:, None], other=0.0)
         tile.slice(i * STEP, STEP, dim=0).store(rows)
-        barrier()  # or the compiler loads all steps' rows at once, and spills them
+        barrier()  # otherwise the compiler loads the rows of all steps at once and spills them
 
 
 @gluon.jit
 def await_tile(ring, i):
-    """Consumer: tile `i` as a matrix [rows, D], once it is there."""
+    """Wait in a consumer for tile `i`; return it as a matrix [rows, D]."""
     slots, ready, _ = ring
     SLOTS: gl.constexpr = slots.shape[0]
     mbarrier.wait(ready.index(i % SLOTS), i // SLOTS & 1)
@@ -147,14 +152,14 @@ def await_tile(ring, i):
 
 @gluon.jit
 def peek(ring, i):
-    """Consumer: tile `i` again, which it has awaited and not released."""
+    """Return tile `i`, which the consumer has awaited and not yet released, as a matrix."""
     slots, _, _ = ring
     return matrix(slots.index(i % slots.shape[0]))
 
 
 @gluon.jit
 def release(ring, i):
-    """Consumer: all four warps are done with tile `i` (one thread arrives for them)."""
+    """Release tile `i` once the consumer's four warps are done; one thread arrives for them."""
     slots, _, free = ring
     barrier()
     mbarrier.arrive(free.index(i % slots.shape[0]))
@@ -162,7 +167,7 @@ def release(ring, i):
 
 @gluon.jit
 def store(tile, descriptor, batch, start, head, slot):
-    """Write a consumer's tile [rows, D] through shared memory; rows past the end are dropped."""
+    """Store a consumer's tile [rows, D] through shared memory; rows past the end are dropped."""
     matrix(slot).store(tile.to(descriptor.dtype))
     fence_async_shared()
     barrier()
@@ -171,14 +176,14 @@ def store(tile, descriptor, batch, start, head, slot):
 
 
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
-    """How the copy engine sees a 16-bit [B, S, H, D] tensor: tiles of `rows` tokens of one head."""
-    # The stride of a dimension of one element is never used, but must look like a stride.
+    """Describe a 16-bit [B, S, H, D] tensor to the copy engine, in tiles of `rows` tokens."""
+    # The stride of a dimension of size 1 is never used, but must be a valid stride.
     strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
     layout = gl.NVMMASharedLayout(128, 16, rank=4)
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, rows, 1, x.shape[3]], layout)
 
 
 def sums_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The same of an fp32 matrix: tiles of `rows` by `columns`."""
+    """Describe an fp32 matrix to the copy engine, in tiles of `rows` by `columns`."""
     layout = gl.NVMMASharedLayout(0, 32, rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)

@@ -1,8 +1,8 @@
 """Backward kernels for Hopper: dK and dV by columns of key blocks, then dQ by rows of queries.
 
-The two passes of backward.py, with the same sums in the same order, on the groups and rings of
-hopper.py. In both the products of one tile run while the exponentials of the next are computed.
-hopper_fused.py does the same in a single pass, faster, where dQ need not be deterministic.
+These are the two passes of backward.py, with the same sums in the same order, on the groups and
+rings of hopper.py. In both, the products of one tile run while the exponentials of the next are
+computed. hopper_fused.py does the same in a single, faster pass where dQ need not be deterministic.
 """
 
 import torch
@@ -48,18 +48,18 @@ from .tuning import HOPPER
 
 @gluon.jit
 def _copy_with_sums(tiles, sums, batch, start, head, row, slot, sums_slot, ready):
-    """Have a tile of queries or of their gradients brought, and a row sum of each."""
+    """Start loading a tile of queries or output gradients together with its row sums."""
     mbarrier.expect(ready, tiles.block_type.nbytes + sums.block_type.nbytes)
     async_load(tiles, [batch, start, head, 0], ready, slot)
     async_load(sums, [row, start], ready, sums_slot)
 
 
 @gluon.jit
-def bring_queries(
+def load_queries(
     queries, grads, lses, deltas, q_ring, do_ring, lse_slots, delta_slots,
     indices, first, tiles, batch, head, row, BLOCK: gl.constexpr, BM: gl.constexpr,
 ):  # fmt: skip
-    """Producer: the queries of a column, their gradients and row sums, tile by tile."""
+    """Load a column's queries, output gradients and row sums in the producer, tile by tile."""
     for i in range(tiles):
         m = tile_start(indices, first, i, BLOCK, BM)
         slot, ready = claim(q_ring, i)
@@ -83,7 +83,7 @@ def _produce_queries(
             mbarrier.expect(ready, keys.block_type.nbytes + values.block_type.nbytes)
             async_load(keys, [batch, start, head, 0], ready, k_slots.index(group))
             async_load(values, [batch, start, head, 0], ready, v_slots.index(group))
-    bring_queries(
+    load_queries(
         queries, grads, lses, deltas, q_ring, do_ring, lse_slots, delta_slots,
         indices, first, tiles, batch, head, row, BLOCK, BM,
     )  # fmt: skip
@@ -91,7 +91,7 @@ def _produce_queries(
 
 @gluon.jit
 def start_from(sums_slots, i, zeros):
-    """An accumulator [64, BM] that begins with minus the row sum of each query."""
+    """Return an accumulator [64, BM] that starts from minus the row sum of each query."""
     SLOTS: gl.constexpr = sums_slots.shape[0]
     columns: gl.constexpr = gl.SliceLayout(0, zeros.type.layout)
     sums = sums_slots.index(i % SLOTS).reshape([zeros.shape[1]]).load(columns)
@@ -149,7 +149,7 @@ def _consume_queries(
         dk = warpgroup_mma(ds_low, peek(q_ring, tiles - 1), dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=[dk])
 
-    # A key reaches its own gradient row only: those past the end are zeroed here, not in the loop.
+    # A key affects only its own gradient row: rows past the end are zeroed here, not in the loop.
     start_n += GROUP * ROWS
     counts = (gl.arange(0, ROWS, gl.SliceLayout(1, d_layout)) < end - start_n)[:, None]
     dk = gl.where(counts, dk * scale, 0.0)
@@ -228,7 +228,7 @@ def _produce_keys(
         slot, ready = claim(k_ring, i)
         copy_before(keys, base_k, stride_k, batch, n, head, end, slot, ready, CUT)
         slot, ready = claim(v_ring, i)
-        copy(values, batch, n, head, slot, ready)  # what is masked in v ends in a masked ds
+        copy(values, batch, n, head, slot, ready)  # a masked value only affects masked ds
 
 
 @gluon.jit
@@ -346,12 +346,12 @@ def backward(
     lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the three kernels for dq, dk, dv. `out` and `lse` are the forward's, contiguous."""
+    """Launch the three kernels for dq, dk, dv; `out` and `lse` are the forward's, contiguous."""
     batch, tokens, heads, head_dim = q.shape
     num_blocks = lists.row_indptr.shape[1] - 1
     padded = num_blocks * lists.block
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    # Scores start from minus lse: it is in their unit, before the scale.
+    # Scores start from minus lse, so lse must be in their unit, before the scale.
     sums = row_sums(out, grad_out, lse, grad_lse, lists.block, 1 / scale)
     grid = num_blocks, batch * heads
     rows = ROWS.value

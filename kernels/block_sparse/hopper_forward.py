@@ -1,8 +1,8 @@
-"""Forward kernel for Hopper: two groups of 64 queries, products of one under softmax of the other.
+"""Forward kernel for Hopper: two groups of 64 queries, one multiplies during the other's softmax.
 
-Within a group the products overlap too: while a tile's probabilities are computed, those of the
-tile before are multiplied with their values (FlashAttention-3, Shah et al. 2024, section 3.2).
-Tiles are walked from the last to the first, so that only the first one walked can need a mask.
+Products overlap with softmax within a group too: while a tile's probabilities are computed, those
+of the previous tile are multiplied with their values (FlashAttention-3, Shah et al. 2024, section
+3.2). Tiles are walked from the last to the first, so only the first one walked can need a mask.
 """
 
 import torch
@@ -54,14 +54,14 @@ def _produce(
     for i in range(tiles):
         n = tile_start(indices, first, tiles - 1 - i, BLOCK, BN)
         slot, ready = claim(k_ring, i)
-        copy(keys, batch, n, head, slot, ready)  # what is masked in k ends in a masked score
+        copy(keys, batch, n, head, slot, ready)  # a masked key only affects masked scores
         slot, ready = claim(v_ring, i)
         copy_before(values, base_v, stride_v, batch, n, head, end, slot, ready, CUT)
 
 
 @gluon.jit
 def _row_sum(p, NARROW: gl.constexpr):
-    """Sums over keys: of each row [64], or with `NARROW` of what each thread holds, [64, 4]."""
+    """Sum p over keys, per row [64], or with `NARROW` per thread's part of a row, [64, 4]."""
     if NARROW:
         return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
     else:
@@ -74,8 +74,8 @@ def _consume(
     tiles, rest, batch, head, start_m, S, scale_log2,
     GROUP: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
-    # Narrow heads spend as long on exponentials as on products: there the groups take turns at
-    # issuing products, so that they do not do the same at the same time.
+    # Narrow heads take as long for exponentials as for products: the groups take turns at issuing
+    # products, so that they do not do the same thing at the same time.
     NARROW: gl.constexpr = D <= 64
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
@@ -88,7 +88,7 @@ def _consume(
     top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
     total = _row_sum(no_s, NARROW)
     mbarrier.wait(q_ready.index(GROUP), 0)
-    # In registers, so that products read one operand from shared memory, not two.
+    # q is kept in registers, so that products read one operand from shared memory, not two.
     q = matrix(q_slots.index(GROUP)).load(gl.DotOperandLayout(0, s_layout, 2))
     if tiles > 0:
         k_t = await_tile(k_ring, 0).permute((1, 0))
@@ -99,7 +99,7 @@ def _consume(
             s = gl.where(
                 gl.arange(0, BN, gl.SliceLayout(0, s_layout))[None, :] < rest, s, float("-inf")
             )
-        # Every tile holds a key that counts, so `top` is finite and no exponent is inf - inf.
+        # Every tile holds an unmasked key, so `top` is finite and no exponent is inf - inf.
         top = gl.max(s, 1) * scale_log2
         p = gl.exp2(s * scale_log2 - top[:, None])
         total = _row_sum(p, NARROW)
@@ -167,7 +167,7 @@ def _forward_kernel(
     turns = open_barriers(CONSUMERS, 1)
     fence_async_shared()
     barrier()
-    mbarrier.arrive(turns.index(0))  # the first group begins
+    mbarrier.arrive(turns.index(0))  # the first group starts
 
     base_v = V + batch.to(gl.int64) * v_b + head.to(gl.int64) * v_h
     lse_row = Lse + gl.program_id(1).to(gl.int64) * S
@@ -197,7 +197,7 @@ def _forward_kernel(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
-    """Launch the kernel. Shapes and meanings are `block_sparse_attention`'s."""
+    """Launch the kernel; shapes and meanings are those of `block_sparse_attention`."""
     batch, tokens, heads, head_dim = q.shape
     num_rows = lists.row_indptr.shape[1] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

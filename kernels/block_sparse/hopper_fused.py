@@ -1,14 +1,14 @@
 """Backward kernel for Hopper in one pass: dK, dV and dQ by columns of key blocks, five products.
 
-A program walks a column as the first of the two passes in hopper_backward.py does, and computes
-its part of dQ besides, which the copy engine adds to memory in fp32 (FlashAttention-3, Shah et al.
-2024). Programs of other columns add to the same queries in no fixed order: dQ is not bit-equal when
-repeated, dK and dV are.
+A program walks a column as the first of the two passes in hopper_backward.py does. It also computes
+its part of dQ, which the copy engine adds to memory in fp32 (FlashAttention-3, Shah et al. 2024).
+Programs of other columns add to the same queries in no fixed order: repeated dQ are not bit-equal,
+dK and dV are.
 
-Scores stand transposed, keys by queries. For dQ every consumer needs the ds of both, so ds goes
+Scores are transposed, keys by queries. For dQ each consumer needs the ds of both, so ds goes
 through shared memory, and each computes a part [64, 64] over all 128 keys: half of the channels, or
-at head_dim 64, where tiles are of 128 queries, half of the queries. Such a part is a chunk of the
-sum. It lies in memory as the threads hold it, to be put in order by the kernel that rounds it.
+half of the queries at head_dim 64, where a tile has 128 queries. Such a part is a chunk of the sum.
+It lies in memory in the order in which the threads hold it; the kernel that rounds dQ reorders it.
 """
 
 import torch
@@ -49,13 +49,13 @@ from .hopper import (
     sums_of,
     tiles_of,
 )
-from .hopper_backward import bring_queries, start_from
+from .hopper_backward import load_queries, start_from
 from .lists import Lists
 from .tiles import keys_end, own_start, tile_start
 from .tuning import HOPPER
 
-CHUNK = gl.constexpr(64)  # queries by channels
-CHUNK_ROWS = gl.constexpr(16)  # of 256 fp32, as the copy engine sees a chunk
+CHUNK = gl.constexpr(64)  # a chunk is CHUNK queries by CHUNK channels
+CHUNK_ROWS = gl.constexpr(16)  # the copy engine sees a chunk as 16 rows of 256 fp32
 
 
 @gluon.jit
@@ -71,7 +71,7 @@ def _produce(
             slot, ready = k_slots.index(group), k_ready.index(group)
             copy_before(keys, base_k, stride_k, batch, start, head, end, slot, ready, CUT)
             copy(values, batch, start, head, v_slots.index(group), v_ready.index(group))
-    bring_queries(
+    load_queries(
         queries, grads, lses, deltas, q_ring, do_ring, lse_slots, delta_slots,
         indices, first, tiles, batch, head, row, BLOCK, BM,
     )  # fmt: skip
@@ -79,7 +79,7 @@ def _produce(
 
 @gluon.jit
 def _share(ds, slot, ready, keys, RAGGED: gl.constexpr):
-    """Put a group's ds [64, BM] where both groups see it; rows past the `keys` that count as 0."""
+    """Share a group's ds [64, BM] with the other group, with rows from `keys` on set to 0."""
     if RAGGED:
         inside = gl.arange(0, ROWS, gl.SliceLayout(1, ds.type.layout)) < keys
         ds = gl.where(inside[:, None], ds, 0.0)
@@ -91,7 +91,7 @@ def _share(ds, slot, ready, keys, RAGGED: gl.constexpr):
 
 @gluon.jit
 def _multiply_into_dq(ds_slots, pair, k_slots, zeros, GROUP: gl.constexpr):
-    """Issue the products of a group's chunk: two, which the caller waits for."""
+    """Issue the two products of a group's chunk; the caller waits for them."""
     D: gl.constexpr = k_slots.shape[4]
     dq = zeros
     for j in gl.static_range(CONSUMERS):
@@ -107,10 +107,11 @@ def _multiply_into_dq(ds_slots, pair, k_slots, zeros, GROUP: gl.constexpr):
 
 @gluon.jit
 def _add(dq, sums, chunk, slot):
-    """Have a chunk added to memory through its slot, once the engine has read the last from there.
+    """Start adding a chunk to memory through its slot, once the previous one has been read from it.
 
-    A thread holds pairs of neighbouring channels, in rows 8 and channels 8 apart. Here four values
-    of it stand together, after those of the thread before: writing them meets no bank conflict.
+    A thread holds pairs of neighbouring channels, in rows 8 and channels 8 apart. Here four of its
+    values stand together, after those of the previous thread, so writing them causes no bank
+    conflicts.
     """
     parts = dq.reshape([4, 2, 8, CHUNK // 16, 2, 4, 2])
     rows = parts.permute((0, 1, 3, 2, 5, 4, 6)).reshape([CHUNK_ROWS, 256])
@@ -134,14 +135,14 @@ def _consume(
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
-    CHANNELS: gl.constexpr = D // CHUNK  # chunks beside each other
+    CHANNELS: gl.constexpr = D // CHUNK  # chunks side by side
 
     zeros = gl.zeros([ROWS, BM], gl.float32, s_layout)
     no_dq = gl.zeros([CHUNK, CHUNK], gl.float32, dq_layout)
     dk = gl.zeros([ROWS, D], gl.float32, d_layout)
     dv = gl.zeros([ROWS, D], gl.float32, d_layout)
     start_n += GROUP * ROWS
-    keys = end - start_n  # that count
+    keys = end - start_n  # unmasked keys of this group
     first_chunk += GROUP
     if tiles > 0:
         k = matrix(k_slots.index(GROUP))
@@ -162,7 +163,7 @@ def _consume(
         dv = warpgroup_mma_wait(0, deps=[dv])
         release(do_ring, 0)
         for i in range(1, tiles):
-            # The tile before: its ds lie in one of the pairs of slots.
+            # The pair of slots that holds the previous tile's ds.
             pair = (i - 1) & 1
             m = tile_start(indices, first, i - 1, BLOCK, BM)
             q_t = await_tile(q_ring, i).permute((1, 0))
@@ -199,11 +200,11 @@ def _consume(
         dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
         _add(dq, sum_queries, first_chunk + m // CHUNK * CHANNELS, dq_slots.index(GROUP))
 
-    # Either group reads all of k for its part of dq: dk may take its place when both are done.
+    # Both groups read all of k for their parts of dq: dk may overwrite it only when both are done.
     barrier()
     mbarrier.arrive(done.index(0))
     mbarrier.wait(done.index(0), 0)
-    # A key reaches its own gradient row only: those past the end are zeroed here, not in the loop.
+    # A key affects only its own gradient row: rows past the end are zeroed here, not in the loop.
     counts = (gl.arange(0, ROWS, gl.SliceLayout(1, d_layout)) < keys)[:, None]
     dk = gl.where(counts, dk * scale, 0.0)
     dv = gl.where(counts, dv, 0.0)
@@ -234,7 +235,7 @@ def _gradients_kernel(
     k_ready = open_barriers(CONSUMERS, 1)
     v_ready = open_barriers(CONSUMERS, 1)
     q_ring = open_ring(queries, SLOTS)
-    do_ring = open_ring(grads, SLOTS - 1)  # a gradient is let go of a tile before its query
+    do_ring = open_ring(grads, SLOTS - 1)  # gradients are released one tile before queries
     lse_slots = open_slots(lses, SLOTS)
     delta_slots = open_slots(deltas, SLOTS - 1)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -282,7 +283,7 @@ def _gradients_kernel(
 
 @triton.jit
 def _round_kernel(Sums, GradQ, S, H, chunks, scale, D: tl.constexpr, CHUNK: tl.constexpr):
-    """dQ from its sum: a program per chunk, whose order in memory `_add` made."""
+    """Scale and round dQ from its fp32 sum, one program per chunk, undoing the order of `_add`."""
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     CHANNELS: tl.constexpr = D // CHUNK
@@ -308,15 +309,15 @@ def backward(
     lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the three kernels for dq, dk, dv. `out` and `lse` are the forward's, contiguous.
+    """Launch the three kernels for dq, dk, dv; `out` and `lse` are the forward's, contiguous.
 
-    Takes memory for dq in fp32 besides.
+    It allocates an fp32 buffer of dq's size.
     """
     batch, tokens, heads, head_dim = q.shape
     num_blocks = lists.col_indptr.shape[1] - 1
     padded = num_blocks * lists.block
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    # Scores start from minus lse: it is in their unit, before the scale.
+    # Scores start from minus lse, so lse must be in their unit, before the scale.
     sums = row_sums(out, grad_out, lse, grad_lse, lists.block, 1 / scale)
     chunks = padded * head_dim // CHUNK.value**2
     dq_sums = q.new_zeros(batch * heads * chunks * CHUNK_ROWS.value, 256, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the kernels are told of a layout."""
+"""`Lists`: the form in which the kernels receive a layout."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class Lists(NamedTuple):
-    """Which blocks attend to which, in both orders, as compressed sparse rows; int32 on q's device.
+    """Holds the pairs of blocks that attend, by row and by column, as int32 CSR on q's device.
 
-    Shapes and meanings are those of `block_sparse_attention`'s arguments, which come in this order.
+    Shapes and meanings are those of the arguments of `block_sparse_attention`, in the same order.
     """
 
     row_indptr: Tensor

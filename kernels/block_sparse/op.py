@@ -1,25 +1,19 @@
 """`block_sparse_attention`: checks, choice of backend, and the custom op with its gradient."""
 
-import logging
-from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..backend import check_dtype, check_name, check_triton
 from . import reference
 from .lists import Lists
-from .tuning import FA4_IS_FASTER, hopper_takes
-
-log = logging.getLogger(__name__)
+from .tuning import hopper_takes
 
 Backend = Literal["auto", "triton", "flex", "fa4", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCKS = (16, 32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What "auto" hands to the op where fa4 is faster: the check of fa4's results then decides.
-FA4_OR_TRITON = "fa4 or triton"
 
 
 def block_sparse_attention(
@@ -38,13 +32,13 @@ def block_sparse_attention(
     deterministic: bool | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v, where each block of queries attends to the key blocks it lists.
+    """Compute softmax(scale * q k^T) v, where each query block attends to the key blocks it lists.
 
-    All of a listed pair of blocks is attended, except keys at or past `valid` and the ragged tail
-    past the sequence. Differentiable once in q, k and v through both outputs. Deterministic, but
-    for gradients where `deterministic` says so, and without host synchronisation (`reference` reads
-    the lists, so on a GPU it waits, and `fa4` does for lists and shapes that are new to it). The
-    algorithm is FlashAttention-2's (Dao, 2023), over block lists.
+    All token pairs of a listed pair of blocks are attended, except keys at or past `valid` and the
+    tail past the sequence. The function is differentiable once in q, k and v through both outputs.
+    It is deterministic, except for gradients as `deterministic` says, and does not synchronise with
+    the host. (On a GPU `reference` does, because it reads the lists, and so does `fa4` for new
+    lists and shapes.) The algorithm is FlashAttention-2's (Dao, 2023), over block lists.
 
     Args:
         q, k, v: [B, S, H, D] bf16, fp16 or fp32 (`reference`: fp64 too), D in {16, 32, 64, 128};
@@ -52,16 +46,16 @@ def block_sparse_attention(
         row_indptr: [L, rows + 1] int32, rows = ceil(S / block). Block row r of layout l lists
             `row_indices[row_indptr[l, r] : row_indptr[l, r + 1]]`.
         row_indices: [nnz] int32, key blocks of all L layouts, ascending within a row.
-        col_indptr, col_indices: the same pairs by key block column, which lists query blocks.
+        col_indptr, col_indices: the same pairs by key block: column c lists its query blocks.
         head_to_layout: [H] int32, the layout of each head.
-        block: tokens a block: 16, 32, 64 or 128 (the fast one).
-        valid: [B] int32 on the same device: keys at positions >= valid[b] do not count. Queries
+        block: tokens per block: 16, 32, 64 or 128 (the fast one).
+        valid: [B] int32 on the same device: keys at positions >= valid[b] are masked. Queries
             there are computed like any others.
         scale: positive factor of the logits; D ** -0.5 by default.
-        deterministic: whether gradients must be bit-equal when repeated; by default what
-            torch.use_deterministic_algorithms asks for. Where they need not be, `triton` on Hopper
-            and `fa4` add up that of q in no fixed order, which is faster.
-        backend: see `resolve_backend`.
+        deterministic: True if repeated gradients must be bit-equal; None follows
+            torch.use_deterministic_algorithms. Otherwise `triton` on Hopper and `fa4` sum the
+            gradient of q in no fixed order, which is faster.
+        backend: "auto", "triton", "flex", "fa4" or "reference"; see `resolve_backend`.
 
     Returns:
         out [B, S, H, D], contiguous, in q's dtype; and the natural log-sum-exp of the scaled logits
@@ -69,7 +63,7 @@ def block_sparse_attention(
         gradients.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        ValueError: if an argument is wrong; the message names it, its value and the remedy.
         RuntimeError: if `fa4` is asked for and its results are wrong on this GPU.
     """
     lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
@@ -79,47 +73,43 @@ def block_sparse_attention(
         raise ValueError(f"scale is {scale}; it must be positive (negate q for a negative one)")
     resolved = resolve_backend(backend, q.device, q.dtype, q.shape[3], block)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    asked = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     if resolved == "fa4":
-        # An explicit one may run in the mode that only warns.
-        wanted = deterministic if backend == "fa4" else asked
-        resolved = _fa4_or_other(backend, valid, gradients, wanted)
+        from . import fa4
+
+        fa4.check_call(valid, gradients, deterministic)
     if resolved == "flex":
         if gradients and q.device.type == "cpu":
             raise ValueError("the flex backend has no backward on a CPU; use backend='reference'")
         from . import flex
 
         return flex.attention(q, k, v, lists, factor)
-    return _attention(q, k, v, *lists, factor, resolved, asked)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return _attention(q, k, v, *lists, factor, resolved, deterministic)
 
 
 def resolve_backend(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int = 128
 ) -> str:
-    """The backend that `backend` means for such inputs; an explicit one never falls back.
+    """Return the backend that `backend` means for such inputs; an explicit one never falls back.
 
-    "auto" is "reference" on CPUs and "triton" on NVIDIA GPUs since Ampere, or "fa4" where that was
-    measured to be faster (`tuning.FA4_IS_FASTER`) and is installed; calls that fa4 has no kernel
-    for, or whose results it gets wrong, then run in "triton". "flex" is PyTorch's FlexAttention on
-    the same lists: an independent implementation to compare with. "fa4" is the package
-    flash-attn-4, on Hopper.
+    "auto" is "reference" on CPUs and "triton" everywhere else. The others run only when asked for:
+    "flex" is PyTorch's FlexAttention on the same lists, an independent implementation to compare
+    with; "fa4" is the package flash-attn-4, on Hopper.
 
     Raises:
-        ValueError: what stands in the way, and the remedy.
+        ValueError: if the backend is unknown or cannot compute such inputs here; the message says
+            why, and what to use instead.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    check_name(backend, BACKENDS)
     if backend == "auto":
-        backend = _automatic(device, dtype, head_dim, block)
+        backend = "reference" if device.type == "cpu" else "triton"
     if backend == "fa4":
         from . import fa4
 
         fa4.check_inputs(device, dtype, head_dim, block)
-    if backend != "reference" and dtype not in DTYPES:
-        raise ValueError(
-            f"the {backend} backend does not compute in {dtype}; use bfloat16, float16 or float32, "
-            "or backend='reference'"
-        )
+    if backend != "reference":
+        check_dtype(backend, dtype)
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}; it must be one of {HEAD_DIMS}")
     if backend == "triton":
@@ -127,91 +117,8 @@ def resolve_backend(
     return backend
 
 
-def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str:
-    """What "auto" means; `resolve_backend` says when it is which."""
-    if device.type == "cpu":
-        return "reference"
-    if (
-        device.type == "cuda"
-        and (torch.cuda.get_device_capability(device), head_dim) in FA4_IS_FASTER
-    ):
-        from . import fa4
-
-        try:
-            fa4.check_inputs(device, dtype, head_dim, block)
-            return "fa4"
-        except ValueError:
-            pass
-    return "triton"
-
-
-def _fa4_or_other(
-    backend: str, valid: Tensor | None, gradients: bool, deterministic: bool | None
-) -> str:
-    """The backend of a call that resolved to fa4: ValueError if it was asked for and cannot."""
-    from . import fa4
-
-    try:
-        fa4.check_call(valid, gradients, deterministic)
-    except ValueError:
-        if backend == "fa4":
-            raise
-        return "triton"
-    return "fa4" if backend == "fa4" else FA4_OR_TRITON
-
-
-def _checked(backend: str, q: Tensor, row_indptr: Tensor) -> str:
-    """The backend that runs, once fa4's results are known. Called in the op, where tensors are real
-    also under torch.compile.
-
-    Raises:
-        RuntimeError: if fa4 was asked for and is wrong here.
-    """
-    if backend not in ("fa4", FA4_OR_TRITON):
-        return backend
-    from . import fa4
-
-    failure = fa4.failure(q, row_indptr)
-    if failure is None:
-        return "fa4"
-    if backend == "fa4":
-        raise RuntimeError(f"{failure}; {fa4.REMEDY}")
-    _warn(failure)
-    return "triton"
-
-
-@cache  # once
-def _warn(failure: str) -> None:
-    log.warning("%s; such attention runs in Triton instead", failure)
-
-
-def check_triton(device: torch.device) -> None:
-    """Raise unless Triton is installed and can compile for `device`."""
-    try:
-        from triton import knobs
-    except ImportError as error:
-        raise ValueError(
-            "the triton backend needs the triton package (pip install 'triton>=3.6'); "
-            "on a CPU use backend='reference'"
-        ) from error
-    if device.type == "cpu" and knobs.runtime.interpret:
-        return
-    if device.type != "cuda" or torch.version.hip is not None:
-        kind = "AMD GPU" if torch.version.hip is not None else device.type
-        raise ValueError(
-            f"the triton backend needs an NVIDIA GPU, and the tensors are on: {kind}; use "
-            "backend='reference'"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        raise ValueError(
-            "the triton backend needs compute capability 8.0 (Ampere) or newer, and this GPU has "
-            f"{capability[0]}.{capability[1]}; use backend='reference'"
-        )
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: Lists) -> None:
-    """Everything that shapes, dtypes and devices can tell; contents stay on the device."""
+    """Raise ValueError for wrong shapes, dtypes or devices; contents are never read back."""
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or 0 in q.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k and v must all be [B, S, H, D] and not empty; got {shapes}")
@@ -277,11 +184,13 @@ def _attention(
     deterministic: bool,  # of the gradients
 ) -> tuple[Tensor, Tensor]:
     lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
-    backend = _checked(backend, q, row_indptr)
     if backend == "reference":
         return reference.forward(q, k, v, lists, scale)
     if backend == "fa4":
-        from .fa4 import forward
+        from .fa4 import check_results, forward
+
+        # Here, inside the op, tensors are real also under torch.compile.
+        check_results(q, row_indptr)
     elif hopper_takes(block, q, k, v):
         from .hopper_forward import forward
     else:
@@ -317,16 +226,17 @@ def _attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The gradient of a sum arrives expanded, with strides of 0: no tile can be copied from that.
+    # The gradient of a sum arrives expanded, with strides of 0, from which no tile can be copied.
     if grad_out.stride(3) != 1 or 0 in grad_out.stride():
         grad_out = grad_out.contiguous()
     lists = Lists(row_indptr, row_indices, col_indptr, col_indices, head_to_layout, valid, block)
     arguments = (grad_out, grad_lse, q, k, v, out, lse, lists, scale)
-    backend = _checked(backend, q, row_indptr)
     if backend == "reference":
         return reference.backward(*arguments)
     if backend == "fa4":
-        from .fa4 import backward
+        from .fa4 import backward, check_results
+
+        check_results(q, row_indptr)
     elif hopper_takes(block, q, k, v, grad_out):
         if deterministic:
             from .hopper_backward import backward
@@ -363,5 +273,5 @@ def _differentiate(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
 
 _attention.register_autograd(_differentiate, setup_context=_save)
 
-# The operator as dispatch modes and `torch.compile` see it.
+# The operator under the name by which dispatch modes and `torch.compile` see it.
 OPERATOR = torch.ops.longreel.block_sparse_attention.default

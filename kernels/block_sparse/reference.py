@@ -1,8 +1,8 @@
 """Eager block-sparse attention: the oracle of the kernels, and the backend of CPUs.
 
-Block rows are taken in groups of similar length. Each group gathers the key blocks its rows list,
-padded to the longest of them, and one batched matrix product scores them, so memory grows with the
-lists and not with tokens x tokens. Statistics are fp32 (fp64 for fp64 inputs).
+Block rows are processed in groups of similar length. Each group gathers the key blocks that its
+rows list, padded to the longest row, and scores them in one batched matrix product, so memory grows
+with the lists and not with tokens x tokens. Statistics are fp32 (fp64 for fp64 inputs).
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .lists import Lists
 
-# Scores held at once, in elements: a few groups on a small model, tens of MiB on a large one.
+# Scores held at once, in elements (32 MiB in fp32), unless one block row needs more.
 SCORE_BUDGET = 1 << 23
 
 
 class Group(NamedTuple):
-    """Block rows handled together, all of one layout."""
+    """Block rows of one layout that are processed together."""
 
     heads: Tensor  # [h] heads that use the layout
     rows: Tensor  # [r] block rows
@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 def _groups(lists: Lists, batch: int) -> Iterator[Group]:
-    """All (head, block row) pairs, in groups within `SCORE_BUDGET`."""
+    """Yield all (head, block row) pairs in groups within `SCORE_BUDGET`."""
     indices, block = lists.row_indices, lists.block
     device = indices.device
     for layout in lists.head_to_layout.unique().tolist():
@@ -50,9 +50,9 @@ def _groups(lists: Lists, batch: int) -> Iterator[Group]:
 
 
 def _blocked(x: Tensor, block: int, end: Tensor | None = None) -> Tensor:
-    """[B, S, H, D] -> [B, H, blocks, block, D] in the compute dtype, zero from `end` [B] on.
+    """Turn [B, S, H, D] into [B, H, blocks, block, D] in the compute dtype, zero from `end` [B] on.
 
-    Zeros, and not a mask alone, because 0 * NaN would let a masked key's contents through.
+    Masking scores is not enough: 0 * NaN would let a masked key's contents through.
     """
     batch, tokens, heads, head_dim = x.shape
     x = x.double() if x.dtype == torch.float64 else x.float()
@@ -64,24 +64,24 @@ def _blocked(x: Tensor, block: int, end: Tensor | None = None) -> Tensor:
 
 
 def _unblocked(x: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_blocked`, contiguous."""
+    """Invert `_blocked`; the result is contiguous."""
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens].to(dtype).contiguous()
 
 
 def _keys_end(q: Tensor, valid: Tensor | None) -> Tensor:
-    """[B] one past the last key that counts."""
+    """Return [B], one past the last key of each sample that is not masked."""
     if valid is None:
         return torch.full((len(q),), q.shape[1], device=q.device)
     return valid.long().clamp(max=q.shape[1])
 
 
 def _gather(x: Tensor, heads: Tensor, blocks: Tensor) -> Tensor:
-    """[B, H, blocks, block, D] -> [B, h, r, w * block, D]"""
+    """Gather the listed blocks: [B, H, blocks, block, D] to [B, h, r, w * block, D]."""
     return x[:, heads[:, None, None], blocks].flatten(3, 4)
 
 
 def _scores(q: Tensor, k: Tensor, group: Group, end: Tensor, scale: float) -> Tensor:
-    """[B, h, r, block, w * block] scaled logits, -inf where a key does not count."""
+    """Return scaled logits [B, h, r, block, w * block], -inf where a key is masked."""
     block = q.shape[3]
     position = group.blocks[..., None] * block + torch.arange(block, device=q.device)
     counts = group.listed[..., None] & (position < end[:, None, None, None])  # [B, r, w, block]
@@ -92,12 +92,13 @@ def _scores(q: Tensor, k: Tensor, group: Group, end: Tensor, scale: float) -> Te
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """0 for the rows that see no key: their scores are all -inf, so any finite value will do."""
+    """Replace -inf by 0 for rows that see no key; their scores are -inf, so any finite value will
+    do."""
     return lse.masked_fill(lse == float("-inf"), 0)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
-    """Shapes and meanings are `block_sparse_attention`'s; lse is fp64 for fp64 inputs."""
+    """Compute `block_sparse_attention`'s outputs; lse is fp64 for fp64 inputs."""
     tokens = q.shape[1]
     end, block = _keys_end(q, lists.valid), lists.block
     queries, keys, values = _blocked(q, block), _blocked(k, block, end), _blocked(v, block, end)
@@ -123,7 +124,7 @@ def backward(
     lists: Lists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv from the saved out and lse; ds = p * (dp - rowsum(out * dout) + dlse)."""
+    """Compute dq, dk, dv from the saved out and lse: ds = p * (dp - rowsum(out * dout) + dlse)."""
     tokens = q.shape[1]
     end, block = _keys_end(q, lists.valid), lists.block
     queries, keys, values = _blocked(q, block), _blocked(k, block, end), _blocked(v, block, end)

@@ -1,4 +1,4 @@
-"""A borrowed kernel against our oracle, on the machine and at the shapes it is about to serve."""
+"""Check another package's kernels against our oracle, on the GPU and for the inputs in use."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,18 +20,21 @@ def find_fault(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    """The first quantity in which a backend is wrong, and by how much; None if it is right.
+    """Return the first quantity that a backend gets wrong, and by how much; None if it is right.
 
-    One forward and one backward, with gradients of both outputs, over random lists with an empty
-    row and an empty column. Each of `QUANTITIES` may be twice as far from the fp64 `reference` as
-    plain PyTorch in `dtype` is, and one rounding of its largest element besides. Random numbers
-    come from a generator of its own: those of a training run are not touched.
+    The check runs one forward and one backward, with gradients of both outputs, over random lists
+    with an empty row and an empty column. Each of `QUANTITIES` may be twice as far from the fp64
+    `reference` as plain PyTorch in `dtype` is, plus one rounding of its largest element. Random
+    numbers come from a separate generator, so a training run's are not touched.
 
     Args:
-        forward, backward: take what `forward.forward` and `backward.backward` (Triton) take.
-        size: [B, S, H, D] of q. The oracle is dense in time and the measure of error in memory:
-            some thousand tokens.
-        layouts: head h follows layout h % layouts.
+        forward, backward: functions with the arguments of `forward.forward` and
+            `backward.backward` (Triton).
+        size: [B, S, H, D] of q. The oracle takes time, and plain PyTorch memory, quadratic in S:
+            a few thousand tokens at most.
+        layouts: number of layouts; head h uses layout h % layouts.
+        block: tokens per block.
+        dtype, device: those of the inputs to check.
     """
     batch, tokens, heads, head_dim = size
     seeded = torch.Generator(device).manual_seed(0)
@@ -64,7 +67,7 @@ def find_fault(
         measure = _plain(q, k, v, grad_out, grad_lse.to(dtype), mask, scale)
 
     for name, value, same_dtype, expected in zip(QUANTITIES, got, measure, oracle, strict=True):
-        error, plain = _furthest(value, expected), _furthest(same_dtype, expected)
+        error, plain = _largest_error(value, expected), _largest_error(same_dtype, expected)
         largest = expected.masked_fill(expected == float("-inf"), 0).abs().max().item()
         if not error <= 2 * plain + torch.finfo(value.dtype).eps * largest:
             return f"{name} is off by {error:.1e}, plain PyTorch in {dtype} by {plain:.1e}"
@@ -72,7 +75,7 @@ def find_fault(
 
 
 def _csr(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """keep [L, rows, columns] bool as indptr [L, rows + 1] and indices [nnz], int32."""
+    """Turn bool [L, rows, columns] into int32 indptr [L, rows + 1] and indices [nnz]."""
     layouts, rows, _ = keep.shape
     ends = torch.nn.functional.pad(keep.sum(-1).flatten().cumsum(0), (1, 0))
     starts = torch.arange(layouts, device=keep.device)[:, None] * rows
@@ -89,7 +92,7 @@ def _plain(
     mask: Tensor,
     scale: float,
 ) -> Sequence[Tensor]:
-    """`QUANTITIES` as PyTorch computes them with all scores in memory, everything in q's dtype."""
+    """Compute `QUANTITIES` in plain PyTorch, all in q's dtype, with all scores in memory."""
     q, k, v, grad_out = (x.transpose(1, 2) for x in (q, k, v, grad_out))
     scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
     p = scores.softmax(-1).masked_fill(~mask, 0)  # NaN where a query sees no key
@@ -101,6 +104,6 @@ def _plain(
     return out, scores.logsumexp(-1), dq, dk, dv
 
 
-def _furthest(value: Tensor, expected: Tensor) -> float:
-    """Largest distance of two tensors; equal infinities are at none, NaN is at NaN."""
+def _largest_error(value: Tensor, expected: Tensor) -> float:
+    """Return the largest distance of two tensors: 0 for equal infinities, NaN for a NaN."""
     return torch.where(value == expected, 0, value.double() - expected).abs().max().item()

@@ -2,7 +2,8 @@
 
 A kernel sees one head of one sample as a [tokens, D] matrix with a row stride; `load_rows` and
 `store_rows` move tiles of it. All offsets are 64-bit: tokens x heads x head_dim passes 2**31
-elements in real use. What walks the block lists is scalar and serves the Hopper kernels too.
+elements in real use. The functions that walk the block lists are scalar and serve the Hopper
+kernels too.
 """
 
 import triton
@@ -11,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def own_start(BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The first token of this program's tile: tiles in order, but the last four blocks come first.
+    """Return the first token of this program's tile; the last four blocks are launched first.
 
     Text is dense and comes last in a sequence: its rows and columns take several times as long as
-    any other, and started last they would run on alone. (Sink frames, at the front, already lead.)
+    any others, and would run on alone if started last. (Sink frames are at the front already.)
     """
     tiles = tl.num_programs(0)
     last = tl.minimum(4 * (BLOCK // TILE), tiles)
@@ -31,7 +32,7 @@ def _pointers(base, start, stride, ROWS: tl.constexpr, D: tl.constexpr):
 def load_rows(
     base, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """The tile [ROWS, D] at row `start`, zero past `end`; `WHOLE` promises that none of it is."""
+    """Load the tile [ROWS, D] at row `start`, zero past `end`; a `WHOLE` tile ends before `end`."""
     if WHOLE:
         return tl.load(_pointers(base, start, stride, ROWS, D))
     else:
@@ -41,14 +42,14 @@ def load_rows(
 
 @triton.jit
 def store_rows(base, tile, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr):
-    """Write the tile [ROWS, D] at row `start`, less the rows past `end`."""
+    """Store the tile [ROWS, D] at row `start`, except the rows past `end`."""
     inside = start + tl.arange(0, ROWS) < end
     tl.store(_pointers(base, start, stride, ROWS, D), tile, mask=inside[:, None])
 
 
 @triton.jit
 def keys_end(valid, batch, S):
-    """One past the last key that counts in this sample."""
+    """Return one past the last key of this sample that is not masked."""
     if valid is None:
         return S
     else:
@@ -57,12 +58,12 @@ def keys_end(valid, batch, S):
 
 @triton.jit
 def visible_tiles(indices, first, stop, end, valid, depth, BLOCK: tl.constexpr, BN: tl.constexpr):
-    """How the key blocks `indices[first:stop]` divide into tiles of BN keys before `end`.
+    """Divide the key blocks `indices[first:stop]` into tiles of BN keys before `end`.
 
     Returns (whole, rest): the number of tiles that lie before `end` entirely, and the number of
-    keys before `end` in the one tile after them (0: there is none). Blocks are disjoint and
-    ascending, so only the last that starts before `end` can reach past it; a binary search of
-    `depth` steps drops those that start at or after it, which only `valid` makes possible.
+    keys before `end` in the one tile after them, 0 if there is none. Blocks are disjoint and
+    ascending, so only the last that starts before `end` can extend past it. A binary search of
+    `depth` steps drops the blocks that start at or after `end`, which exist only with `valid`.
     """
     if valid is not None:
         low = first
@@ -72,15 +73,15 @@ def visible_tiles(indices, first, stop, end, valid, depth, BLOCK: tl.constexpr, 
             searching = low < stop
             low = tl.where(searching & before, middle + 1, low)
             stop = tl.where(searching & ~before, middle, stop)
-    some = stop > first
-    last = tl.load(indices + stop - 1, mask=some, other=0) * BLOCK
+    nonempty = stop > first
+    last = tl.load(indices + stop - 1, mask=nonempty, other=0) * BLOCK
     keys = tl.minimum(end - last, BLOCK)
     whole = (stop - first - 1) * (BLOCK // BN) + keys // BN
-    return tl.where(some, whole, 0), tl.where(some, keys % BN, 0)
+    return tl.where(nonempty, whole, 0), tl.where(nonempty, keys % BN, 0)
 
 
 @triton.jit
 def tile_start(indices, first, i, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The token at which tile `i` of the block list that begins at `first` starts."""
+    """Return the first token of tile `i` of the block list that begins at `first`."""
     PER: tl.constexpr = BLOCK // TILE
     return tl.load(indices + first + i // PER) * BLOCK + (i % PER) * TILE

@@ -1,8 +1,8 @@
 """Launch configurations per GPU, head size and element size, as data.
 
-`HOPPER` holds measured choices for the kernels of the files hopper_*.py. `TABLE`
-holds tiles for the portable kernels of forward.py and backward.py, which every other GPU runs:
-they fit its shared memory without register spills. The offline compile tests hold both to that.
+`HOPPER` holds measured choices for the kernels of the files hopper_*.py. `TABLE` holds tiles for
+the portable kernels of forward.py and backward.py, which every other GPU runs; they fit its shared
+memory without register spills. The offline compile tests check that for both.
 """
 
 from dataclasses import dataclass, replace
@@ -14,10 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One Hopper kernel's launch: how many tokens a circulating tile has, in how many slots.
+    """The launch configuration of one Hopper kernel.
 
-    `registers` are a consumer thread's. The multiprocessor has 504 for a thread of each of the
-    three groups together; the first consumer group has what the other two leave.
+    tile: tokens of a tile that circulates in shared memory.
+    slots: number of such tiles in a ring.
+    registers: registers per thread of the second consumer group.
+    producer_registers: registers per thread of the producer. The multiprocessor has 504 for one
+        thread of each of the three groups together; the first consumer group gets the rest.
     """
 
     tile: int
@@ -28,8 +31,11 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Pipelines:
-    """The launches of a training step on Hopper: `fused`, or for deterministic gradients the two
-    after it. The slots of `fused` are those of queries; their gradients have one less."""
+    """The launches of a training step on Hopper.
+
+    The backward is `fused`, or for deterministic gradients `grad_kv` and `grad_q`. The slots of
+    `fused` are those of the queries; the output gradients have one slot less.
+    """
 
     forward: Pipeline
     fused: Pipeline
@@ -54,17 +60,11 @@ HOPPER = {
 }
 HOPPER_BLOCK = 128  # a program's rows are one block: two groups of 64
 
-# Where flash-attn-4 was measured faster than these kernels, forward and backward together: (compute
-# capability, head_dim). The backend "auto" is "fa4" there. By 1 to 3 % (H200, flash-attn-4
-# 4.0.0b36: benchmarks/results/2026-11-23-attention-h200-*.md); not on Mochi's 56 frames, where it
-# is 2 % slower.
-FA4_IS_FASTER: frozenset[tuple[tuple[int, int], int]] = frozenset({((9, 0), 64), ((9, 0), 128)})
-
 
 def hopper_takes(block: int, *tensors: Tensor) -> bool:
-    """Whether the Hopper kernels compute from these [B, S, H, D] tensors in blocks of `block`.
+    """Return whether the Hopper kernels can compute from these [B, S, H, D] tensors.
 
-    The copy engine wants 16-bit elements here, and every token 16-byte aligned.
+    The copy engine needs 16-bit elements here, and every token aligned to 16 bytes.
     """
     return block == HOPPER_BLOCK and all(
         x.is_cuda
@@ -82,7 +82,8 @@ def hopper_takes(block: int, *tensors: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Tile:
-    """One portable kernel's launch: `q` x `kv` tokens a tile, and how Triton compiles it."""
+    """The launch configuration of one portable kernel: a tile of `q` x `kv` tokens, with Triton's
+    `num_warps` and `num_stages`."""
 
     q: int
     kv: int
@@ -90,20 +91,20 @@ class Tile:
     stages: int
 
     def within(self, block: int) -> "Tile":
-        """This tile cut down to divide a layout block of `block` tokens."""
+        """Return this tile, cut down to divide a layout block of `block` tokens."""
         return replace(self, q=min(self.q, block), kv=min(self.kv, block))
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The three launches of a training step."""
+    """The three launches of a training step with the portable kernels."""
 
     forward: Tile
     grad_kv: Tile
     grad_q: Tile
 
 
-# Keyed by (architecture, widest head_dim, bytes an element).
+# Keyed by (architecture, largest head_dim, bytes per element).
 TABLE = {
     # Blackwell, and Hopper where its own kernels do not apply: 227 KiB of shared memory.
     ("large", 64, 2): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
@@ -123,13 +124,13 @@ ARCHITECTURES = {(8, 0): "ampere", (9, 0): "large", (10, 0): "large", (10, 3): "
 
 @cache
 def tiles_for(capability: tuple[int, int], head_dim: int, itemsize: int, block: int) -> Tiles:
-    """The tiles of one compute capability."""
+    """Return the tiles for one compute capability, element size in bytes and layout block."""
     name = "small" if itemsize == 4 else ARCHITECTURES.get(capability, "small")
     tiles = TABLE[name, 64 if head_dim <= 64 else 128, itemsize]
     return Tiles(*(tile.within(block) for tile in (tiles.forward, tiles.grad_kv, tiles.grad_q)))
 
 
 def choose(device: torch.device, head_dim: int, itemsize: int, block: int) -> Tiles:
-    """The tiles for this device; on a CPU (Triton's interpreter) those that any GPU could run."""
+    """Return the tiles for this device; on a CPU (Triton's interpreter) those that fit any GPU."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
     return tiles_for(capability, head_dim, itemsize, block)

@@ -1,4 +1,4 @@
-"""Norms that a condition modulates, and gated sums, each in one pass over memory."""
+"""Modulated (adaptive) norms and gated sums, each in one pass over memory."""
 
 from .op import gated_add, modulated_norm
 

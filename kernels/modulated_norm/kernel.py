@@ -1,8 +1,8 @@
-"""The Triton kernels: a program a token, all of its channels in registers.
+"""The Triton kernels: one program per token, with all of its channels in registers.
 
-Memory bounds them: each reads its inputs once and writes its result once; the norm's backward pass
-computes the statistics again. Products and sums are not fused into multiply-adds, so that they
-round as separate PyTorch operations do.
+They are memory-bound: each reads its inputs once and writes its result once, and the norm's
+backward pass recomputes the statistics. Products and sums are not fused into multiply-adds, so
+that they round as separate PyTorch operations do.
 """
 
 import torch
@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PER_THREAD = 16  # channels, of 32 threads a warp
+PER_THREAD = 16  # channels per thread
 
 
 @triton.jit
 def _row(base, stride_b, stride_s):
-    """The first channel of this program's token, by 64-bit offsets."""
+    """Return a pointer to the first channel of this program's token, by 64-bit offsets."""
     token, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     return base + sample * stride_b + token * stride_s
 
 
 @triton.jit
 def _load(base, stride_b, stride_s, C, BLOCK: tl.constexpr):
-    """This token's channels in fp32, 0 past the last."""
+    """Load this token's channels in fp32, 0 past the last."""
     c = tl.arange(0, BLOCK)
     return tl.load(_row(base, stride_b, stride_s) + c, mask=c < C, other=0.0).to(tl.float32)
 
@@ -35,10 +35,10 @@ def _store(base, value, stride_b, stride_s, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def _normed(x, C, eps, BLOCK: tl.constexpr, LAYER: tl.constexpr):
-    """x less its mean, if LAYER, over its root mean square; and one over that."""
+    """Return x, less its mean if LAYER, over its root mean square, and one over the latter."""
     if LAYER:
         inside = tl.arange(0, BLOCK) < C
-        for _ in tl.static_range(2):  # the second time what the first mean lost to rounding
+        for _ in tl.static_range(2):  # the second pass removes what rounding left of the mean
             x = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / C + eps)
     return x * inverse, inverse
@@ -85,12 +85,12 @@ def _gate_kernel(
 
 
 def norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, layer: bool, eps: float) -> Tensor:
-    """Launch for x [B, S, C]; scale and shift [B or 1, C]."""
+    """Launch the norm of x [B, S, C] with scale and shift [B or 1, C]."""
     out = x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         _norm_kernel[_grid(x)](
             x, scale, shift, out,
-            *x.stride()[:2], _by_sample(scale), _by_sample(shift), *out.stride()[:2],
+            *x.stride()[:2], _sample_stride(scale), _sample_stride(shift), *out.stride()[:2],
             x.shape[2], eps, LAYER=layer, **_launch(x),
         )  # fmt: skip
     return out
@@ -99,30 +99,31 @@ def norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, layer: bool, eps
 def norm_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor | None, layer: bool, eps: float
 ) -> Tensor:
-    """The gradient of x."""
+    """Launch the kernel for the gradient of x."""
     grad_x = x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         _norm_backward_kernel[_grid(x)](
             grad_out, x, scale, grad_x,
-            *grad_out.stride()[:2], *x.stride()[:2], _by_sample(scale), *grad_x.stride()[:2],
+            *grad_out.stride()[:2], *x.stride()[:2], _sample_stride(scale), *grad_x.stride()[:2],
             x.shape[2], eps, LAYER=layer, **_launch(x),
         )  # fmt: skip
     return grad_x
 
 
 def gate(x: Tensor | None, y: Tensor, by: Tensor) -> Tensor:
-    """x + y * by, without x the product alone; x, y [B, S, C], by [B or 1, C]."""
+    """Launch x + y * by, or y * by if x is None; x, y are [B, S, C] and by is [B or 1, C]."""
     out = y.new_empty(y.shape)
     with torch.cuda.device_of(y):
         _gate_kernel[_grid(y)](
             x, y, by, out,
-            *((0, 0) if x is None else x.stride()[:2]), *y.stride()[:2], _by_sample(by),
+            *((0, 0) if x is None else x.stride()[:2]), *y.stride()[:2], _sample_stride(by),
             *out.stride()[:2], y.shape[2], **_launch(y),
         )  # fmt: skip
     return out
 
 
-def _by_sample(modulation: Tensor | None) -> int:
+def _sample_stride(modulation: Tensor | None) -> int:
+    """Return the stride between samples; 0 if all of them share one row."""
     return 0 if modulation is None or len(modulation) == 1 else modulation.stride(0)
 
 
@@ -136,4 +137,5 @@ def _launch(x: Tensor) -> dict:
 
 
 def warps_for(block: int) -> int:
+    """Return the number of warps for a program of `block` channels."""
     return min(max(block // (32 * PER_THREAD), 1), 16)

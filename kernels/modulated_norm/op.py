@@ -5,12 +5,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..fused import Backend, dense, resolve
+from ..backend import FusedBackend, contiguous_rows, resolve_fused
 from . import reference
 
 Norm = Literal["rms", "layer"]
 NORMS: tuple[str, ...] = get_args(Norm)
-MOST_CHANNELS = 16384  # that a program holds
+MOST_CHANNELS = 16384  # the most that one program can hold
 
 
 def modulated_norm(
@@ -20,52 +20,53 @@ def modulated_norm(
     *,
     norm: Norm,
     eps: float,
-    backend: Backend = "auto",
+    backend: FusedBackend = "auto",
 ) -> Tensor:
-    """norm(x) * scale + shift over channels, rounded once.
+    """Compute norm(x) * scale + shift over channels in fp32, rounded once.
 
-    Adaptive norm (Peebles and Xie 2023, "Scalable diffusion models with transformers", section
-    3.2), where scale is the whole factor, often 1 + a condition's. Everything is computed in fp32.
+    This is the adaptive norm of Peebles and Xie 2023 ("Scalable diffusion models with
+    transformers", section 3.2). `scale` is the whole factor, often 1 + a predicted value.
 
     Args:
         x: [B, S, C] bf16, fp16 or fp32 (`reference`: fp64 too), C at most 16384; any strides, and
-            copied where C is not contiguous.
-        scale, shift: [C], [B, C] or [B, 1, C], or 1 in place of B, of any floating type; None for
-            1 and 0.
-        norm: "rms": over the root mean square; "layer": less the mean first.
+            copied if C is not contiguous.
+        scale, shift: [C], [B, C] or [B, 1, C], where B may be 1, of any floating type; None for
+            a scale of 1 and a shift of 0.
+        norm: "rms" divides by the root mean square; "layer" subtracts the mean first.
         eps: added to the mean square.
         backend: "auto" is "triton" on NVIDIA GPUs where scale and shift need no gradient, else
             "reference".
 
     Returns:
-        [B, S, C], contiguous, in x's dtype. Differentiable once in x; `reference` in everything.
+        [B, S, C], contiguous, in x's dtype. It is differentiable once in x; with `reference`, in
+        all inputs.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        ValueError: if an argument is wrong; the message names it, its value and the remedy.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
     x = _checked("x", x)
     scale, shift = (_rows(n, m, x) for n, m in (("scale", scale), ("shift", shift)))
-    if resolve(backend, x, {"scale": scale, "shift": shift}) == "reference":
+    if resolve_fused(backend, x, {"scale": scale, "shift": shift}) == "reference":
         return reference.modulated_norm(x, scale, shift, norm == "layer", eps)
     return _modulated_norm(x, scale, shift, norm == "layer", eps)
 
 
-def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """x + y * gate, computed in fp32 and rounded once.
+def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: FusedBackend = "auto") -> Tensor:
+    """Compute x + y * gate in fp32, rounded once.
 
     Args:
-        x, y: [B, S, C] of one dtype, as `modulated_norm`'s x.
-        gate: as `modulated_norm`'s scale.
-        backend: likewise.
+        x, y: [B, S, C] of one dtype, as x in `modulated_norm`.
+        gate: as scale in `modulated_norm`.
+        backend: "auto" is "triton" on NVIDIA GPUs if gate needs no gradient, else "reference".
 
     Returns:
-        [B, S, C], contiguous, in x's dtype. Differentiable once in x and y; `reference` in
-        everything.
+        [B, S, C], contiguous, in x's dtype. It is differentiable once in x and y; with
+        `reference`, in all inputs.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        ValueError: if an argument is wrong; the message names it, its value and the remedy.
     """
     x, y = _checked("x", x), _checked("y", y)
     if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
@@ -75,7 +76,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
         )
     rows = _rows("gate", gate, x)
     assert rows is not None
-    if resolve(backend, x, {"gate": rows}) == "reference":
+    if resolve_fused(backend, x, {"gate": rows}) == "reference":
         return reference.gated_add(x, y, rows)
     return _gated_add(x, y, rows)
 
@@ -86,11 +87,11 @@ def _checked(name: str, x: Tensor) -> Tensor:
             f"{name} must be [B, S, C], not empty and of at most {MOST_CHANNELS} channels; got "
             f"{tuple(x.shape)}"
         )
-    return dense(x)
+    return contiguous_rows(x)
 
 
 def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
-    """As [B or 1, C], contiguous in C."""
+    """Check a scale, shift or gate, and return it as [B or 1, C], contiguous in C."""
     if modulation is None:
         return None
     batch, _, channels = x.shape
@@ -101,7 +102,7 @@ def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
         )
     if modulation.device != x.device:
         raise ValueError(f"{name} is on {modulation.device}, x on {x.device}; move it")
-    return dense(modulation.reshape(-1, channels))
+    return contiguous_rows(modulation.reshape(-1, channels))
 
 
 def _fits(modulation: Tensor, batch: int, channels: int) -> bool:
@@ -136,7 +137,7 @@ def _modulated_norm_backward(
 ) -> Tensor:
     from .kernel import norm_backward
 
-    return norm_backward(dense(grad_out), x, scale, layer, eps)
+    return norm_backward(contiguous_rows(grad_out), x, scale, layer, eps)
 
 
 @_modulated_norm_backward.register_fake
@@ -173,7 +174,7 @@ def _(x, *_):
 def _gated_add_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
     from .kernel import gate as launch
 
-    return launch(None, dense(grad_out), gate)
+    return launch(None, contiguous_rows(grad_out), gate)
 
 
 @_gated_add_backward.register_fake

@@ -1,4 +1,4 @@
-"""The eager twins: round where the stock modules of diffusers round, and run anywhere."""
+"""The eager twins of the kernels: they round where diffusers' modules round, and run anywhere."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 def modulated_norm(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, layer: bool, eps: float
 ) -> Tensor:
-    """Shapes and meanings are those of `op.modulated_norm`, scale and shift as [B or 1, C]."""
+    """Compute `op.modulated_norm` with PyTorch operations; scale and shift are [B or 1, C]."""
     wide = _wide(x)
     if layer:
         wide = F.layer_norm(wide, wide.shape[-1:], eps=eps)
@@ -22,7 +22,7 @@ def modulated_norm(
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """Shapes and meanings are those of `op.gated_add`, gate as [B or 1, C]."""
+    """Compute `op.gated_add` with PyTorch operations; gate is [B or 1, C]."""
     return (_wide(x) + _wide(y) * gate[:, None]).to(x.dtype)
 
 

@@ -1,8 +1,8 @@
-"""The Triton kernels: a program a few rows of `head_dim`, each row one head of one token.
+"""The Triton kernels: a program handles a few rows of `head_dim`, each one head of one token.
 
-Memory bounds both: the forward pass reads x and writes the result once, the backward pass reads x
-and the gradient, recomputes the statistics, and writes the gradient of x. Products and sums are not
-fused into multiply-adds, so that they round as separate PyTorch operations do.
+Both are memory-bound: the forward pass reads x and writes the result once; the backward pass reads
+x and the gradient, recomputes the statistics and writes the gradient of x. Products and sums are
+not fused into multiply-adds, so that they round as separate PyTorch operations do.
 """
 
 import torch
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # of a program, where the norm is of one head; else all heads of a token
-ROWS_OF_WARP = 4  # 16 elements a thread at head_dim 128; with twice as many, registers spill
+ROWS = 32  # rows per program for a norm per head; a norm across heads takes a token's heads
+ROWS_OF_WARP = 4  # rows per warp: 16 elements per thread at head_dim 128; at 8 rows registers spill
 
 
 @triton.jit
 def _places(S, H, ROWS: tl.constexpr, ACROSS: tl.constexpr):
-    """Token and head of each of the program's rows, 64-bit, and whether there is such a row."""
+    """Return the token and head of each of the program's rows, 64-bit, and which rows exist."""
     if ACROSS:
         head = tl.arange(0, ROWS)
         token = tl.zeros([ROWS], tl.int32) + tl.program_id(0)
@@ -34,7 +34,7 @@ def _pointers(base, token, head, stride_b, stride_s, stride_h, D: tl.constexpr):
 
 @triton.jit
 def _load_weight(Weight, head, inside, D: tl.constexpr, ACROSS: tl.constexpr):
-    """[ROWS or 1, D] fp32."""
+    """Load the norm's weight as fp32 [ROWS or 1, D]."""
     d = tl.arange(0, D)[None, :]
     if ACROSS:
         weight = tl.load(Weight + head[:, None] * D + d, mask=inside[:, None], other=0.0)
@@ -47,7 +47,7 @@ def _load_weight(Weight, head, inside, D: tl.constexpr, ACROSS: tl.constexpr):
 def _load_tables(
     Cos, Sin, token, head, inside, rotated, t_s, t_h, t_d, D: tl.constexpr
 ):  # fmt: skip
-    """cos and sin [ROWS, D / 2]; 1 and 0 for the tokens that are not rotated."""
+    """Load cos and sin [ROWS, D / 2]; 1 and 0 for tokens that are not rotated."""
     mask = (inside & (token < rotated))[:, None]
     places = (token * t_s + head * t_h)[:, None] + tl.arange(0, D // 2)[None, :] * t_d
     return tl.load(Cos + places, mask=mask, other=1.0), tl.load(Sin + places, mask=mask, other=0.0)
@@ -55,7 +55,7 @@ def _load_tables(
 
 @triton.jit
 def _mean(x, H, D: tl.constexpr, ACROSS: tl.constexpr):
-    """Of x [ROWS, D] over D, [ROWS, 1]; or over all H heads, a scalar."""
+    """Return the mean of x [ROWS, D] over D, [ROWS, 1], or over all H heads, a scalar."""
     if ACROSS:
         return tl.sum(tl.sum(x, 1), 0) / (H * D)
     else:
@@ -127,7 +127,7 @@ def forward(
     across_heads: bool,
     round_before_weight: bool,
 ) -> Tensor:
-    """Launch for x, and for text into the rows after it. Shapes are those of `op.norm_rope`."""
+    """Launch for x, and for text into the rows after it; shapes are those of `op.norm_rope`."""
     batch, tokens, heads, head_dim = x.shape
     total = tokens + (0 if text is None else text.shape[1])
     out = x.new_empty(batch, total, heads, head_dim)
@@ -155,7 +155,10 @@ def backward(
     eps: float,
     across_heads: bool,
 ) -> Tensor:
-    """The gradient of x, or of text, which has no tables; grad_out is that of its rows alone."""
+    """Launch for the gradient of x, or of text, which has no tables.
+
+    grad_out holds only the rows of that input.
+    """
     grad_x = x.new_empty(x.shape)
     tables, strides, rotated = _tables(cos, sin)
     with torch.cuda.device_of(x):
@@ -168,7 +171,7 @@ def backward(
 
 
 def _tables(cos: Tensor | None, sin: Tensor | None):
-    """Both tables, their common strides by token, head and pair, and the tokens they have."""
+    """Return both tables, their common strides by token, head and pair, and their token count."""
     if cos is None or sin is None:
         return (None, None), (0, 0, 0), 0
     if cos.stride() != sin.stride():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..fused import Backend, dense, resolve
+from ..backend import FusedBackend, contiguous_rows, resolve_fused
 from . import reference
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -20,42 +20,42 @@ def norm_rope(
     round_before_weight: bool = False,
     text: Tensor | None = None,
     text_weight: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: FusedBackend = "auto",
 ) -> Tensor:
-    """RMS norm of queries or keys, then rotary position embedding of the first tokens.
+    """Apply RMS norm to queries or keys, then rotary position embedding to the first tokens.
 
-    Statistics and rotation are fp32; the norm's result is rounded to x's dtype before the rotation,
-    and the rotation's again, as the modules of diffusers do it. RMS norm: Zhang and Sennrich, 2019;
-    rotary embedding: Su et al., 2021, on pairs of neighbouring channels.
+    Statistics and rotation are fp32. As in the modules of diffusers, the norm's result is rounded
+    to x's dtype before the rotation, and the rotation's result again. RMS norm: Zhang and Sennrich,
+    2019; rotary embedding: Su et al., 2021, on pairs of neighbouring channels.
 
     Args:
         x: [B, S, H, D] bf16, fp16 or fp32 (`reference`: fp64 too), D in {16, 32, 64, 128}; any
             strides with contiguous D.
-        weight: the norm's, [D], or [H * D] across heads, in x's dtype; None for a norm without.
-        cos, sin: [V, D / 2], or [V, H, D / 2] for heads with frequencies of their own, fp32, any
-            strides. The first V <= S tokens are rotated, the others get the norm alone.
+        weight: weight of the norm, [D], or [H * D] across heads, in x's dtype; None for none.
+        cos, sin: [V, D / 2], or [V, H, D / 2] if frequencies differ by head, fp32, any strides.
+            The first V <= S tokens are rotated; the others are only normalised.
         eps: added to the mean square.
-        across_heads: one mean square for all heads of a token, in place of one a head.
-        round_before_weight: round to x's dtype before the weight multiplies too, as the `RMSNorm`
-            of diffusers does; `torch.nn.RMSNorm` and `MochiRMSNorm` do not.
-        text: [B, T, H, D], tokens that follow x's in the result, with the norm alone.
-        text_weight: of that norm.
+        across_heads: True takes one mean square over all heads of a token, not one per head.
+        round_before_weight: True also rounds to x's dtype before multiplying by the weight, as the
+            `RMSNorm` of diffusers does; `torch.nn.RMSNorm` and `MochiRMSNorm` do not.
+        text: [B, T, H, D], tokens that follow x's in the result and are only normalised.
+        text_weight: weight of the norm of `text`.
         backend: "auto" is "triton" on NVIDIA GPUs where weights and tables need no gradient, else
             "reference".
 
     Returns:
-        [B, S + T, H, D], contiguous, in x's dtype. Differentiable once in x and text; `reference`
-        in everything, as often as one likes.
+        [B, S + T, H, D], contiguous, in x's dtype. It is differentiable once in x and text; with
+        `reference`, any number of times and in all inputs.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        ValueError: if an argument is wrong; the message names it, its value and the remedy.
     """
     _check(x, weight, cos, sin, across_heads)
     if text is not None:
         _check_text(x, text, text_weight, across_heads)
     options = (eps, across_heads, round_before_weight)
     constants = {"weight": weight, "text_weight": text_weight, "cos": cos, "sin": sin}
-    if resolve(backend, x, constants) == "reference":
+    if resolve_fused(backend, x, constants) == "reference":
         return reference.norm_rope(x, weight, cos, sin, text, text_weight, *options)
     return _norm_rope(x, weight, cos, sin, text, text_weight, *options)
 
@@ -148,7 +148,7 @@ def _norm_rope_backward(
 ) -> Tensor:
     from .kernel import backward
 
-    return backward(dense(grad_out), x, weight, cos, sin, eps, across_heads)
+    return backward(contiguous_rows(grad_out), x, weight, cos, sin, eps, across_heads)
 
 
 @_norm_rope_backward.register_fake

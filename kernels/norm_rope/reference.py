@@ -1,4 +1,4 @@
-"""The eager twin: rounds where the stock modules of diffusers round, and runs anywhere."""
+"""The eager twin of the kernels: it rounds where diffusers' modules round, and runs anywhere."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def norm_rope(
     across_heads: bool,
     round_before_weight: bool,
 ) -> Tensor:
-    """Shapes and meanings are those of `op.norm_rope`."""
+    """Compute `op.norm_rope` with PyTorch operations; shapes and meanings are the same."""
     x = _normed(x, weight, eps, across_heads, round_before_weight)
     if cos.ndim == 2:
         cos, sin = cos[:, None], sin[:, None]
@@ -26,9 +26,11 @@ def norm_rope(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on interleaved pairs of `[B, S, H, D]`; cos and sin broadcast to `[B, S, H, D / 2]`.
+    """Apply RoPE to the interleaved channel pairs of x `[B, S, H, D]`.
 
-    Computed in the tables' fp32, each element rounded once.
+    The rotation is computed in the tables' fp32, and each element is rounded once.
+
+    cos, sin: tables that broadcast to `[B, S, H, D / 2]`.
     """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = (even * cos - odd * sin, even * sin + odd * cos)
@@ -38,7 +40,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _normed(
     x: Tensor, weight: Tensor | None, eps: float, across_heads: bool, round_before_weight: bool
 ) -> Tensor:
-    """RMS norm `[B, S, H, D]` over D, or over H and D together, with statistics in fp32."""
+    """Apply RMS norm to `[B, S, H, D]` over D, or over H and D together, with fp32 statistics."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
     over = (2, 3) if across_heads else (3,)
     normed = wide * torch.rsqrt(wide.square().mean(over, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""Sparse attention patterns by the names that recipes use."""
+"""Sparse attention patterns, by the names that recipes use."""
 
 from .banded import Spatial, SpatialTemporal, Temporal
 from .base import SparsePattern
@@ -25,7 +25,11 @@ PATTERNS: dict[str, type] = {
 
 
 def pattern_name(pattern: SparsePattern) -> str:
-    """The name under which a pattern's class stands in `PATTERNS`."""
+    """Return the name of a pattern's class in `PATTERNS`.
+
+    Raises:
+        ValueError: if the class is not registered.
+    """
     for name, cls in PATTERNS.items():
         if type(pattern) is cls:
             return name

@@ -1,10 +1,11 @@
 """The two masks of Sparse VideoGen (Xi et al., ICML 2025, arXiv 2502.01776), fixed per head.
 
-The paper chooses one of the two for each head and step from sampled queries; here the choice is the
-recipe's. Where paper and released code differ this follows the paper: the first frame is kept under
-both masks (the code keeps the first positions of the executed order, which for temporal heads are
-a corner of every frame, and for HunyuanVideo nothing). The executed width is the code's, a band of
-tokens, not the one of its profiling masks. A block is kept when any of its token pairs is.
+The paper chooses one of the two for each head and step from sampled queries; here the recipe
+chooses. Where paper and released code differ, this file follows the paper: the first frame is kept
+under both masks. (The code keeps the first positions of the executed order: for temporal heads they
+are a corner of every frame, for HunyuanVideo there are none.) The width is the one that the code
+executes, a band of tokens, not that of its profiling masks. A block is kept when any of its token
+pairs is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .base import SparsePattern
 
 @dataclass(frozen=True)
 class _Banded(SparsePattern):
-    """A band of tokens around the diagonal of the frame-major or the token-major sequence."""
+    """Keeps a band of tokens around the diagonal of the frame-major or token-major sequence."""
 
     width: ClassVar[str | None] = "half_width"
 
@@ -39,14 +40,19 @@ class _Banded(SparsePattern):
     def _keep(self, grid: TokenGrid, q: Tensor, kv: Tensor, token_major: bool) -> Tensor:
         text = (q >= grid.video) | (kv >= grid.video)
         distance = (_place(grid, q, token_major) - _place(grid, kv, token_major)).abs()
-        return text | (distance <= self._reach(grid)) | (self.sink & (kv < grid.per_frame))
+        return (
+            text | (distance <= self._half_width_tokens(grid)) | (self.sink & (kv < grid.per_frame))
+        )
 
-    def _reach(self, grid: TokenGrid) -> int:
+    def _half_width_tokens(self, grid: TokenGrid) -> int:
         return math.floor(min(self.half_width, grid.frames) * grid.per_frame)
 
     def _order(self, grid: TokenGrid, token_major: bool) -> Tensor:
-        """The first frame ahead of the token-major rest if it is a sink: spread among the others
-        it would have a token in every block, and keep them all."""
+        """Return the raster positions in executed order.
+
+        In token-major order a first frame that is a sink comes ahead of the others: spread among
+        them it would have a token in every block, so that all blocks were kept.
+        """
         raster = torch.arange(grid.video).view(grid.frames, grid.per_frame)
         if not token_major:
             return raster.flatten()
@@ -57,29 +63,29 @@ class _Banded(SparsePattern):
         place = _place(grid, self._order(grid, token_major), token_major)
         starts = torch.arange(0, grid.video, block)
         ends = (starts + block).clamp(max=grid.video)
-        # Blocks of ascending places of which no two interleave: the nearest ends decide.
-        low, high, reach = place[starts].int(), place[ends - 1].int(), self._reach(grid)
-        near = low[None] - high[:, None] <= reach
+        # Places ascend within and across blocks, so the nearest ends of two blocks decide.
+        low, high, limit = place[starts].int(), place[ends - 1].int(), self._half_width_tokens(grid)
+        near = low[None] - high[:, None] <= limit
         kept = near & near.T
         if not self.sink:
             return kept
         sink = -(-grid.per_frame // block)
-        if token_major:  # the blocks that hold tokens of the first frame lie between all others
+        if token_major:  # the first frame's places lie between all others
             for row in range(sink):
                 queries = place[starts[row] : ends[row]].sort().values
-                kept[row] = _reached(place, queries, reach, block)
+                kept[row] = _blocks_near(place, queries, limit, block)
         kept[:, :sink] = True
         return kept
 
 
 @dataclass(frozen=True)
 class Spatial(_Banded):
-    """A band in frame-major order: a token sees its frame and those around it.
+    """Keeps a band in frame-major order: a token sees its own frame and those around it.
 
-    The default is the paper's for HunyuanVideo, c_s = 10 of 33 frames, taken as the whole width: so
-    read it keeps the 30 % that the paper states.
+    The default is the paper's for HunyuanVideo, c_s = 10 of 33 frames, read as the whole width:
+    that keeps the 30 % which the paper states.
 
-    half_width: frames (of any part: it is a number of tokens) either side.
+    half_width: tokens on either side, in frames; fractions are allowed.
     sink: all tokens attend to the whole first frame.
     """
 
@@ -94,14 +100,14 @@ class Spatial(_Banded):
 
 @dataclass(frozen=True)
 class Temporal(_Banded):
-    """A band in token-major order: a token sees raster positions near its own in all frames.
+    """Keeps a band in token-major order: a token sees raster positions near its own in all frames.
 
-    Token k of frame i stands at k * frames + i. With a sink the first frame stands ahead of the
-    others, which keep this order: the band is the same, and the sink is whole blocks. The default
-    is the paper's for HunyuanVideo, c_t = 1,200 of 3,600 raster positions in 33 frames, read as the
-    whole width.
+    Token k of frame i stands at k * frames + i. With a sink, the first frame stands ahead of the
+    others, which keep this order: the band is the same, and the sink fills whole blocks. The
+    default is the paper's for HunyuanVideo, c_t = 1,200 of 3,600 raster positions in 33 frames,
+    read as the whole width.
 
-    half_width: tokens either side, in frames' worth of them, as for `Spatial`.
+    half_width: tokens on either side, in frames' worth of tokens, as for `Spatial`.
     sink: all tokens attend to the whole first frame.
     """
 
@@ -121,11 +127,12 @@ class Temporal(_Banded):
 
 @dataclass(frozen=True)
 class SpatialTemporal(_Banded):
-    """Spatial heads beside temporal heads.
+    """Gives some heads the `Spatial` mask and the others the `Temporal` mask.
 
-    half_width: of both bands, in frames' worth of tokens either side.
+    half_width: tokens on either side in both bands, in frames' worth of tokens.
     sink: all tokens attend to the whole first frame.
-    spatial_heads: share of the heads, the first ones, that are spatial; the others are temporal.
+    spatial_heads: share of the heads that are spatial, counted from the first; the rest is
+        temporal.
     """
 
     spatial_heads: float = 0.5
@@ -141,7 +148,7 @@ class SpatialTemporal(_Banded):
         return self._keep(grid, q, kv, token_major=layout == 1)
 
     def blocks(self, grid: TokenGrid, block: int) -> Tensor:
-        """Bool `[2, n, n]`: spatial, temporal."""
+        """Return bool `[2, n, n]`: the spatial layout, then the temporal one."""
         return torch.stack([self._blocks(grid, block, major) for major in (False, True)])
 
     def order(self, grid: TokenGrid, block: int) -> Tensor:
@@ -153,19 +160,19 @@ class SpatialTemporal(_Banded):
 
 
 def _place(grid: TokenGrid, raster: Tensor, token_major: bool) -> Tensor:
-    """Where a token stands in the sequence that the band is drawn in."""
+    """Return a token's position in the sequence in which the band is drawn."""
     if not token_major:
         return raster
     return raster % grid.per_frame * grid.frames + raster // grid.per_frame
 
 
-def _reached(place: Tensor, queries: Tensor, reach: int, block: int) -> Tensor:
-    """Blocks that hold a place within `reach` of one of the sorted `queries`: bool `[n]`."""
+def _blocks_near(place: Tensor, queries: Tensor, limit: int, block: int) -> Tensor:
+    """Return the blocks with a place within `limit` of one of the sorted `queries`, bool `[n]`."""
     after = torch.searchsorted(queries, place)
     last = queries.numel() - 1
     right = (queries[after.clamp(max=last)] - place).abs()
     left = (queries[(after - 1).clamp(min=0)] - place).abs()
-    near = torch.minimum(left, right) <= reach
+    near = torch.minimum(left, right) <= limit
     padded = torch.zeros(-(-place.numel() // block) * block, dtype=torch.bool)
     padded[: place.numel()] = near
     return padded.view(-1, block).any(1)

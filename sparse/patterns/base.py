@@ -1,4 +1,4 @@
-"""A sparse attention pattern: a predicate over tokens, and a rule that makes blocks of it."""
+"""`SparsePattern`: a predicate over token pairs, and a rule that turns it into blocks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..grid import TokenGrid
 
 
 class SparsePattern(ABC):
-    """A static pattern: a frozen dataclass whose fields are its parameters.
+    """The base of static patterns, frozen dataclasses whose fields are their parameters.
 
-    `keep` is the definition, `blocks` what is computed. Neither depends on queries, keys or values.
-    Heads may follow different layouts, and a layout may take the video tokens in an order of its
-    own, so that what a token attends to lies together.
+    `keep` defines the pattern; `blocks` says what is computed. Neither depends on queries, keys or
+    values. Heads may use different layouts, and a layout may reorder the video tokens, so that the
+    tokens which attend to each other lie together.
 
-    width: the field that a density target sets (`sparse.density`); None if there is none.
+    width: name of the field that a density target sets (`sparse.density`); None if there is none.
     """
 
     width: ClassVar[str | None] = None
@@ -28,47 +28,48 @@ class SparsePattern(ABC):
     def keep(
         self, grid: TokenGrid, q: Tensor, kv: Tensor, block: int = 128, layout: int = 0
     ) -> Tensor:
-        """Whether query token `q` attends to key token `kv` before blocks are formed.
+        """Return whether query token `q` attends to key token `kv`, before blocks are formed.
 
         `q` and `kv` are int64 raster positions in the sequence, whatever the layout's order, and
-        broadcast against each other; the result is bool in the broadcast shape. Text attends to,
-        and is attended by, everything. A pattern may use `block` as its finest width, never to
-        round.
+        broadcast against each other; the result is bool in the broadcast shape. Text attends to
+        everything and everything attends to text. A pattern may use `block` as its smallest window,
+        but never rounds to blocks here.
         """
 
     @abstractmethod
     def blocks(self, grid: TokenGrid, block: int) -> Tensor:
-        """Kept blocks among the video tokens, bool `[n, n]` or `[layouts, n, n]`.
+        """Return the kept blocks among the video tokens, bool `[n, n]` or `[layouts, n, n]`.
 
-        n = ceil(grid.video / block). Blocks are runs of positions in the layout's `order`. The
-        layout adds the text rows and columns. Memory is that of the result, not of tokens squared.
+        n = ceil(grid.video / block). Blocks are runs of positions in the layout's `order`.
+        `build_layout` adds the text rows and columns. Memory must grow with the result, not with
+        tokens squared.
         """
 
     def order(self, grid: TokenGrid, block: int) -> Tensor | None:
-        """Raster position of the token that stands at each position; None: raster order.
+        """Return the raster position of the token at each position; None means raster order.
 
-        int64 `[grid.video]` for all layouts or `[layouts, grid.video]`, each a permutation. One
-        block mask under several orders is several layouts too. Text stays last.
+        The result is int64 `[grid.video]` for all layouts or `[layouts, grid.video]`, each row a
+        permutation. One block mask under several orders counts as several layouts. Text stays last.
         """
         return None
 
     def head_layouts(self, heads: int) -> Sequence[int]:
-        """The layout of each head."""
+        """Return the layout index of each head."""
         return [0] * heads
 
     def with_width(self, value: float, grid: TokenGrid, block: int) -> Self:
-        """The same pattern with its width at `value`; a pattern may round it to what it can take.
+        """Return the pattern with its width set to `value`, which a pattern may round.
 
         Raises:
             ValueError: if the pattern has no width.
         """
         if self.width is None:
             raise ValueError(f"{type(self).__name__} has no width that a density could set.")
-        this: Any = self  # a dataclass, which the type system cannot ask of a base class
+        this: Any = self  # subclasses are dataclasses, which types cannot express here
         return replace(this, **{self.width: value})
 
     def widths(self, grid: TokenGrid, block: int) -> tuple[float, float]:
-        """The smallest and largest sensible width; density grows from the first to the second.
+        """Return the smallest and the largest sensible width; density grows between them.
 
         Raises:
             ValueError: if the pattern has no width.
@@ -76,5 +77,5 @@ class SparsePattern(ABC):
         raise ValueError(f"{type(self).__name__} has no width that a density could set.")
 
     def note(self, grid: TokenGrid, block: int) -> str | None:
-        """A sentence for the user where a parameter had to be rounded; None if none was."""
+        """Return a sentence for the user if a parameter had to be rounded, else None."""
         return None

@@ -1,4 +1,4 @@
-"""Radial Attention's rule on 3-D blocks of tokens: ours, published nowhere that we know of."""
+"""Radial Attention's rule on 3-D blocks of tokens: our own, unpublished as far as we know."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from .radial import Radial
-from .rules import COLUMN_DENSITY, DENSE_COLUMNS, any_of_units
+from .rules import KEPT_COLUMNS, KEPT_ROWS, any_of_units
 from .tiles import Tiling, parse_triple
 
 
 @dataclass(frozen=True)
 class Cube(Radial):
-    """Radial's token rule, with cubes of frames x height x width tokens in place of raster runs.
+    """Applies Radial's token rule to cubes of frames x height x width tokens, not to raster runs.
 
-    The tokens kept are those of `Radial`; only what is computed together differs. A block of
-    Radial's is a strip of one or two rows of one frame, a cube is as near to square and spans some
-    frames, so that it holds tokens that look alike.
+    The kept tokens are those of `Radial`; only the grouping into blocks differs. A Radial block is
+    a strip of one or two rows of one frame. A cube is nearly square and spans several frames, so
+    that it holds tokens that look alike.
 
     Tokens are ordered cube by cube, whole cubes first, then the smaller ones at the far borders.
-    Whether two cubes keep each other, `rule` says of all their token pairs at once: with "density",
-    when more than 0.6 of the columns that are touched are kept by more than a third of the rows;
-    with "touch" and "eq4", when any pair is kept. A block keeps another if any of its cubes does,
-    and itself. A cube spans frames, which has three consequences. Under "density" frames of which
-    fewer than one in three is kept are lost; a neighbouring frame beyond the edge of a cube is not
-    kept in full; and the sink is a cube deep. Under "touch" and "eq4" no frame of a cube is skipped
-    alone, so that the density stays far above Radial's.
+    `rule` decides from all token pairs of two cubes whether they keep each other: with "density",
+    when more than 0.6 of the touched columns are kept by more than a third of the rows; with
+    "touch" and "eq4", when any pair is kept. A block keeps another if any of its cubes does, and it
+    always keeps itself.
+
+    That a cube spans frames has consequences. Under "density", frames are lost where fewer than
+    one in three is kept; a neighbouring frame beyond the edge of a cube is not kept in full; and
+    the sink is as deep as a cube. Under "touch" and "eq4", no frame of a cube can be skipped alone,
+    so the density stays far above Radial's.
 
     decay, sink, near, rule: as in `Radial`.
-    cube: tokens of a cube, such as 4x4x8, or "auto": one block, its powers of two dealt to width,
-        height and frames in turn (128 is 4x4x8, 64 is 4x4x4, 32 is 2x4x4).
+    cube: size of a cube in tokens, such as 4x4x8, or "auto": as many tokens as a block, its powers
+        of two dealt to width, height and frames in turn (128 is 4x4x8, 64 is 4x4x4, 32 is 2x4x4).
     """
 
     cube: str = "auto"
@@ -50,7 +52,7 @@ class Cube(Radial):
         return Tiling(grid.without_text(), (frames, height, width))
 
     def note(self, grid: TokenGrid, block: int) -> str | None:
-        """A sentence for the user where blocks and cubes do not meet."""
+        """Return a sentence for the user if blocks and cubes are not aligned, else None."""
         volume = self._tiling(grid, block).volume
         if volume % block == 0:
             return None
@@ -78,44 +80,47 @@ class Cube(Radial):
         return any_of_units(tiling.offsets, block, kept).fill_diagonal_(True)
 
     def _slabs(self, tiling: Tiling, block: int) -> tuple[Tensor, Tensor]:
-        """Which cells, a cube's part of a frame, make cubes that keep each other.
+        """Return which cubes keep each other, factored by slab and by cell.
 
-        Returns an int64 matrix over pairs of slabs, the runs of frames that cubes span, and what it
-        points to: bool `[different, cells, cells]`. Slabs matter only through the windows between
-        their frames, of which there are few, so that most pairs share theirs.
+        A slab is a run of frames that a cube spans, a cell the part of a frame that it covers. The
+        result is an int64 matrix over pairs of slabs, and the matrices of cells that it indexes,
+        bool `[different, cells, cells]`. A pair of slabs matters only through the windows between
+        its frames; there are few of them, so most pairs share a matrix.
         """
         grid, depth = tiling.grid, tiling.size[0]
-        reach = self._reach(grid, block)
-        counts = {w: _near(tiling, w) for w in reach.unique().tolist() if w >= 0}
-        columns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # by windows to its query frames
+        windows = self._frame_pair_windows(grid, block)
+        counts = {w: _near(tiling, w) for w in windows.unique().tolist() if w >= 0}
+        columns: dict[
+            tuple[int, ...], tuple[Tensor, Tensor]
+        ] = {}  # keyed by the windows of the query frames
         different: dict[tuple[tuple[int, ...], ...], int] = {}
         matrices, of_slabs = [], []
-        for query in reach.split(depth):
+        for query in windows.split(depth):
             for pair in query.split(depth, dim=1):
                 key = tuple(sorted(tuple(sorted(column)) for column in pair.T.tolist()))
                 if key not in different:
                     for column in set(key) - columns.keys():
                         columns[column] = _columns(tiling, column, counts)
-                    dense, touched = (sum(columns[c][kind] for c in key) for kind in (0, 1))
-                    by_density = self.rule == "density"
-                    matrices.append(dense > DENSE_COLUMNS * touched if by_density else touched > 0)
+                    kept, touched = (sum(columns[c][kind] for c in key) for kind in (0, 1))
+                    mostly_kept = self.rule == "density"
+                    matrices.append(kept > KEPT_COLUMNS * touched if mostly_kept else touched > 0)
                     different[key] = len(different)
                 of_slabs.append(different[key])
         slabs = tiling.counts[0]
         return torch.tensor(of_slabs).view(slabs, slabs), torch.stack(matrices)
 
-    def _reach(self, grid: TokenGrid, block: int) -> Tensor:
-        """Window of each frame pair, int64 `[frames, frames]`; -1 for none."""
-        windows = torch.tensor(self.windows(grid, block)).floor().long()
+    def _frame_pair_windows(self, grid: TokenGrid, block: int) -> Tensor:
+        """Return the window of each frame pair, int64 `[frames, frames]`; -1 for none."""
+        by_distance = torch.tensor(self.windows(grid, block)).floor().long()
         index = torch.arange(grid.frames)
-        reach = windows[(index[:, None] - index[None]).abs()]
+        windows = by_distance[(index[:, None] - index[None]).abs()]
         if self.sink:
-            reach[:, 0] = grid.per_frame
-        return reach
+            windows[:, 0] = grid.per_frame
+        return windows
 
 
 def _near(tiling: Tiling, window: int) -> Tensor:
-    """How many tokens of each cell lie within `window` of a token: int32 `[cells, per frame]`."""
+    """Count the tokens of each cell within `window` of each token: int32 `[cells, per frame]`."""
     (_, height, width), (_, high, wide) = tiling.sides, tiling.size
     token = torch.arange(height * width, dtype=torch.int32)
     left = torch.arange(0, width, wide, dtype=torch.int32)
@@ -131,8 +136,10 @@ def _near(tiling: Tiling, window: int) -> Tensor:
 def _columns(
     tiling: Tiling, windows: tuple[int, ...], counts: dict[int, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Of one frame's keys, seen by the queries of frames at `windows` from it (-1 for not at all):
-    how many columns are dense, and how many touched; int32 `[cells, cells]` each."""
+    """Count the kept and the touched columns of one frame's keys: int32 `[cells, cells]` each.
+
+    windows: for each query frame, the window in which it sees the key frame; -1 for not at all.
+    """
     (_, height, width), (_, high, wide) = tiling.sides, tiling.size
     _, down, across = tiling.counts
     token = torch.arange(height * width)
@@ -147,4 +154,4 @@ def _columns(
         sums = torch.zeros(down * across, down * across, dtype=torch.int32)
         return sums.index_add_(1, of_token, columns.int())
 
-    return per_cell(near > rows * COLUMN_DENSITY), per_cell(near > 0)
+    return per_cell(near > rows * KEPT_ROWS), per_cell(near > 0)

@@ -13,7 +13,7 @@ from .base import SparsePattern
 
 @dataclass(frozen=True)
 class Dense(SparsePattern):
-    """Every token attends to every token: the baseline, run as SDPA."""
+    """Lets every token attend to every token: the baseline, run as SDPA."""
 
     def keep(
         self, grid: TokenGrid, q: Tensor, kv: Tensor, block: int = 128, layout: int = 0

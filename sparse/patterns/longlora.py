@@ -14,16 +14,18 @@ from .base import SparsePattern
 
 @dataclass(frozen=True)
 class LongLora(SparsePattern):
-    """Tokens attend within groups of consecutive tokens; in half the heads groups lie half over.
+    """Lets tokens attend within groups of consecutive tokens, shifted by half a group in half the
+    heads.
 
-    The first half of the heads cuts the video into groups of G tokens from its start, the others
-    into groups that begin G / 2 later (paper, section 3.2). The paper rolls the tokens round, so
-    that its last shifted group joins the end to the start; that part is masked here, as its code
-    does for causal models, so the first and the last G / 2 tokens are groups of their own. With m
-    whole groups the densities are 1 / m and (m - 0.5) / m^2.
+    The first half of the heads cuts the video into groups of G tokens from its start, the second
+    half into groups that begin G / 2 later (paper, section 3.2). The paper rolls the tokens around,
+    so that its last shifted group joins the end to the start. Here that part is masked, as the
+    paper's code does for causal models: the first and the last G / 2 tokens are groups of their
+    own. With m whole groups the densities are 1 / m and (m - 0.5) / m^2.
 
-    A group is an even number of blocks, so that edges, shifted ones too, are edges of blocks: block
-    and token rule are the same. `group` says what `share` became. A last group may be shorter.
+    A group is an even number of blocks, so that all edges, shifted ones too, are block edges, and
+    blocks keep exactly what tokens keep. `group` gives the rounded size. The last group may be
+    shorter.
 
     share: tokens of a group as a share of the video (a quarter in the paper).
     """
@@ -37,14 +39,16 @@ class LongLora(SparsePattern):
             raise ValueError(f"share={self.share} must be above 0 and at most 1, the whole video.")
 
     def group(self, grid: TokenGrid, block: int) -> int:
-        """Tokens of a group: `share` of the video to the nearest two blocks, at least two, and
-        never a little less than all of it."""
+        """Return the tokens of a group: `share` of the video, rounded to pairs of blocks.
+
+        A group is at least two blocks, and at share 1 rounding never cuts it below the video.
+        """
         if self.share == 1:
             return 2 * block * -(-grid.video // (2 * block))
         return 2 * block * max(1, int(grid.video * self.share / (2 * block) + 0.5))
 
     def note(self, grid: TokenGrid, block: int) -> str | None:
-        """A sentence for the user where `share` was rounded."""
+        """Return a sentence for the user if `share` was rounded, else None."""
         group, asked = self.group(grid, block), self.share * grid.video
         if group == asked:
             return None
@@ -62,7 +66,7 @@ class LongLora(SparsePattern):
         return text | ((q + shift) // group == (kv + shift) // group)
 
     def blocks(self, grid: TokenGrid, block: int) -> Tensor:
-        """Bool `[2, n, n]`: plain, shifted."""
+        """Return bool `[2, n, n]`: the plain layout, then the shifted one."""
         group = self.group(grid, block) // block
         index = torch.arange(-(-grid.video // block))
         ids = torch.stack([index // group, (index + group // 2) // group])

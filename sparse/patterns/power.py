@@ -14,15 +14,16 @@ from .base import SparsePattern
 
 @dataclass(frozen=True)
 class Power(SparsePattern):
-    """A block sees itself, its neighbours, and the blocks a power of two away.
+    """Lets a block see itself, its neighbours, and the blocks a power of two away.
 
-    Defined on blocks, so there is no rule to form them: kept where the distance
-    |q - kv| in blocks is 0, a power of two or at most `window`, and where kv is among the first
-    `sink`. The paper's is causal and has blocks of 256 tokens; here blocks look both ways, since
-    video attention is not causal. Any block reaches any other within log2 n layers.
+    The pattern is defined on blocks, so it needs no rule to form them. A block is kept where the
+    distance |q - kv| in blocks is 0, a power of two or at most `window`, and where kv is among the
+    first `sink` blocks. The paper's pattern is causal, with blocks of 256 tokens; here blocks look
+    both ways, since video attention is not causal. Any block reaches any other within log2 n
+    layers.
 
-    window: blocks either side (5 in the paper).
-    sink: first blocks that all attend to (1 in the paper).
+    window: blocks on either side (5 in the paper).
+    sink: number of first blocks that all blocks attend to (1 in the paper).
     """
 
     width: ClassVar[str | None] = "window"
@@ -47,7 +48,7 @@ class Power(SparsePattern):
 
     def _kept(self, q: Tensor, kv: Tensor) -> Tensor:
         distance = (q - kv).abs()
-        power = distance & (distance - 1) == 0  # of two, or 0
+        power = distance & (distance - 1) == 0  # a power of two, or 0
         return power | (distance <= self.window) | (kv < self.sink)
 
     def with_width(self, value: float, grid: TokenGrid, block: int) -> Self:

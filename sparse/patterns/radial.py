@@ -8,25 +8,25 @@ from typing import Literal
 from torch import Tensor
 
 from ..grid import TokenGrid
-from .rules import density, touch
+from .rules import mostly_kept, touch
 from .windows import FrameWindows
 
 
 @dataclass(frozen=True)
 class Radial(FrameWindows):
-    """A token sees fewer neighbours of a frame the further away that frame is.
+    """Lets a token see fewer positions of a frame the further away that frame is.
 
     At frame distance d a token attends to the raster positions within a window that halves each
-    time d doubles. Cost grows as n log n. Window and blocks by `rule`:
+    time d doubles, so cost grows as n log n. `rule` decides the exact window and the blocks:
 
     "density": the authors' released code, with which the paper's tables were computed. Octaves are
-        powers of two (`bit_length`), so the window doubles where a frame's tokens reach the next
-        one; once it would be thinner than a block it stays one block wide and frames are skipped.
-        A block is kept when most of it is (`rules.density`).
+        powers of two (`bit_length`), so the window doubles each time a frame's token count passes a
+        power of two. Once it would be thinner than a block it stays one block wide and frames are
+        skipped. A block is kept when most of it is (`rules.mostly_kept`).
     "touch": the same window; a block is kept when any of its token pairs is.
     "eq4": section 3.2, Eq. 4 of the paper, continuous in the frame size: |k - l| + 1 <= s / 2^r
-        with r = floor(log2 d), and the same position alone in every ceil(2^r / s)-th frame once
-        that is under one token. A block is kept when any of its token pairs is.
+        with r = floor(log2 d); once that is under one token, only the same position in every
+        ceil(2^r / s)-th frame. A block is kept when any of its token pairs is.
 
     The diagonal is always kept.
 
@@ -59,10 +59,10 @@ class Radial(FrameWindows):
         return min(max(window, 0.0), grid.per_frame)
 
     def blocks(self, grid: TokenGrid, block: int) -> Tensor:
-        reduce = density if self.rule == "density" else touch
+        reduce = mostly_kept if self.rule == "density" else touch
         return reduce(grid, block, self.windows(grid, block), self.sink)
 
 
 def _octave(distance: int) -> int:
-    """The largest power of two up to `distance`: the paper's 2^r."""
+    """Return the largest power of two up to `distance`: the paper's 2^r."""
     return 1 << (distance.bit_length() - 1)

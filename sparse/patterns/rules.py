@@ -1,4 +1,4 @@
-"""Rules that turn token pairs into blocks, for patterns made of windows or of units of tokens."""
+"""Rules that turn kept token pairs into kept blocks, for windows and for units of tokens."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 
-# A block of a frame pair is kept when more than DENSE_COLUMNS of its touched columns are dense; a
-# column is dense when more than COLUMN_DENSITY of the block's rows keep it (Radial Attention,
-# arXiv 2506.19852, released code, `shrinkMaskStrict`).
-COLUMN_DENSITY = 1 / 3
-DENSE_COLUMNS = 0.6
+# A column of a block is kept when more than KEPT_ROWS of the block's rows keep it, and touched when
+# any does. A block of a frame pair is kept when more than KEPT_COLUMNS of its touched columns are
+# kept (Radial Attention, arXiv 2506.19852, released code, `shrinkMaskStrict`).
+KEPT_ROWS = 1 / 3
+KEPT_COLUMNS = 0.6
 
 CHUNK = 2**23  # elements of a temporary tensor
 
 
-def density(grid: TokenGrid, block: int, windows: Sequence[float], sink: bool) -> Tensor:
-    """Blocks `[n, n]` that are mostly kept, as Radial Attention's released code decides it.
+def mostly_kept(grid: TokenGrid, block: int, windows: Sequence[float], sink: bool) -> Tensor:
+    """Return the blocks `[n, n]` that are mostly kept, as Radial Attention's released code does.
 
-    Each frame pair is turned into blocks alone, and the pairs are then joined by OR. A pair's token
-    mask lies at its offset within the block grid; its last, partial block row and column are
-    dropped. Then the partial block at the end of the video is dense (the code pads the sequence and
-    treats the padding as text), and so is the diagonal, which the rule can miss.
+    This is the rule that settings call "density". Each frame pair is turned into blocks alone, and
+    the pairs are then joined by OR. A pair's token mask lies at its offset within the block grid;
+    its last, partial block row and column are dropped. The partial block at the end of the video is
+    dense (the code pads the sequence and treats the padding as text), and the diagonal, which the
+    rule can miss, is kept.
 
-    windows: largest raster distance kept between frames `d` apart, at index d; below 0 for none.
-    sink: the first frame's keys are kept whole.
+    windows: the largest raster distance kept between frames d apart, at index d; below 0 for none.
+    sink: True keeps the first frame's keys whole.
     """
     s, frames, n = grid.per_frame, grid.frames, -(-grid.video // block)
     kept = torch.zeros(n, n, dtype=torch.bool)
@@ -43,7 +44,7 @@ def density(grid: TokenGrid, block: int, windows: Sequence[float], sink: bool) -
                 pairs[key] = _pair_blocks(s, block, *key)
             pair = pairs[key]
             top, left = row // block, col // block
-            # A pair's canvas may reach past the sequence by a block that holds none of it.
+            # A pair's canvas may extend past the sequence by an empty block.
             target = kept[top : top + pair.shape[0], left : left + pair.shape[1]]
             target |= pair[: target.shape[0], : target.shape[1]]
     if grid.video % block:
@@ -53,49 +54,49 @@ def density(grid: TokenGrid, block: int, windows: Sequence[float], sink: bool) -
 
 
 def _pair_blocks(s: int, block: int, row_offset: int, col_offset: int, window: float) -> Tensor:
-    """Blocks kept of one frame pair whose tokens start `row_offset`, `col_offset` into a block."""
+    """Return the kept blocks of one frame pair whose tokens start `row_offset` and `col_offset`
+    tokens into a block."""
     padded = -(-s // block) * block
     rows, cols = (row_offset + padded) // block, (col_offset + padded) // block
-    first = (
-        torch.arange(rows)[:, None] * block - row_offset
-    )  # the block row's first raster position
+    # The first raster position of each block row.
+    first = torch.arange(rows)[:, None] * block - row_offset
     raster = torch.arange(s)[None, :]
     low = torch.maximum(first.clamp(min=0), raster - int(window))
     high = torch.minimum((first + block).clamp(max=s), raster + int(window) + 1)
     counts = torch.zeros(rows, (cols + 1) * block, dtype=torch.int32)  # rows that keep a column
     counts[:, col_offset : col_offset + s] = (high - low).clamp(min=0)
     counts = counts[:, : cols * block].view(rows, cols, block)
-    dense = (counts > block * COLUMN_DENSITY).sum(-1)
+    whole = (counts > block * KEPT_ROWS).sum(-1)
     touched = (counts > 0).sum(-1)
-    return dense > DENSE_COLUMNS * touched
+    return whole > KEPT_COLUMNS * touched
 
 
 def touch(grid: TokenGrid, block: int, windows: Sequence[float], sink: bool) -> Tensor:
-    """Blocks `[n, n]` any of whose token pairs is kept; `windows` and `sink` as in `density`."""
+    """Return the blocks `[n, n]` with any kept token pair; for arguments see `mostly_kept`."""
     s, video = grid.per_frame, grid.video
-    # Runs of tokens that share a block and a frame: of two such, only the nearest ends matter.
+    # Units are runs of tokens in one block and one frame: only the nearest ends of two matter.
     starts = torch.cat([torch.arange(0, video, s), torch.arange(0, video, block)]).unique()
     offsets = torch.cat([starts, starts.new_tensor([video])])
     frame = starts // s
     low, high = (starts % s).int(), ((offsets[1:] - 1) % s).int()
-    reach = torch.tensor(windows).floor().int()
+    limits = torch.tensor(windows).floor().int()
 
     def kept(rows: slice) -> Tensor:
         gap = torch.maximum(low[None] - high[rows, None], low[rows, None] - high[None])
-        near = gap.clamp_(min=0) <= reach[(frame[rows, None] - frame[None]).abs()]
+        near = gap.clamp_(min=0) <= limits[(frame[rows, None] - frame[None]).abs()]
         return near | (frame == 0) if sink else near
 
     return any_of_units(offsets, block, kept).fill_diagonal_(True)
 
 
 def any_of_units(offsets: Tensor, block: int, kept: Callable[[slice], Tensor]) -> Tensor:
-    """Blocks `[n, n]` kept because they hold tokens of two units one of which keeps the other.
+    """Return the blocks `[n, n]` in which any query unit keeps any key unit.
 
-    A unit is a run of positions that are kept or dropped together; a block may hold several, or
-    parts of them.
+    A unit is a run of positions that are kept or dropped together; a block may hold several units
+    or parts of them.
 
-    offsets: int64 `[units + 1]`, where each unit begins, then where the video ends.
-    kept: for a slice of query units, which key units they keep: bool `[len(slice), units]`.
+    offsets: int64 `[units + 1]`, the start of each unit, then the end of the video.
+    kept: returns for a slice of query units which key units they keep, bool `[len(slice), units]`.
     """
     units, video = offsets.numel() - 1, int(offsets[-1])
     starts = torch.arange(0, video, block)
@@ -117,7 +118,7 @@ def any_of_units(offsets: Tensor, block: int, kept: Callable[[slice], Tensor]) -
 
 
 def _any_of_runs(values: Tensor, first: Tensor, end: Tensor) -> Tensor:
-    """`values[:, first[i] : end[i]].any(1)` at column i: bool `[rows, len(first)]`."""
+    """Return bool `[rows, len(first)]`, whose column i is `values[:, first[i] : end[i]].any(1)`."""
     if bool((end - first == 1).all()):
         return values[:, first]
     sums = torch.zeros(values.shape[0], values.shape[1] + 1, dtype=torch.int32)

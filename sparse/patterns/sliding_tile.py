@@ -15,22 +15,26 @@ from .base import SparsePattern
 from .rules import any_of_units
 from .tiles import Tiling, Triple, parse_triple
 
-EARLY = (-2 / 3, 0.0, 2 / 3)  # tiles by which an axis grows before its turn, frames to width
+EARLY = (
+    -2 / 3,
+    0.0,
+    2 / 3,
+)  # tiles added to frames, height and width so that they round up in turn
 
 
 @dataclass(frozen=True)
 class SlidingTile(SparsePattern):
-    """A 3-D tile of tokens sees the tiles in a window around it, the same number everywhere.
+    """Lets a 3-D tile of tokens see the same number of tiles in a window around it everywhere.
 
-    At the borders the window moves inwards instead of losing tiles; one as large as an axis is the
-    whole axis. Tokens are ordered tile by tile, whole tiles first, then the
-    smaller ones at the far borders: the paper pads the video to whole tiles instead. Where a block
-    holds tokens of several tiles it is kept if any pair of tiles is; a tile whose volume is a
-    multiple of the block keeps that to the borders, and `note` says when it is not.
+    At the borders the window moves inwards instead of losing tiles; a window as large as an axis
+    covers it. Tokens are ordered tile by tile, whole tiles first, then the smaller ones at the far
+    borders, where the paper pads the video to whole tiles instead. A block that holds tokens of
+    several tiles is kept if any pair of tiles is. If the volume of a tile is a multiple of the
+    block, that happens only at the borders; `note` says so if it is not.
 
-    tile: tokens of a tile, frames x height x width.
-    windows: tiles of the window along each axis, odd; several, separated by commas or blanks, go to
-        the heads in turn: as many as heads are one for each.
+    tile: size of a tile in tokens, frames x height x width.
+    windows: size of the window in tiles, odd along each axis. Several windows, separated by commas
+        or blanks, are dealt to the heads in turn; with as many windows as heads each head has one.
     """
 
     width: ClassVar[str | None] = "windows"
@@ -43,6 +47,7 @@ class SlidingTile(SparsePattern):
         self._per_head()
 
     def _per_head(self) -> list[Triple]:
+        """Return the windows that are dealt to the heads in turn."""
         windows = [
             parse_triple("windows", text) for text in re.split(r"[,\s]+", self.windows.strip())
         ]
@@ -55,14 +60,14 @@ class SlidingTile(SparsePattern):
         return windows
 
     def _layouts(self) -> list[Triple]:
-        """The different windows, as they first appear."""
+        """Return the different windows, in the order in which they first appear."""
         return list(dict.fromkeys(self._per_head()))
 
     def _tiling(self, grid: TokenGrid) -> Tiling:
         return Tiling(grid.without_text(), parse_triple("tile", self.tile))
 
     def note(self, grid: TokenGrid, block: int) -> str | None:
-        """A sentence for the user where blocks and tiles do not meet."""
+        """Return a sentence for the user if blocks and tiles are not aligned, else None."""
         volume = self._tiling(grid).volume
         if volume % block == 0:
             return None
@@ -76,12 +81,12 @@ class SlidingTile(SparsePattern):
     ) -> Tensor:
         tiling, window = self._tiling(grid), self._layouts()[layout]
         kept = (q >= grid.video) | (kv >= grid.video)
-        axes = zip(tiling.of(q), tiling.of(kv), tiling.counts, window, strict=True)
+        axes = zip(tiling.tile_of(q), tiling.tile_of(kv), tiling.counts, window, strict=True)
         near = [_sees(a, b, count, size) for a, b, count, size in axes]
         return kept | (near[0] & near[1] & near[2])
 
     def blocks(self, grid: TokenGrid, block: int) -> Tensor:
-        """Bool `[layouts, n, n]`, one layout for each different window."""
+        """Return bool `[layouts, n, n]`, one layout for each different window."""
         tiling = self._tiling(grid)
         return torch.stack([_blocks(tiling, window, block) for window in self._layouts()])
 
@@ -93,9 +98,9 @@ class SlidingTile(SparsePattern):
         return [layouts.index(windows[head % len(windows)]) for head in range(heads)]
 
     def with_width(self, value: float, grid: TokenGrid, block: int) -> Self:
-        """All windows `value` times as long along each axis, to an odd number of tiles near it.
+        """Return the pattern with all windows scaled by `value` to odd numbers of tiles.
 
-        Width rounds up first, then height, then frames, for three steps in place of one.
+        Width rounds up first, then height, then frames: three small steps instead of a large one.
         """
 
         def scaled(window: Triple) -> str:
@@ -105,9 +110,9 @@ class SlidingTile(SparsePattern):
         return replace(self, windows=" ".join(map(scaled, self._per_head())))
 
     def widths(self, grid: TokenGrid, block: int) -> tuple[float, float]:
-        """Scales of the windows, from single tiles to the whole video.
+        """Return the scales at which windows are single tiles and the whole video.
 
-        Few densities lie between, because an axis grows by two tiles at a time.
+        There are few densities between them, because an axis grows by two tiles at a time.
         """
         windows, counts = self._per_head(), self._tiling(grid).counts
         return 1 / max(map(max, windows)), (max(counts) + 1) / min(map(min, windows))
@@ -118,7 +123,7 @@ def _text(window: Triple) -> str:
 
 
 def _sees(query: Tensor, key: Tensor, count: int, window: int) -> Tensor:
-    """Whether tile `query` sees tile `key` along an axis of `count` tiles."""
+    """Return whether tile `query` sees tile `key` along an axis of `count` tiles."""
     if window >= count:
         return torch.ones(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool)
     half = window // 2

@@ -1,4 +1,4 @@
-"""What Radial Attention and its relatives share: a window for each distance between frames."""
+"""`FrameWindows`, the base of Radial Attention and its relatives: a window per frame distance."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import SparsePattern
 
 @dataclass(frozen=True)
 class FrameWindows(SparsePattern):
-    """A token sees the raster positions within a window that depends on how far the frame is.
+    """Lets a token see the raster positions within a window that depends on the frame distance.
 
-    decay: scales every window beyond `near`.
+    decay: factor of every window beyond `near`.
     sink: all tokens attend to the whole first frame.
     near: frames at most this far apart attend to each other in full.
     """
@@ -36,19 +36,19 @@ class FrameWindows(SparsePattern):
 
     @abstractmethod
     def share(self, grid: TokenGrid, distance: int) -> float:
-        """Tokens either side that are seen of a frame `distance` >= 1 away, at `decay` 1."""
+        """Return the tokens seen on either side in a frame `distance` >= 1 away, at `decay` 1."""
 
     def finest(self, block: int) -> int:
-        """Tokens below which no window is narrowed."""
+        """Return the number of tokens below which no window is narrowed."""
         return block
 
     def window(self, grid: TokenGrid, distance: int, block: int) -> float:
-        """Largest raster distance kept between two frames `distance` apart; -1 if none is.
+        """Return the largest raster distance kept between frames `distance` apart; -1 for none.
 
         A window is never thinner than a block; where it would be, it stays one block wide and
         frames are skipped instead. Radial Attention's released code hard-codes that threshold at
-        128 tokens; here it is `block`, and neighbouring frames are never skipped, which only
-        matters for frames under 256 tokens.
+        128 tokens. Here it is `block`, and neighbouring frames are never skipped, which makes a
+        difference only for frames of fewer than 256 tokens.
         """
         if distance <= self.near:
             return grid.per_frame
@@ -58,23 +58,23 @@ class FrameWindows(SparsePattern):
         return min(max(share * self.decay, block), grid.per_frame)
 
     def windows(self, grid: TokenGrid, block: int) -> list[float]:
-        """`window` at every distance of the grid."""
+        """Return `window` at every frame distance of the grid."""
         return [self.window(grid, distance, block) for distance in range(grid.frames)]
 
     def keep(
         self, grid: TokenGrid, q: Tensor, kv: Tensor, block: int = 128, layout: int = 0
     ) -> Tensor:
-        reach = torch.tensor(self.windows(grid, block)).floor().long()
+        limits = torch.tensor(self.windows(grid, block)).floor().long()
         s, video = grid.per_frame, grid.video
         text = (q >= video) | (kv >= video)
         distance = (q // s - kv // s).abs().clamp(max=grid.frames - 1)
-        near = (q % s - kv % s).abs() <= reach[distance]
+        near = (q % s - kv % s).abs() <= limits[distance]
         return text | near | (self.sink & (kv < s))
 
     def widths(self, grid: TokenGrid, block: int) -> tuple[float, float]:
-        """From every window beyond `near` at its narrowest to every window a whole frame.
+        """Return the decays at which all windows beyond `near` are narrowest and whole frames.
 
-        Frames that are skipped stay so: no decay brings the density down to 0 or up to 1.
+        Skipped frames stay skipped, so no decay brings the density down to 0 or up to 1.
         """
         shares = [self.share(grid, distance) for distance in range(self.near + 1, grid.frames)]
         if not shares:

@@ -1,4 +1,4 @@
-"""Compile the kernels for a GPU that is not there and print what the assembler says, as JSON.
+"""Compile the kernels for a GPU that need not be present; print the assembler's report as JSON.
 
 Run as a script by test_compile.py, in a process of its own: the interpreter that the other tests
 use is chosen once, when triton is imported.
@@ -106,7 +106,7 @@ def described(descriptor, of: str) -> str:
 
 
 def types_for_hopper(name: str, pipeline: Pipeline, head_dim: int, dtype: str) -> dict[str, str]:
-    """Of the arguments that are not numbers."""
+    """Return the types of the arguments that are not numbers."""
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     tokens = torch.empty(1, 256, 1, head_dim, dtype=torch_dtype)
     sums = torch.empty(16, 256)

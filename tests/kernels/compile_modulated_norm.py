@@ -1,4 +1,4 @@
-"""Compile the kernels of modulated_norm for a GPU that is not there, as JSON."""
+"""Compile the kernels of modulated_norm for a GPU that need not be present; print JSON."""
 
 import json
 import sys

@@ -263,7 +263,7 @@ def test_flex_masks_follow_their_tensors():
             for backend in ("flex", "reference")
         )
         torch.testing.assert_close(got, expected)
-        return flex._block_mask.entries[lists.row_indices].made
+        return flex._block_mask.entries[lists.row_indices].result
 
     before = mask_after_checking(lists)
     assert mask_after_checking(lists) is before

@@ -1,6 +1,5 @@
 """The fa4 backend around a stand-in for flash-attn-4: its lists, checks and messages."""
 
-import logging
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -33,7 +32,7 @@ class BlockLists(NamedTuple):
     block_size: tuple[int, int]
 
     def keep(self) -> Tensor:
-        """[1 or H, rows, columns] bool, from what the kernels read."""
+        """Return bool [1 or H, rows, columns], from the entries that the kernels read."""
         assert not self.mask_block_cnt.any()
         counts, indices = self.full_block_cnt[0], self.full_block_idx[0]
         assert counts.dtype == indices.dtype == torch.int32
@@ -77,13 +76,12 @@ class StandIn:
 
 @pytest.fixture
 def package(monkeypatch):
-    """The stand-in, with which a CPU will do and a check is small."""
+    """Replace flash-attn-4 by the stand-in, which runs on a CPU, and make its self-check small."""
     stand_in = StandIn()
     monkeypatch.setattr(fa4, "_package", lambda: stand_in)
     monkeypatch.setattr(fa4, "check_inputs", lambda *_: None)
     monkeypatch.setattr(fa4, "CHECKED_TOKENS", 256)
     fa4._failure.cache_clear()
-    op._warn.cache_clear()
     yield stand_in
     fa4._failure.cache_clear()
 
@@ -114,7 +112,7 @@ def test_attention(case, package):
 
 
 def test_expanded_inputs_are_copied(package, monkeypatch):
-    """Kernels for strides of 0 would be others than those that were checked."""
+    """Strides of 0 would make the package compile kernels that were not checked."""
     (q, k, v), _, lists, _ = CASE.make()
     seen = []
     backward = StandIn._flash_attn_bwd
@@ -132,7 +130,7 @@ def test_expanded_inputs_are_copied(package, monkeypatch):
 
 
 def test_lists_are_converted_once(package, monkeypatch):
-    """Also where a checkpoint recomputes the forward, which saves its inputs anew."""
+    """This also holds where activation checkpointing recomputes the forward."""
     qkv, grads, lists, _ = CASE.make()
     attend(*qkv, *lists.tensors, block=128)  # with the conversions of the check
     made = []
@@ -177,7 +175,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_results_are_refused(name, package):
-    """Each time, and before anything is computed for the caller."""
+    """Every call is refused, before anything is computed for the caller."""
     package.spoil[name] = WRONG[name]
     qkv, _, lists, _ = CASE.make()
     for _ in range(2):
@@ -197,67 +195,37 @@ def test_a_package_that_breaks_is_refused(package):
         attend(*qkv, *lists.tensors, block=128)
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_auto_never_fails_with_it(wrong, package, monkeypatch, caplog):
-    """Right: it runs. Wrong: Triton does, with one warning."""
-    from longreel.kernels.block_sparse import backward, forward
-
-    ran = []
-
-    def spy(name, function):
-        return lambda *args: ran.append(name) or function(*args)
-
-    monkeypatch.setattr(forward, "forward", spy("forward", reference.forward))
-    monkeypatch.setattr(backward, "backward", spy("backward", reference.backward))
-    monkeypatch.setattr(op, "resolve_backend", lambda *_: "fa4")
-    if wrong:
-        package.spoil["dk"] = WRONG["dk"]
-    qkv, grads, lists, valid = CASE.make()
-
-    def automatic(q, k, v, deterministic: bool | None = False):
-        return block_sparse_attention(
-            q, k, v, *lists.tensors, block=128, valid=valid, deterministic=deterministic
-        )
-
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            with_gradients(automatic, *qkv, *grads)
-    assert ran == (["forward", "backward"] * 2 if wrong else [])
-    warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == wrong
-    assert all("dk is off by" in text and "Triton instead" in text for text in warnings)
-
-    valid = torch.tensor([300, 200], dtype=torch.int32)  # what fa4 takes no part in
-    automatic(*qkv)
-    valid = None  # nor in what is to be deterministic if it can be (the fixture of all tests here)
-    with_gradients(partial(automatic, deterministic=None), *qkv, *grads)
-    assert ran.count("forward") == (4 if wrong else 2)
-
-
-def test_auto_is_fa4_where_that_is_faster(monkeypatch):
-    cuda = torch.device("cuda")
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_auto_is_never_fa4(head_dim, installed, monkeypatch):
+    """It is not even on the GPU and for the inputs that fa4 supports."""
+    loaded = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(fa4, "_package", StandIn)
-    assert resolve_backend("auto", cuda, BF16, 64) == "fa4"  # as measured
-    monkeypatch.setattr(op, "FA4_IS_FASTER", {((9, 0), 128)})
-    assert resolve_backend("auto", cuda, BF16, 128) == "fa4"
-    assert resolve_backend("auto", cuda, BF16, 64) == "triton"
-    assert resolve_backend("auto", cuda, BF16, 128, 64) == "triton"
-    assert resolve_backend("auto", cuda, torch.float32, 128) == "triton"
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(op, "FA4_IS_FASTER", {((9, 0), 128)})
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert resolve_backend("auto", cuda, BF16, 128) == "triton"
+    monkeypatch.setattr(fa4, "_package", lambda: loaded.append(0) or StandIn())
+    if not installed:
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert resolve_backend("auto", torch.device("cuda"), BF16, head_dim) == "triton"
+    assert not loaded
+
+
+def test_calls_with_auto_do_not_check_it(package):
+    qkv, grads, lists, _ = CASE.make()
+    attend = partial(block_sparse_attention, block=128, backend="auto")
+    with_gradients(lambda *x: attend(*x, *lists.tensors), *qkv, *grads)
+    assert package.sizes == []
 
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_torch_compile_does_not_trace_whether_it_is_installed(installed, monkeypatch):
+    cuda = torch.device("cuda")
+
     def chosen(x: torch.Tensor) -> torch.Tensor:
-        return x + (resolve_backend("auto", torch.device("cuda"), BF16, 128) == "fa4")
+        try:
+            return x + (resolve_backend("fa4", cuda, BF16, 128) == "fa4")
+        except ValueError:
+            return x
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(op, "check_triton", lambda _: None)
     if installed:
         monkeypatch.setattr(fa4, "_package", StandIn)
     else:

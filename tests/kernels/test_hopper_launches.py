@@ -1,5 +1,5 @@
-"""The launchers of the Hopper kernels on a CPU, with kernels that write down what they are given:
-each argument in its place, as test_compile.py compiles it."""
+"""The launchers of the Hopper kernels on a CPU, with kernels replaced by recorders: each argument
+must be in its place, as test_compile.py compiles it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCK, SCALE, LOG2_E = 128, 0.25, 1.4426950408889634
 
 
 class Written:
-    """In a kernel's place: its last launch, arguments by name."""
+    """Replaces a kernel and records the arguments of its last launch by name."""
 
     def __init__(self, kernel: Any) -> None:
         self.names = kernel.arg_names

@@ -44,7 +44,7 @@ def test_64_bit_offsets(interpreted, tmp_path):
 
 
 def test_channels_need_not_be_contiguous(interpreted):
-    """As a sum's gradient is not, nor a transposed input."""
+    """A sum's gradient is not contiguous, nor is a transposed input."""
     x = torch.randn(2, 16, 3).requires_grad_().mT
     grads = []
     for backend in ("triton", "reference"):

@@ -180,7 +180,7 @@ def test_padded_keys_have_no_influence():
 
 
 class Slice:
-    """An exchange with nobody: some heads of tokens that are all here already."""
+    """An exchange without other processes: it takes some heads of tokens that are all present."""
 
     def __init__(self, heads):
         self.heads = heads
@@ -362,11 +362,11 @@ def without_the_plan(attention):
 
 
 def with_the_plan(attention):
-    return attention.checkpoint
+    return attention.recomputing
 
 
 def keeping_what_attention_returned(attention):
-    return partial(attention.checkpoint, context_fn=keeping_attention)
+    return partial(attention.recomputing, context_fn=keeping_attention)
 
 
 PLANS = {
@@ -392,7 +392,7 @@ def test_recomputation_sees_the_plan_of_its_forward(plans, checkpoint):
 
 
 def test_recomputation_without_it_would_be_wrong():
-    """What the test above protects from, so that it is known to be able to fail."""
+    """This is the fault that the test above protects from; it shows that the test can fail."""
     with pytest.raises(ValueError, match="180 tokens were given, but the plan is for"):
         two_forwards_one_backward(PLANS["other length"], without_the_plan)
     with pytest.raises(CheckpointError, match="different metadata"):  # lists of another length

@@ -61,7 +61,7 @@ def test_the_token_major_order():
 
 
 def test_the_first_frame_costs_temporal_heads_little():
-    """In token-major order every block would hold a token of it, and all would be kept."""
+    """Otherwise every block would hold one of its tokens in token-major order and be kept."""
     grid = TokenGrid(33, 15, 16)
     spread = Temporal(half_width=2.0)
     tokens = Temporal(half_width=2.0, sink=False)

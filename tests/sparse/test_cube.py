@@ -89,7 +89,7 @@ def test_radials_density_is_within_reach():
 
 
 def test_frames_thinned_below_a_third_are_lost():
-    """One frame in four fills a quarter of a cube's rows: too little for a dense column."""
+    """One frame in four fills a quarter of a cube's rows: too few for a kept column."""
     grid = TokenGrid(128, 8, 16)  # a frame is one block, so that frames are skipped early
     kept = Cube(sink=False, cube="4x4x8").blocks(grid, 128)
     slabs = kept.view(32, 4, 32, 4).any(3).any(1)

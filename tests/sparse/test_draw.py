@@ -1,4 +1,4 @@
-"""What the picture of a pattern shows."""
+"""The content of a pattern's picture."""
 
 import pytest
 import torch

@@ -131,7 +131,7 @@ def test_text_never_rebuilds_the_video_blocks():
 
 
 def test_each_geometry_has_its_own_layout():
-    """As many tokens, another shape: a cache keyed by length alone would mix them up."""
+    """A cache keyed by length alone would mix up grids of as many tokens in another shape."""
     wide, tall = (build_layout(Radial(), TokenGrid(*g), 16) for g in ((16, 4, 9), (9, 8, 8)))
     assert wide.rows == tall.rows
     assert not torch.equal(wide.to_dense(), tall.to_dense())

@@ -1,4 +1,4 @@
-"""What holds for every pattern: shapes, rows, orders, text, widths, names, and what lists cost."""
+"""Properties of every pattern: shapes, rows, orders, text, widths, names, memory of lists."""
 
 import math
 import subprocess

@@ -38,9 +38,9 @@ class BlockCheckpoint:
 
     def _run(self, keep: Keep, block: Callable[..., object], *args: object) -> object:
         if not self.keep_attention:
-            return self.attention.checkpoint(block, *args)
+            return self.attention.recomputing(block, *args)
         contexts = partial(keeping_attention, keep)
-        return self.attention.checkpoint(block, *args, context_fn=contexts)
+        return self.attention.recomputing(block, *args, context_fn=contexts)
 
 
 def block_checkpoint(

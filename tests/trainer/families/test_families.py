@@ -224,7 +224,7 @@ def test_two_forwards_before_one_backward_with_checkpointing(family):
         for name, grad in forward_backward(plain, inputs)[1].items():
             expected[name] = expected.get(name, 0) + grad.clone()
     attention = installed_attention(checkpointed)
-    checkpointed.enable_gradient_checkpointing(attention.checkpoint)
+    checkpointed.enable_gradient_checkpointing(attention.recomputing)
     checkpointed.train()
     total = 0
     for inputs in (long, short):

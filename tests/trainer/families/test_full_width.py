@@ -72,7 +72,7 @@ def with_lora(
                 parameter.normal_(std=0.02, generator=generator)
     options = fusions(case.family) if setting == FUSED else {}
     case.family.install(model, attention, **options)
-    model.enable_gradient_checkpointing(attention.checkpoint)
+    model.enable_gradient_checkpointing(attention.recomputing)
     return parameters
 
 
