@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,30 @@ def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def python_blocks(page: str, *, before: str = "", after: str = "") -> str:
+    """The python examples of a page as one program, between two of its headings.
+
+    Blocks marked `notest` need what a test has not, such as a published model.
+    """
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert before in text and after in text
+    text = text[text.index(after) : text.index(before) if before else None]
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
+def test_the_examples_of_the_python_api_without_a_model_run():
+    exec(compile(python_blocks("python.md", before="## Train\n"), "docs/python.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_all_examples_of_the_python_api_run(tmp_path):
+    """In a process of their own, as a reader's, in an empty folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", python_blocks("python.md")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
