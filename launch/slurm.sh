@@ -1,15 +1,16 @@
 #!/bin/bash
-# Two machines of eight GPUs under slurm; the command that uses it:
+# Two machines of eight GPUs under slurm:
 #
 #   sbatch launch/slurm.sh recipe=hunyuan_4x data.path=FOLDER parallel.sequence=8 parallel.engine=fsdp2
 #
-# More machines: sbatch --nodes=N. One process a GPU, started by srun itself: the signal that comes ten
-# minutes before the time limit reaches every process, the run finishes its step, saves and exits with
-# 75, and the job is queued again; so it is after a preemption. A process that dies ends all others:
-# they notice by themselves, and what is left a minute after the first has ended, srun ends. Not at
-# once (--kill-on-bad-exit): of processes that end with 75 the last would be killed, and the job would
-# end with that.
-# The run folder must lie where all machines see it; the cache too.
+# For more machines: sbatch --nodes=N. The run folder and the cache must lie where all machines see them.
+#
+# srun itself starts one process for each GPU, so that every process gets the signal that comes ten
+# minutes before the time limit, or at a preemption. The run then finishes its step, saves and exits
+# with 75, and the job is queued again. If a process dies, the others notice and end by themselves;
+# srun ends those that are left a minute after the first has ended. --kill-on-bad-exit=0 keeps srun
+# from doing so at once: it would kill the last of the processes that exit with 75, and the job would
+# end with the exit code of that.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
