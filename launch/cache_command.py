@@ -154,11 +154,11 @@ def show(argv: list[str]) -> None:
     path, _, revision = rest.rpartition("@")
     revision = revision.partition(":")[0]
     family = FAMILIES[name]
-    model = family.resolve(options.model or path, options.dir)
+    model = family.loader.resolve(options.model or path, options.dir)
     revision = None if revision == "None" else revision
-    pipe = family.load_pipeline(model, revision, text=False, dtype=torch.float32)
+    pipe = family.loader.load_pipeline(model, revision, text=False, dtype=torch.float32)
     pipe.to(options.device)
-    frames = family.decode_video(pipe, tensors["latents"].float())
+    frames = family.vae.decode(pipe.vae, tensors["latents"].float())
     write_video(options.out, frames, about["fps"])
     print(f"{clip.id}: {about['frames']} frames of {about['height']} x {about['width']}: {caption}")
     print(options.out)
