@@ -99,7 +99,7 @@ def _small(job: Job) -> Job:
     """Few blocks of the job's model and a short video of small frames."""
     job = with_blocks(job, dict.fromkeys(count_blocks(job), BLOCKS))
     geometry, side = job.geometry, SIDE * job.geometry.spatial * job.geometry.patch[1]
-    frames = STEPS * job.family.frame_step(geometry) + 1
+    frames = STEPS * geometry.frame_step + 1
     extend = replace(job.config.extend, native=frames, factor=None)
     config = replace(job.config, frames=frames, height=side, width=side, extend=extend)
     return replace(job, config=config)

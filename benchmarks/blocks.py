@@ -103,10 +103,10 @@ def _stacks(model: Any) -> dict[str, nn.ModuleList]:
 def _shallow(family: ModelFamily, path: str, settings: Mapping[str, int]) -> ModelFamily:
     """The family, but whatever it is asked for, it gives the model at `path` at another depth."""
 
-    class Shallow(type(family)):
+    class Shallow(type(family.loader)):
         def blank_transformer(self, _: str, revision: str | None) -> Any:
             blank: Any = blank_transformer(family, path, revision)
             with torch.device("meta"):
                 return type(blank).from_config(blank.config, **settings)
 
-    return Shallow()
+    return replace(family, loader=Shallow(**vars(family.loader)))

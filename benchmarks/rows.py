@@ -23,7 +23,8 @@ from longreel.trainer.config.recipe import load
 from longreel.trainer.config.schema import Config
 from longreel.trainer.config.values import split_arguments
 from longreel.trainer.families import FAMILIES
-from longreel.trainer.families.base import ModelFamily, Text
+from longreel.trainer.families.base import ModelFamily
+from longreel.trainer.families.text import Text
 from longreel.trainer.job import Job
 from longreel.trainer.plan.predict import told
 from longreel.trainer.run.progress import open_console
@@ -81,7 +82,7 @@ def rows_for(config: Config) -> dict[str, Row]:
         "memory.base_dtype": "bfloat16" if memory.base_dtype == "float8" else "float8",
         "train.optimizer": "adamw" if optimizer == "adamw8bit" else "adamw8bit",
     }
-    if FAMILIES[config.family].fuses_modulation:
+    if FAMILIES[config.family].blocks.fuses_modulation:
         turned["speed.fused_modulation"] = not speed.fused_modulation
     if memory.base_dtype != "float32":  # with which bf16 products do not go
         turned["lora.compute_dtype"] = "bfloat16" if fp32 else "float32"
@@ -220,15 +221,17 @@ class Stepper:
 def _stock(family: ModelFamily) -> ModelFamily:
     """The family as diffusers has it: processors are left alone, captions padded under a mask."""
 
-    class Stock(type(family)):
+    class StockAttention(type(family.attention)):
         def set_processors(self, transformer: Any, attention: Any, fused_norms: bool) -> None:
             pass
 
-        def collate_text(self, texts: Sequence[Text]) -> Text:
+    class PaddedText(type(family.text)):
+        def collate(self, texts: Sequence[Text]) -> Text:
             embeds = texts[0]["prompt_embeds"]
-            most = self.text_tokens or self.context_tokens
-            longest = texts[0] | {"prompt_embeds": embeds.new_zeros(most, embeds.shape[1])}
-            padded = super().collate_text([*texts, longest])
+            longest = texts[0] | {
+                "prompt_embeds": embeds.new_zeros(self.max_tokens, embeds.shape[1])
+            }
+            padded = super().collate([*texts, longest])
             return {name: x[:-1] for name, x in padded.items()}
 
-    return Stock()
+    return replace(family, attention=StockAttention(), text=PaddedText(family.names))

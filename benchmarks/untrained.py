@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,14 +27,14 @@ def untrained(
     shared: parameters by name that all of them use, and add what they need; for frozen bases.
     """
 
-    class Untrained(type(family)):
+    class Untrained(type(family.loader)):
         def blank_transformer(self, path: str, revision: str | None) -> Any:
             return blank_transformer(family, path, revision)
 
         def load_transformer(self, path: str, revision: str | None, dtype: torch.dtype) -> Any:
             return random_transformer(family, path, revision, dtype, device, shared)
 
-    return Untrained()
+    return replace(family, loader=Untrained(**vars(family.loader)))
 
 
 def random_transformer(
@@ -44,7 +45,7 @@ def random_transformer(
     device: torch.device,
     shared: dict[str, nn.Parameter] | None = None,
 ) -> Any:
-    """As `ModelFamily.load_transformer` gives it, on `device`, always with the same weights.
+    """As `Loader.load_transformer` gives it, on `device`, always with the same weights.
 
     Each parameter is made in its place and dtype: no more is ever held than the model itself.
     shared: as `untrained` takes it; what is in it already is taken from there.
@@ -88,7 +89,7 @@ def random_batch(
         return torch.randn(shape, generator=generator).to(dtype)
 
     width = sizes.get("text_dim") or sizes["text_embed_dim"]
-    text = {"prompt_embeds": noise(job.family.text_tokens or job.family.context_tokens, width)}
+    text = {"prompt_embeds": noise(job.family.text.max_tokens, width)}
     if "pooled_projections" in inputs:
         text["pooled_prompt_embeds"] = noise(sizes["pooled_projection_dim"])
     batch, shape = config.train.batch, [*job.latent_shape(job.frames)]

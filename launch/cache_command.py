@@ -149,10 +149,10 @@ def show(argv: list[str]) -> None:
 
     quiet_libraries()
     family = FAMILIES[encoder.family]
-    model = family.resolve(options.model or encoder.model, options.dir)
-    pipe = family.load_pipeline(model, encoder.revision, text=False, dtype=torch.float32)
+    model = family.loader.resolve(options.model or encoder.model, options.dir)
+    pipe = family.loader.load_pipeline(model, encoder.revision, text=False, dtype=torch.float32)
     pipe.to(options.device)
-    frames = family.decode_video(pipe, tensors["latents"].float())
+    frames = family.vae.decode(pipe.vae, tensors["latents"].float())
     write_video(options.out, frames, header["fps"])
     size = f"{header['height']} x {header['width']}"
     print(f"{clip.id}: {header['frames']} frames of {size}: {caption}")

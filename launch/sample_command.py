@@ -69,12 +69,12 @@ def sample(argv: list[str]) -> None:
         for key in ("frames", "height", "width")
     }
     family = family_of(entry)
-    steps = family.steps if options.steps is None else options.steps
+    steps = family.defaults.steps if options.steps is None else options.steps
     base = base_model(entry, options.model, options.cache)
-    geometry = family.geometry(*base)
-    family.latent_shape(**size, geometry=geometry, rope=RopePolicy.recorded(entry))
-    family.check_steps("steps", steps)
-    check_fits(family.blank_transformer(*base), options.lora)
+    geometry = family.read_geometry(*base)
+    geometry.latent_shape(**size, rope=RopePolicy.recorded(entry))
+    family.defaults.check_steps("steps", steps)
+    check_fits(family.loader.blank_transformer(*base), options.lora)
     pattern_from_dict(entry["pattern"])
 
     import torch

@@ -51,7 +51,7 @@ def save_blocks(case: Case, folder: Path) -> None:
     """Save the blocks so that they load as a run loads them: some modules may stay in fp32."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = getattr(diffusers, case.family.transformer_name)(**case.blocks)
+        model = getattr(diffusers, case.family.names.transformer)(**case.blocks)
     heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
     assert (heads, dim) == (40 if case.family.name == "wan" else 24, 128)
     if case.family.name == "mochi":  # zero by default, which makes its RoPE the identity
@@ -61,7 +61,7 @@ def save_blocks(case: Case, folder: Path) -> None:
 
 
 def load(case: Case, folder: Path, dtype: torch.dtype) -> Any:
-    return case.family.load_transformer(str(folder), None, dtype).cuda().train()
+    return case.family.loader.load_transformer(str(folder), None, dtype).cuda().train()
 
 
 def inputs(
@@ -80,7 +80,7 @@ def inputs(
         }
         for n in texts
     ]
-    return clean, {name: x.cuda() for name, x in case.family.collate_text(embeds).items()}
+    return clean, {name: x.cuda() for name, x in case.family.text.collate(embeds).items()}
 
 
 def guidance(case: Case) -> float | None:

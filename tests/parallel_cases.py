@@ -22,7 +22,7 @@ from longreel.sparse.patterns import Dense, Radial, SlidingTile, SpatialTemporal
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.schema import Config, Memory, Parallel, Train
 from longreel.trainer.families import FAMILIES, RopePolicy
-from longreel.trainer.families.base import diffusers_class
+from longreel.trainer.families.names import diffusers_class
 from longreel.trainer.flow import flow_matching_loss
 from longreel.trainer.memory.checkpointing import block_checkpoint
 from longreel.trainer.memory.offload import Offload
@@ -72,16 +72,16 @@ def build(case: Case, group: SequenceGroup):
     family = FAMILIES[case.family]
     torch.manual_seed(0)
     config = tiny.load_config(family) | {"num_attention_heads": HEADS}
-    transformer = diffusers_class(family.transformer_name).from_config(config)
+    transformer = diffusers_class(family.names.transformer).from_config(config)
     with torch.no_grad():
         for parameter in transformer.parameters():  # learned frequencies and gates, 0 at first
             parameter.add_(0.1 * torch.randn_like(parameter))
     tiny.randomise(lora.attach(transformer, family, rank=4, targets=case.targets))
-    family.set_rope(transformer, RopePolicy(case.rope, native=5, target=9))
+    family.rope.apply(transformer, RopePolicy(case.rope, native=5, target=9))
     attention = SparseAttention(PATTERNS[case.pattern], block=16, dense_layers=1)
     family.install(transformer, attention, **(tiny.fusions(family) if case.fused else {}))
     if case.mlp_chunk:
-        family.chunk_mlp(transformer, case.mlp_chunk)
+        family.blocks.chunk_mlp(transformer, case.mlp_chunk)
     blocks = block_checkpoint(Memory(recompute=case.recompute), attention, CPU)
     if blocks is not None:
         blocks.offload = Offload(CPU, page=512) if case.offload else None
@@ -98,7 +98,7 @@ def loss_of(case: Case, family, model, data_rank: int, micro: int) -> Tensor:
     clean, generator = clean["hidden_states"], torch.Generator().manual_seed(seed)
     noise, sigma = (torch.randn(s, generator=generator) for s in (clean.shape, len(clean)))
     guidance = 1.0 if family.name == "hunyuan" else None
-    text = family.collate_text(texts)
+    text = family.text.collate(texts)
     return flow_matching_loss(family, model, clean, text, sigma.sigmoid(), noise, guidance)
 
 

@@ -26,22 +26,22 @@ def _cache() -> str:
 @functools.cache
 def folder(family: ModelFamily) -> str:
     """The tiny model's folder, built once a process."""
-    return family.resolve("tiny", _cache())
+    return family.loader.resolve("tiny", _cache())
 
 
 def load_transformer(family: ModelFamily, dtype=torch.float32):
-    return family.load_transformer(folder(family), None, dtype)
+    return family.loader.load_transformer(folder(family), None, dtype)
 
 
 def fusions(family: ModelFamily) -> dict[str, bool]:
     """Options of `install` for all fused kernels that the family has."""
-    return {"fused_norms": True, "fused_modulation": family.fuses_modulation}
+    return {"fused_norms": True, "fused_modulation": family.blocks.fuses_modulation}
 
 
 def load_pipeline(family: ModelFamily, transformer=None, **parts):
     """A pipeline of its own around `transformer`, a fresh one by default."""
     transformer = load_transformer(family) if transformer is None else transformer
-    return family.load_pipeline(
+    return family.loader.load_pipeline(
         folder(family), None, transformer=transformer, dtype=torch.float32, **parts
     )
 
@@ -62,7 +62,7 @@ def make_inputs(
     inputs = {
         "hidden_states": torch.randn(shape, generator=generator),
         "timestep": torch.rand(len(texts), generator=generator) * 1000,
-        **family.collate_text([make_text(family, n, seed=seed + i) for i, n in enumerate(texts)]),
+        **family.text.collate([make_text(family, n, seed=seed + i) for i, n in enumerate(texts)]),
     }
     if config.get("guidance_embeds"):
         inputs["guidance"] = torch.full((len(texts),), 1000.0)
@@ -94,7 +94,7 @@ def make_text(family: ModelFamily, tokens=7, seed=0):
 
 @functools.cache
 def load_config(family: ModelFamily):
-    return dict(family.blank_transformer(folder(family), None).config)
+    return dict(family.loader.blank_transformer(folder(family), None).config)
 
 
 def write_model(folder, files):

@@ -66,11 +66,13 @@ def observe(
     half = device.type == "cuda" and job.config.memory.base_dtype != "float32"
     dtype = torch.bfloat16 if half else torch.float32
     clips = LatentDataset(prepare_data(job, accelerator, dtype).entries)
-    transformer = job.family.load_transformer(job.model_path, job.config.model.revision, dtype)
+    transformer = job.family.loader.load_transformer(
+        job.model_path, job.config.model.revision, dtype
+    )
     if options.adapter is not None:
         merge(transformer, options.adapter)
     transformer.to(device).eval()
-    job.family.set_rope(transformer, job.rope)
+    job.family.rope.apply(transformer, job.rope)
     attention: SparseAttention = job.attention()
     observer = Observer(
         attention.pattern,
@@ -86,14 +88,16 @@ def observe(
     for index in range(min(options.clips, len(clips))):
         clip = clips[index]
         clean = clip["latents"][None].float().to(device)
-        text = {k: x.to(device) for k, x in job.family.collate_text([clip["text"]]).items()}
+        text = {k: x.to(device) for k, x in job.family.text.collate([clip["text"]]).items()}
         for level, sigma in enumerate(options.sigmas):
             generator = torch.Generator().manual_seed(index * 101 + level)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             sigmas = torch.full((1,), sigma, device=device)
             with torch.no_grad():
                 noisy = add_noise(clean, noise, sigmas)
-                job.family.predict(transformer, noisy, sigmas, text, job.config.train.guidance)
+                job.family.noising.predict(
+                    transformer, noisy, sigmas, text, job.config.train.guidance
+                )
             log.info(f"clip {index}, noise level {sigma:g}: {len(observer.found)} layers seen")
     about = {
         "model": job.config.model.path,

@@ -24,7 +24,7 @@ from ..data.synthetic import Arena, ClipSet, write_folder
 from .config.schema import Config
 from .config.source import SYNTHETIC, is_drawn
 from .config.values import ConfigError
-from .families.base import Text
+from .families.text import Text
 from .job import Job
 from .run.progress import StageLog
 
@@ -143,12 +143,12 @@ def caption_limit(job: Job) -> CaptionLimit:
     Its tokenizer is loaded when the first caption that may be too long is measured.
     """
     loaded: list[Any] = []
-    limit = job.family.caption_tokens
+    limit = job.family.text.caption_tokens
 
     def measure(caption: str) -> tuple[int, str]:
         if not loaded:
             path, revision = job.model_path, job.config.model.revision
-            loaded.append(job.family.caption_tokenizer(path, revision))
+            loaded.append(job.family.loader.caption_tokenizer(path, revision))
         ids = loaded[0](caption, add_special_tokens=False)["input_ids"]
         return len(ids), loaded[0].decode(ids[limit:])
 
@@ -185,11 +185,11 @@ class _FamilyEncoders:
 
     def text(self, caption: str) -> Text:
         """Encode a caption to named tensors."""
-        return self.job.family.encode_text(self._pipeline("text"), caption)
+        return self.job.family.text.encode(self._pipeline("text"), caption)
 
     def video(self, pixels: np.ndarray) -> Tensor:
         """Encode uint8 RGB `[F, H, W, 3]` to latents `[C, f, h, w]`."""
-        latents = self.job.family.encode_video(self._pipeline("vae"), torch.from_numpy(pixels))
+        latents = self.job.family.vae.encode(self._pipeline("vae").vae, torch.from_numpy(pixels))
         return latents.to(self.dtype)
 
     def free(self) -> None:
@@ -201,7 +201,7 @@ class _FamilyEncoders:
     def _pipeline(self, part: str) -> Any:
         if self._holds != part:
             self.free()  # before the other part is loaded
-            self._pipe = self.job.family.load_pipeline(
+            self._pipe = self.job.family.loader.load_pipeline(
                 self.job.model_path,
                 self.job.config.model.revision,
                 text=part == "text",

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config.schema import Sigma
-from .families.base import ModelFamily, Text
+from .families.base import ModelFamily
+from .families.text import Text
 
 
 def sample_sigmas(batch: int, config: Sigma, generator: torch.Generator) -> Tensor:
@@ -55,8 +56,8 @@ def flow_matching_loss(
     """Mean squared error of the prediction, fp32: the loss of training and of validation.
 
     clean, noise: latents `[B, C, f, h, w]`; text: from `collate_text`; sigma: `[B]`; all on the
-    transformer's device. guidance: as `ModelFamily.predict` takes it.
+    transformer's device. guidance: as `NoisingConvention.predict` takes it.
     """
     noisy = add_noise(clean, noise, sigma)
-    prediction = family.predict(transformer, noisy, sigma, text, guidance)
-    return F.mse_loss(prediction, family.target(clean.float(), noise.float()))
+    prediction = family.noising.predict(transformer, noisy, sigma, text, guidance)
+    return F.mse_loss(prediction, family.noising.target(clean.float(), noise.float()))

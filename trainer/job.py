@@ -19,7 +19,8 @@ from .config.schema import Config
 from .config.source import check_source
 from .config.values import ConfigError
 from .families import FAMILIES
-from .families.base import Geometry, ModelFamily
+from .families.base import ModelFamily
+from .families.geometry import Geometry
 from .families.published import published_geometry
 from .families.rope import NATIVE, RopePolicy
 from .parallel.sequence import check_sequence
@@ -51,11 +52,11 @@ class Job:
             )
         family = FAMILIES[config.family]
         check_source(config)
-        path = config.model.path or family.default_path
-        model_path = family.resolve(path, config.cache.dir)
+        path = config.model.path or family.names.repository
+        model_path = family.loader.resolve(path, config.cache.dir)
         revision = config.model.revision
         geometry = published_geometry(family, model_path, revision) if published else None
-        geometry = geometry or family.geometry(model_path, revision)
+        geometry = geometry or family.read_geometry(model_path, revision)
         config = replace(config, model=replace(config.model, path=path))
         config = _settle(config, family, geometry)
         job = cls(config, family, geometry, model_path)
@@ -82,12 +83,12 @@ class Job:
     def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
         """`(channels, frames, height, width)` of a clip's latents."""
         height, width = self.config.height, self.config.width
-        return self.family.latent_shape(frames, height, width, self.geometry, self.rope)
+        return self.geometry.latent_shape(frames, height, width, self.rope)
 
     def grid(self, frames: int) -> TokenGrid:
         """The tokens of a clip of so many frames, with a caption of the greatest length."""
-        shape, text = self.latent_shape(frames), self.family.text_tokens
-        return self.family.grid(shape, self.geometry.patch, text)
+        shape, text = self.latent_shape(frames), self.family.text.sequence_tokens
+        return self.geometry.grid(shape, text)
 
     def buckets(self) -> tuple[Bucket, ...]:
         """The shapes of training clips, by `data.lengths` and `data.aspects`.
@@ -99,15 +100,15 @@ class Job:
         sizes = [self._size_of(aspect) for aspect in config.data.aspects]
         found = []
         for frames in sorted({self.frames, *config.data.lengths}, reverse=True):
-            _check_frames("data.lengths", frames, self.family, self.geometry, self.rope)
+            _check_frames("data.lengths", frames, self.geometry, self.rope)
             if frames > self.frames:
                 raise ConfigError(
                     f"data.lengths: {frames} is more than the {self.frames} frames that memory, "
                     "density and positions are set for: make it frames, and this a length."
                 )
             for height, width in sizes or [(config.height, config.width)]:
-                shape = self.family.latent_shape(frames, height, width, self.geometry, self.rope)
-                tokens = self.family.grid(shape, self.geometry.patch).video
+                shape = self.geometry.latent_shape(frames, height, width, self.rope)
+                tokens = self.geometry.grid(shape).video
                 found.append(Bucket(frames, height, width, tokens, self._latent_bytes(shape)))
         return tuple(dict.fromkeys(found))
 
@@ -205,10 +206,10 @@ class Job:
 
 
 def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
-    native = config.extend.native or family.native_frames
-    _check_frames("extend.native", native, family, geometry, NATIVE)
-    family.check_steps("validate.steps", config.validate.steps)
-    family.check_modulation(config.speed.fused_modulation)
+    native = config.extend.native or family.defaults.native_frames
+    _check_frames("extend.native", native, geometry, NATIVE)
+    family.defaults.check_steps("validate.steps", config.validate.steps)
+    family.blocks.check_modulation(config.speed.fused_modulation)
     _check_dense_steps(config.sparse.dense_steps, config.validate.steps)
     if config.train.guidance is not None and not geometry.guidance_embeds:
         raise ConfigError(
@@ -217,7 +218,7 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
         )
     frames = config.frames
     if config.extend.factor is not None:
-        extended = family.extended_frames(native, config.extend.factor, geometry)
+        extended = geometry.extended_frames(native, config.extend.factor)
         if frames not in (None, extended):
             raise ConfigError(
                 f"frames={frames} and extend.factor={config.extend.factor} disagree: "
@@ -228,9 +229,9 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
     if frames < native:
         raise ConfigError(f"frames={frames} is less than the native length of {native} frames.")
     rope = _rope_policy(config, geometry, native, frames)
-    family.latent_shape(frames, config.height, config.width, geometry, rope)
+    geometry.latent_shape(frames, config.height, config.width, rope)
     if config.validate.frames is not None:
-        _check_frames("validate.frames", config.validate.frames, family, geometry, rope)
+        _check_frames("validate.frames", config.validate.frames, geometry, rope)
     if geometry.head_dim not in HEAD_DIMS:
         raise ConfigError(
             f"The model's heads have {geometry.head_dim} channels; the kernels take {HEAD_DIMS}."
@@ -242,7 +243,7 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
     return replace(
         config,
         frames=frames,
-        fps=config.fps or family.fps,
+        fps=config.fps or family.defaults.fps,
         extend=replace(config.extend, native=native),
         sparse=sparse,
         rope=replace(config.rope, k=rope.k),
@@ -253,11 +254,9 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
     )
 
 
-def _check_frames(
-    name: str, frames: int, family: ModelFamily, geometry: Geometry, rope: RopePolicy
-) -> None:
+def _check_frames(name: str, frames: int, geometry: Geometry, rope: RopePolicy) -> None:
     try:
-        family.check_frames(frames, geometry, rope)
+        geometry.check_frames(frames, rope)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
 
@@ -289,8 +288,10 @@ def _check_dense_steps(chosen: int | list[int], steps: int) -> None:
 def _train_guidance(config: Config, family: ModelFamily, geometry: Geometry) -> float | None:
     if not geometry.guidance_embeds:
         return None
-    return family.train_guidance if config.train.guidance is None else config.train.guidance
+    given = config.train.guidance
+    return family.defaults.train_guidance if given is None else given
 
 
 def _sample_guidance(config: Config, family: ModelFamily) -> float:
-    return family.guidance if config.validate.guidance is None else config.validate.guidance
+    given = config.validate.guidance
+    return family.defaults.guidance if given is None else given

@@ -23,7 +23,7 @@ from . import flow
 from .adapter import lora
 from .config.schema import Config
 from .config.values import ConfigError
-from .families.base import Text
+from .families.text import Text
 from .job import Job
 from .memory import float8
 from .memory.checkpointing import block_checkpoint
@@ -77,8 +77,8 @@ class Learner:
         check_installed(self.config.train.optimizer)
         self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
         lora.check_targets(
-            job.family.blank_transformer(job.model_path, self.config.model.revision),
-            job.family.target_pattern(self.config.lora.targets),
+            job.family.loader.blank_transformer(job.model_path, self.config.model.revision),
+            job.family.layers.target_pattern(self.config.lora.targets),
         )
         self.memory_warning = check_memory(job, self.device, self.accelerator.num_processes)
         self.attention = job.attention()
@@ -92,9 +92,11 @@ class Learner:
     def load(self) -> None:
         """Read the model's weights, attach the adapter and make the optimizer."""
         config, job = self.config, self.job
-        transformer = job.family.load_transformer(job.model_path, config.model.revision, self.dtype)
+        transformer = job.family.loader.load_transformer(
+            job.model_path, config.model.revision, self.dtype
+        )
         if config.memory.base_dtype == "float8":
-            layers = job.family.float8_layers
+            layers = job.family.layers.float8
             quantised, total = float8.quantise_layers(transformer, layers, self.device)
             log.info(f"{quantised / total:.0%} of the base's {total:,} parameters are in float8.")
         parameters = lora.attach(
@@ -107,7 +109,7 @@ class Learner:
             compute_dtype=config.lora.compute_dtype,
             seed=config.train.seed,
         )
-        job.family.set_rope(transformer, job.rope)
+        job.family.rope.apply(transformer, job.rope)
         job.family.install(
             transformer,
             self.attention,
@@ -115,7 +117,7 @@ class Learner:
             fused_modulation=config.speed.fused_modulation,
         )
         if config.memory.mlp_chunk:
-            job.family.chunk_mlp(transformer, config.memory.mlp_chunk)
+            job.family.blocks.chunk_mlp(transformer, config.memory.mlp_chunk)
         blocks = block_checkpoint(config.memory, self.attention, self.device)
         if blocks is not None:
             transformer.enable_gradient_checkpointing(blocks)
@@ -268,7 +270,7 @@ class Learner:
     def loss_at(self, clean: Tensor, noise: Tensor, sigma: Tensor, texts: list[Text]) -> Tensor:
         """Of latents at given noise levels, on the device; texts: a caption each, on the CPU."""
         family, guidance = self.job.family, self.config.train.guidance
-        text = {key: value.to(self.device) for key, value in family.collate_text(texts).items()}
+        text = {key: value.to(self.device) for key, value in family.text.collate(texts).items()}
         return flow.flow_matching_loss(family, self.model, clean, text, sigma, noise, guidance)
 
     def cost_of(self, grid: TokenGrid) -> AttentionCost:

@@ -46,13 +46,13 @@ def analyse(cell: Cell, model: Any, family: PixelWan, path: Path, device: torch.
         for index in range(len(SET_NAMES)):
             pixels = torch.from_numpy(source.clip(index))[None].to(device)
             clean = to_latents(pixels, scale.squeeze)
-            text = family.collate_text([family.encode_caption(source.caption(index))])
+            text = family.text.collate([family.encode_caption(source.caption(index))])
             text = {name: x.to(device) for name, x in text.items()}
             for level, sigma in enumerate(SIGMAS):
                 generator = torch.Generator().manual_seed(index * 101 + level)
                 noise = torch.randn(clean.shape, generator=generator).to(device)
                 sigmas = torch.full((1,), sigma, device=device)
-                family.predict(model, add_noise(clean, noise, sigmas), sigmas, text)
+                family.noising.predict(model, add_noise(clean, noise, sigmas), sigmas, text)
     figures = summary(observer, {row: density for row, (_, density) in masks.items()})
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(figures), encoding="utf-8")

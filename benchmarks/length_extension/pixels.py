@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreel.sparse.attention import SparseAttention
-from longreel.trainer.families.base import Geometry, Text, diffusers_class
+from longreel.trainer.families.base import ModelFamily
 from longreel.trainer.families.rope import TemporalAxis
-from longreel.trainer.families.wan.family import ROPE_THETA, Wan
+from longreel.trainer.families.text import Text
+from longreel.trainer.families.wan.family import WAN
+from longreel.trainer.families.wan.geometry import WanGeometry
+from longreel.trainer.families.wan.rope import temporal_axis
+from longreel.trainer.families.wan.text import WanText
 
 from .settings import Scale
 
@@ -23,23 +28,39 @@ from .settings import Scale
 CENTRE, SPREAD = 0.25, 0.35
 
 
-class PixelWan(Wan):
+@dataclass(frozen=True)
+class PixelText(WanText):
+    """Pads captions to `tokens`, all of which the model attends to."""
+
+    tokens: int
+
+    def collate(self, texts: Sequence[Text]) -> Text:
+        embeds = [text["prompt_embeds"] for text in texts]
+        padded = [F.pad(x, (0, 0, 0, self.tokens - len(x))) for x in embeds]
+        return {"encoder_hidden_states": torch.stack(padded)}
+
+
+@dataclass(frozen=True, eq=False)
+class PixelWan(ModelFamily):
     """The Wan family at one scale of the experiment, without pipelines and files of the Hub."""
 
-    def __init__(self, scale: Scale) -> None:
-        self.scale = scale
-        self.native_frames = scale.native
-        self.context_tokens = scale.context
+    scale: Scale
+
+    @classmethod
+    def at(cls, scale: Scale) -> PixelWan:
+        text = PixelText(WAN.names, scale.context)
+        defaults = replace(WAN.defaults, native_frames=scale.native)
+        return cls(**vars(WAN) | {"text": text, "defaults": defaults, "scale": scale})
 
     @property
     def axis(self) -> TemporalAxis:
-        dim = self.scale.head_dim
-        return TemporalAxis(dim - 4 * (dim // 6), ROPE_THETA, torch.float64)
+        return temporal_axis(self.scale.head_dim)
 
     @property
-    def shape(self) -> Geometry:
+    def shape(self) -> WanGeometry:
         scale = self.scale
-        return Geometry(
+        return WanGeometry(
+            family=self.name,
             temporal=1,
             spatial=scale.squeeze,
             patch=(1, 1, 1),
@@ -55,7 +76,7 @@ class PixelWan(Wan):
         scale = self.scale
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return diffusers_class(self.transformer_name)(
+            return self.names.transformer_class(
                 patch_size=(1, 1, 1),
                 num_attention_heads=scale.heads,
                 attention_head_dim=scale.head_dim,
@@ -74,7 +95,7 @@ class PixelWan(Wan):
         transformer.save_pretrained(folder, max_shard_size="12MB")
 
     def load_base(self, folder: Path, dtype: torch.dtype) -> Any:
-        return diffusers_class(self.transformer_name).from_pretrained(folder, dtype=dtype)
+        return self.names.transformer_class.from_pretrained(folder, dtype=dtype)
 
     def encode_caption(self, caption: str) -> Text:
         """Each word a random vector of its own, the same in every run."""
@@ -83,12 +104,6 @@ class PixelWan(Wan):
             generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
             rows.append(torch.randn(self.scale.text_dim, generator=generator))
         return {"prompt_embeds": torch.stack(rows)}
-
-    def collate_text(self, texts: Sequence[Text]) -> Text:
-        size = self.scale.context
-        embeds = [text["prompt_embeds"] for text in texts]
-        padded = [F.pad(x, (0, 0, 0, size - len(x))) for x in embeds]
-        return {"encoder_hidden_states": torch.stack(padded)}
 
 
 class Bf16Attention(SparseAttention):

@@ -91,7 +91,7 @@ class Experiment:
     def __init__(self, scale: Scale, out: Path, seconds: float) -> None:
         self.scale, self.out, self.store = scale, out, Store(out)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.family = PixelWan(scale)
+        self.family = PixelWan.at(scale)
         self.workers, self.banks = Workers(), dict[int, Bank]()
         self.deadline = time.monotonic() + seconds if seconds else float("inf")
         self._check_scale()

@@ -10,7 +10,7 @@ import torch
 
 from longreel.data.files import replacing
 from longreel.data.synthetic import CAPTIONS, SETS, ClipSet
-from longreel.trainer.families.base import diffusers_class
+from longreel.trainer.families.names import diffusers_class
 from longreel.trainer.sampling.pipeline import evaluating
 
 from .pixels import PixelWan, to_pixels
@@ -53,7 +53,7 @@ def sample(
             numbers = range(start, min(start + scale.sample_batch, scale.samples))
             noise = torch.stack([_noise(shape, seed, name, number) for number in numbers])
             texts = [family.encode_caption(captions[number]) for number in numbers]
-            text = {k: x.to(device) for k, x in family.collate_text(texts).items()}
+            text = {k: x.to(device) for k, x in family.text.collate(texts).items()}
             latents = _denoise(model, family, noise.to(device), text)
             clips.append(to_pixels(latents, scale.squeeze).cpu().numpy())
     return np.concatenate(clips)
@@ -70,7 +70,7 @@ def _denoise(model: Any, family: PixelWan, latents: torch.Tensor, text: dict) ->
     scheduler.set_timesteps(scale.sample_steps, device=latents.device)
     for timestep in scheduler.timesteps:
         sigma = (timestep / 1000).float().expand(len(latents))
-        prediction = family.predict(model, latents, sigma, text)
+        prediction = family.noising.predict(model, latents, sigma, text)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
     return latents
 

@@ -80,7 +80,7 @@ def place(
 ) -> Any:
     """Give a transformer its attention and positions."""
     lengths = {"native": family.scale.native, "target": frames}
-    family.set_rope(transformer, RopePolicy.resolve(Rope(rope), **lengths, axis=family.axis))
+    family.rope.apply(transformer, RopePolicy.resolve(Rope(rope), **lengths, axis=family.axis))
     attention = Bf16Attention(pattern, block=family.scale.block, dense_layers=dense_layers)
     family.install(transformer, attention)
     return transformer
@@ -203,7 +203,7 @@ class Training:
         clean = to_latents(pixels, scale.squeeze)
         sigma = flow.sample_sigmas(len(clean), Sigma(shift=scale.shift), generator)
         noise = torch.randn(clean.shape, generator=on_device, device=self.device)
-        text = self.family.collate_text([self.family.encode_caption(c) for c in captions])
+        text = self.family.text.collate([self.family.encode_caption(c) for c in captions])
         text = {name: x.to(self.device) for name, x in text.items()}
         with half_products(self.device, self.regime.method == "full"):
             return flow.flow_matching_loss(
@@ -228,7 +228,7 @@ def pretrain(
     folder = out / "base"
     if (folder / RECORD).is_file():
         return folder
-    family = PixelWan(scale)
+    family = PixelWan.at(scale)
     transformer = place(family, family.build(seed=0), pattern=Dense(), frames=scale.native)
     regime = Regime(
         "full",

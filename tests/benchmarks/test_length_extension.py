@@ -122,7 +122,7 @@ def test_the_model_is_of_the_size_that_the_experiment_names():
 
 def training(base, out, seed=0, method="lora"):
     folder, bank = base
-    family = PixelWan(MICRO)
+    family = PixelWan.at(MICRO)
     cell = Cell("radial", 2, seed, method=method, pattern=Radial())
     model = model_of(cell, family, folder, CPU)
     return Training(family, model, regime_of(cell, MICRO), bank, out / "run", CPU)
@@ -150,7 +150,7 @@ def test_a_training_that_was_stopped_goes_on_exactly(base, tmp_path, method):
 def test_one_run_serves_both_marks(base, tmp_path):
     """Seconds that end before the steps, and after them."""
     folder, bank = base
-    family = PixelWan(MICRO)
+    family = PixelWan.at(MICRO)
     for seed, budget in ((0, 1e-9), (1, 0.5)):
         cell = Cell("dense", 2, seed, pattern=Dense())
         timed = dataclasses.replace(cell, mark="seconds")
@@ -168,7 +168,7 @@ def test_one_run_serves_both_marks(base, tmp_path):
 def test_a_run_that_went_past_a_mark_unasked_begins_anew(base, tmp_path):
     """Radial's seconds may be known only after dense has had its steps."""
     folder, bank = base
-    family, cell = PixelWan(MICRO), Cell("dense", 2, pattern=Dense())
+    family, cell = PixelWan.at(MICRO), Cell("dense", 2, pattern=Dense())
     _, whole = tuned(cell, family, folder, tmp_path, CPU, FOREVER, bank, None)
     timed, budget = dataclasses.replace(cell, mark="seconds"), 1e-9
     _, record = tuned(timed, family, folder, tmp_path, CPU, FOREVER, bank, budget)
@@ -177,7 +177,7 @@ def test_a_run_that_went_past_a_mark_unasked_begins_anew(base, tmp_path):
 
 def test_a_model_that_is_loaded_samples_as_the_one_that_was_trained(base, tmp_path):
     folder, bank = base
-    family, cell = PixelWan(MICRO), Cell("radial", 2, pattern=Radial())
+    family, cell = PixelWan.at(MICRO), Cell("radial", 2, pattern=Radial())
     clips = []
     for _ in range(2):
         model, _ = tuned(cell, family, folder, tmp_path, CPU, FOREVER, bank, None)

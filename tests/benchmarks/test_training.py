@@ -153,7 +153,7 @@ def test_published_models_need_no_files(recipe):
     """Down to the last parameter, on no device."""
     job = Job.from_config(load([f"recipe={recipe}"]), published=True)
     family = untrained(job.family, torch.device("meta"))
-    blank = family.blank_transformer(job.model_path, None)
+    blank = family.loader.blank_transformer(job.model_path, None)
     assert sum(p.numel() for p in blank.parameters()) == anatomy(job).params
     assert anatomy(replace(job, family=family)) == anatomy(job)
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from longreel.launch.draw_command import draw
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.families.base import ModelFamily
+from longreel.trainer.families.loader import Loader
 
 
 @pytest.fixture
@@ -79,6 +79,6 @@ def test_a_published_model_is_drawn_without_its_files(tmp_path, capsys, monkeypa
     def read(*_):
         raise AssertionError("a file of the model was asked for")
 
-    monkeypatch.setattr(ModelFamily, "read_json", read)
+    monkeypatch.setattr(Loader, "read_json", read)
     draw(["recipe=wan_1_3b_2x", "sparse.pattern.name=power", f"out={tmp_path / 'mask.png'}"])
     assert "63,960: 41 x 30 x 52 video and 0 text tokens" in capsys.readouterr().out

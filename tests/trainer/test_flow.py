@@ -65,14 +65,14 @@ def test_loss_is_zero_for_the_true_velocity(family):
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 1, channels, 5, 4, 6, generator=generator)
     transformer = tiny.load_transformer(family)
-    text = family.collate_text([tiny.make_text(family)])
+    text = family.text.collate([tiny.make_text(family)])
     guidance = 1.0 if family is FAMILIES["hunyuan"] else None
     sigma = torch.tensor([0.3])
     seen = {}
 
     def oracle(module, args, kwargs, output):
         seen.update(kwargs)
-        return (family.target(clean, noise),)
+        return (family.noising.target(clean, noise),)
 
     def loss():
         return flow_matching_loss(family, transformer, clean, text, sigma, noise, guidance)

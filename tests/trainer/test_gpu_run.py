@@ -59,7 +59,7 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import HunyuanVideoTransformer3DModel
 
     torch.manual_seed(0)
-    pipe = FAMILIES["hunyuan"].build_tiny()
+    pipe = FAMILIES["hunyuan"].loader.build_tiny()
     small = {
         name: pipe.transformer.config[name]
         for name in ("in_channels", "out_channels", "text_embed_dim", "pooled_projection_dim")

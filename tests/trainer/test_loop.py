@@ -24,7 +24,7 @@ from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.recipe import load_file as load_config
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.families.modulated import WanTransformerBlock
+from longreel.trainer.families.wan.blocks import WanTransformerBlock
 from longreel.trainer.job import Job
 from longreel.trainer.loop import Trainer
 from longreel.trainer.run import checkpoint, metrics

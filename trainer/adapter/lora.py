@@ -38,7 +38,7 @@ def attach(
 ) -> list[tuple[str, nn.Parameter]]:
     """Freeze the transformer and add an fp32 adapter that changes nothing yet.
 
-    alpha: None for equal to rank. targets: as `ModelFamily.target_pattern` reads it. compute_dtype:
+    alpha: None for equal to rank. targets: as `LayerNames.target_pattern` reads it. compute_dtype:
     of its products, "float32", or "bfloat16" on a base of that. Returns the named trainable
     parameters, the adapter's alone. Raises ConfigError when the regex is not one or matches no
     linear layer.
@@ -46,7 +46,7 @@ def attach(
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    targets = family.target_pattern(targets)
+    targets = family.layers.target_pattern(targets)
     lora_alpha: Any = rank if alpha is None else alpha  # PEFT's annotation says int
     check_targets(transformer, targets)
     transformer.requires_grad_(False)
@@ -117,7 +117,7 @@ def save(
     # Of training only: a pipeline that loads an adapter leaves its new dropout layers switched on.
     config["lora_dropout"] = 0.0
     with tempfile.TemporaryDirectory(prefix=".lora-", dir=folder) as temporary:
-        family.pipeline_class.save_lora_weights(
+        family.names.pipeline_class.save_lora_weights(
             temporary,
             transformer_lora_layers=layers,
             transformer_lora_adapter_metadata=config,

@@ -3,17 +3,19 @@
 from typing import Any
 
 from ..config.values import ConfigError
-from .base import Geometry, ModelFamily, installed_attention
-from .hunyuan.family import Hunyuan
-from .mochi.family import Mochi
+from .attention import installed_attention
+from .base import ModelFamily
+from .geometry import Geometry
+from .hunyuan.family import HUNYUAN
+from .mochi.family import MOCHI
 from .rope import RopePolicy, installed_rope
-from .wan.family import Wan
+from .wan.family import WAN
 
-FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (Wan(), Hunyuan(), Mochi())}
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (WAN, HUNYUAN, MOCHI)}
 
 
 def family_of(entry: dict[str, Any]) -> ModelFamily:
-    """The family that an adapter's entry names; ConfigError for one this version does not know."""
+    """Return the family that an adapter's entry names; raise ConfigError if it is unknown."""
     if entry["family"] not in FAMILIES:
         raise ConfigError(
             f"The adapter is of family {entry['family']}; this longreel knows "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def hub_file(repository: str, revision: str | None, name: str) -> str:
-    """One file of a Hub repository, from its local cache if it is there."""
+    """Return the local path of a file of a Hub repository, downloaded if it is not cached."""
     from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repository, name, revision=revision)
@@ -13,6 +13,6 @@ def hub_file(repository: str, revision: str | None, name: str) -> str:
     # Without a network this fails at once; the download would retry for half a minute first.
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # of whichever HTTP library the client is built on
+    except Exception as error:  # its class depends on the HTTP library that the client uses
         raise OSError(f"{constants.ENDPOINT} cannot be reached ({error}).") from error
     return hf_hub_download(repository, name, revision=revision)

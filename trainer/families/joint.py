@@ -1,4 +1,8 @@
-"""What the models share whose attention spans text and video: `[video, text]`, text last."""
+"""Parts that families share whose attention spans text and video: `[video, text]`, text last.
+
+Padding of the text is cut off wherever possible: it would cost attention, and a mask would cost
+SDPA its fused kernels. In a batch of captions of several lengths, attention gets the lengths.
+"""
 
 from __future__ import annotations
 
@@ -11,45 +15,47 @@ from torch import Tensor
 
 from ...sparse.grid import TokenGrid
 from ..config.values import ConfigError
-from .base import Geometry, ModelFamily, Text
+from .attention import AttentionAdapter
+from .geometry import Geometry, token_grid
+from .text import Text, TextConditioning
 
 
-class JointFamily(ModelFamily):
-    """Text tokens are queries and keys beside the video's.
+class JointGeometry(Geometry):
+    def extended_frames(self, native: int, factor: int) -> int:
+        # Counted in latent frames: 125 frames at a compression of 4 are 32, and 64 of them are 253.
+        return (self.latent_frames(native) * factor - 1) * self.temporal + 1
 
-    Padding is cut off wherever it can be: it would cost attention, and a mask costs SDPA its fused
-    kernels. What remains, in a batch of different lengths, is told to the attention as lengths.
-    """
 
-    text_tokens = 256
-    caption_tokens = 256
-
-    def extended_frames(self, native: int, factor: int, geometry: Geometry) -> int:
-        # By latent frames: 125 at a compression of 4 are 32, and 64 of them are 253.
-        return (geometry.latent_frames(native) * factor - 1) * geometry.temporal + 1
-
+class JointAttention(AttentionAdapter):
     def sequence(
         self, transformer: Any, inputs: Mapping[str, Any]
     ) -> tuple[TokenGrid, Sequence[int] | None]:
         latents, mask = inputs["hidden_states"], inputs["encoder_attention_mask"]
-        grid = self.grid(latents.shape, self.patch_of(transformer.config), mask.shape[1])
+        grid = token_grid(latents.shape, self.patch(transformer.config), mask.shape[1])
         lengths = mask.bool().sum(dim=1).tolist()
         return grid, [grid.video + length for length in lengths]
 
     @abstractmethod
-    def patch_of(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of a token, from the transformer's config."""
+    def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return latent frames, rows and columns of a token, from the transformer's config."""
 
-    def collate_text(self, texts: Sequence[Text]) -> Text:
+
+class JointText(TextConditioning):
+    """Text tokens are queries and keys beside the video's."""
+
+    sequence_tokens = 256
+    caption_tokens = 256
+
+    def collate(self, texts: Sequence[Text]) -> Text:
         embeds, mask = pad([text["prompt_embeds"] for text in texts])
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
 def trim(embeds: Tensor, mask: Tensor) -> Tensor:
-    """The rows `[tokens, D]` of a prompt without its padding, on the CPU.
+    """Return the rows `[tokens, D]` of a prompt without its padding, on the CPU.
 
     embeds: `[L, D]`; mask: `[L]`, true for tokens of the prompt. Raises ConfigError for padding on
-    the left, which no pipeline of ours expects.
+    the left, with which none of the models was trained.
     """
     length = int(mask.bool().sum())
     if not mask[:length].bool().all():
@@ -61,7 +67,7 @@ def trim(embeds: Tensor, mask: Tensor) -> Tensor:
 
 
 def pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Embeddings `[B, L, D]` and a mask `[B, L]` bool of prompts `[tokens, D]`.
+    """Return embeddings `[B, L, D]` and a mask `[B, L]` bool of prompts `[tokens, D]`.
 
     L is the longest prompt's length, and at least 1. A prompt without tokens gives a row that is
     masked throughout.

@@ -22,11 +22,11 @@ def norm_and_rotate(
     across_heads: bool = False,
     round_before_weight: bool = False,
 ) -> Tensor:
-    """`norm_rope` with the weights that the stock modules `norm` and `text_norm` hold.
+    """Compute `norm_rope` with the weights that the stock modules `norm` and `text_norm` hold.
 
-    Where a GPU computes it, one pass over memory takes the place of the norm, the rotation and the
-    concatenation with text. Rounded as the stock modules round; gradients are rounded once, where
-    theirs are after every operation.
+    On a GPU one pass over memory replaces the norm, the rotation and the concatenation with text.
+    The result is rounded as by the stock modules; gradients are rounded once, where theirs are
+    rounded after every operation.
     """
     return norm_rope(
         x,

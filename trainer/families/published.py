@@ -1,7 +1,7 @@
-"""Published models by their repositories: sizes that can be planned with before a file is fetched.
+"""Sizes of published models by repository, for plans before a file is downloaded.
 
-diffusers' defaults are each architecture's largest published model; what differs stands here. The
-text encoders' sizes are those of their own published configs.
+diffusers' defaults are each architecture's largest published model; this file holds what differs.
+The text encoders' sizes are those of their own published configs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-from .base import Geometry, ModelFamily, diffusers_class
+from .base import ModelFamily
+from .geometry import Geometry
+from .loader import ModelConfigs
+from .names import diffusers_class
 
 _T5_XXL: dict[str, Any] = {
     "d_model": 4096,
@@ -42,8 +45,11 @@ _UMT5_XXL = {"text_encoder": ("UMT5EncoderModel", _T5_XXL | {"vocab_size": 25638
 
 @dataclass(frozen=True)
 class Published:
-    """vae: diffusers class, at its defaults. text: transformers class and settings by component.
-    transformer: settings that differ from diffusers' defaults."""
+    """Describes a published model.
+
+    vae: a diffusers class, at its defaults. text: a transformers class and its settings by
+    component. transformer: settings that differ from diffusers' defaults.
+    """
 
     vae: str
     text: Mapping[str, tuple[str, Mapping[str, Any]]]
@@ -72,29 +78,33 @@ PUBLISHED: dict[str, Published] = {
 
 
 def published_geometry(family: ModelFamily, path: str, revision: str | None) -> Geometry | None:
-    """Sizes of a published model of the family, without reading anything; None for others."""
-    known = _known(path, revision)
+    """Return the sizes of a published model without reading files; None for other models."""
+    known = _published(path, revision)
     if known is None:
         return None
-    index = {"_class_name": family.pipeline_name}
-    transformer = _defaults(family.transformer_name) | dict(known.transformer)
-    return family.read_geometry(path, index, transformer, _defaults(known.vae))
+    index = {"_class_name": family.names.pipeline}
+    transformer = _defaults(family.names.transformer) | dict(known.transformer)
+    configs = ModelConfigs(path, index, transformer, _defaults(known.vae))
+    return family.geometry.read(family.names, configs)
 
 
 def blank_transformer(family: ModelFamily, path: str, revision: str | None) -> Any:
-    """The transformer on the meta device: from what is published, or from the model's files."""
-    known = _known(path, revision)
+    """Build the transformer on the meta device, from published sizes or the model's files."""
+    known = _published(path, revision)
     if known is None:
-        return family.blank_transformer(path, revision)
+        return family.loader.blank_transformer(path, revision)
     with torch.device("meta"):
-        return diffusers_class(family.transformer_name)(**known.transformer)
+        return family.names.transformer_class(**known.transformer)
 
 
 def blank_encoders(family: ModelFamily, path: str, revision: str | None) -> tuple[Any, list[Any]]:
-    """VAE and text encoders on the meta device; raises ConfigError for files that are missing."""
+    """Build the VAE and the text encoders on the meta device.
+
+    Raises ConfigError for missing files.
+    """
     import transformers
 
-    known = _known(path, revision)
+    known = _published(path, revision)
     if known is not None:
         with torch.device("meta"):
             texts = []
@@ -102,24 +112,24 @@ def blank_encoders(family: ModelFamily, path: str, revision: str | None) -> tupl
                 cls = getattr(transformers, name)
                 texts.append(cls(cls.config_class(**settings)))
             return diffusers_class(known.vae)(), texts
-    index = family.read_json(path, revision, "model_index.json")
+    index = family.loader.read_json(path, revision, "model_index.json")
     with torch.device("meta"):
         vae_class = diffusers_class(index["vae"][1])
-        vae = vae_class.from_config(family.read_json(path, revision, "vae/config.json"))
+        vae = vae_class.from_config(family.loader.read_json(path, revision, "vae/config.json"))
         texts = []
-        for component in family.text_components:
+        for component in family.loader.text_components:
             if component.startswith("text_encoder"):
                 cls = getattr(transformers, index[component][1])
-                settings = family.read_json(path, revision, f"{component}/config.json")
+                settings = family.loader.read_json(path, revision, f"{component}/config.json")
                 texts.append(cls(cls.config_class.from_dict(settings)))
     return vae, texts
 
 
-def _known(path: str, revision: str | None) -> Published | None:
+def _published(path: str, revision: str | None) -> Published | None:
     return PUBLISHED.get(path) if revision is None else None
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """Settings that a diffusers class has when none are given."""
+    """Return the default settings of a diffusers class."""
     parameters = inspect.signature(diffusers_class(name).__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -1,14 +1,15 @@
 """Temporal positions of rotary embedding beyond the native length.
 
-The policies change the temporal axis alone; docs/rope.md compares them.
+The policies change only the temporal axis; docs/rope.md compares them.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ RIFLEX_MARGIN = 0.9  # share of its period that the video may fill (the authors'
 
 @dataclass(frozen=True)
 class TemporalAxis:
-    """The channels of a head that turn with time, in pairs.
+    """Describes the channels of a head that turn with time, in pairs.
 
-    Pair k, from 1, turns by `theta ** (-2 (k - 1) / dim)` radians a latent frame, so that its
-    period grows with k. dim: channels, two a pair. dtype: that the stock model computes angles in.
+    Pair k, counted from 1, turns by `theta ** (-2 (k - 1) / dim)` radians a latent frame, so that
+    its period grows with k. dim: channels, two a pair. dtype: the dtype of the stock model's
+    angles.
     """
 
     dim: int
@@ -32,21 +34,21 @@ class TemporalAxis:
     dtype: torch.dtype
 
     def period(self, k: int) -> float:
-        """Latent frames in which pair k turns once (RIFLEx, arXiv 2502.15894, Eq. 4)."""
+        """Return the latent frames in which pair k turns once (RIFLEx, arXiv 2502.15894, Eq. 4)."""
         return 2 * math.pi * self.theta ** (2 * (k - 1) / self.dim)
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """`[dim / 2]` radians a latent frame, bit-equal to the stock model's."""
+        """Return `[dim / 2]` radians a latent frame, bit-equal to the stock model's."""
         exponents = torch.arange(0, self.dim, 2, dtype=self.dtype, device=device) / self.dim
         return 1.0 / self.theta**exponents
 
 
 @dataclass(frozen=True)
 class RopePolicy:
-    """What the temporal axis does beyond the native length, as an adapter was trained with it.
+    """Describes the temporal positions that an adapter was trained with.
 
     native, target: latent frames that the base model and the adapter were trained at.
-    k: of riflex, the pair whose frequency is lowered, from 1.
+    k: the pair whose frequency riflex lowers, counted from 1; None for other policies.
     """
 
     policy: RopeName = "native"
@@ -58,12 +60,12 @@ class RopePolicy:
     def resolve(
         cls, settings: Rope, native: int, target: int, axis: TemporalAxis | None
     ) -> RopePolicy:
-        """The policy that settings mean for these lengths.
+        """Return the policy that settings mean for these lengths.
 
         axis: None for a model that has learned its frequencies. Without a `rope.k` riflex lowers
-        the first frequency that does not turn once within the native length: beyond it, that one
-        is the first to repeat (HunyuanVideo k = 4, CogVideoX k = 2, as the paper finds by looking
-        at videos). Raises ConfigError where the policy has no meaning.
+        the first frequency that does not turn once within the native length: it is the first to
+        repeat in longer videos (HunyuanVideo k = 4, CogVideoX k = 2, which the paper finds by
+        looking at videos). Raises ConfigError where the policy has no meaning.
         """
         if settings.policy != "riflex":
             return cls(settings.policy, native, target)
@@ -84,28 +86,29 @@ class RopePolicy:
 
     @classmethod
     def recorded(cls, entry: Mapping[str, Any]) -> RopePolicy:
-        """That of an adapter's entry (`lora.read_entry`)."""
+        """Return the policy of an adapter's entry (`lora.read_entry`)."""
         rope = entry.get("rope")
         return cls(**rope) if isinstance(rope, dict) else NATIVE  # before there was a choice
 
     @property
     def scale(self) -> float:
-        """Of temporal positions (Position Interpolation, arXiv 2306.15595).
+        """The factor of temporal positions (Position Interpolation, arXiv 2306.15595).
 
-        The training's, whatever length is sampled: the LoRA knows frames at this distance.
+        It is the training's, whatever length is sampled: the LoRA knows frames at this distance.
         """
         return self.native / self.target if self.policy == "interpolate" else 1.0
 
     def reach(self, rows: int) -> int:
-        """How many latent frames have positions within a table of so many rows."""
+        """Return how many latent frames have positions within a table of `rows` rows."""
         return (rows - 1) * self.target // self.native + 1 if self.policy == "interpolate" else rows
 
     def lowered(self, frames: int, axis: TemporalAxis) -> float | None:
-        """The period, in latent frames, that riflex gives pair k for a video of so many (Eq. 8).
+        """Return the period, in latent frames, that riflex gives pair k in a video of `frames`
+        latent frames (Eq. 8).
 
-        None where it is left alone: another policy, or its own period covers the video. Shorter
-        videos than the training's keep the training's period, which is what the LoRA knows (the
-        authors' code does so after fine-tuning); for longer ones it grows with them.
+        None if the pair keeps its own: under another policy, or if its period covers the video.
+        Videos shorter than the training's keep the training's period, which is what the LoRA knows
+        (the authors' code does so after fine-tuning); for longer ones it grows with them.
         """
         if self.k is None:
             return None
@@ -113,7 +116,7 @@ class RopePolicy:
         return frames / RIFLEX_MARGIN if frames > axis.period(self.k) else None
 
     def angles(self, frames: int, axis: TemporalAxis, device: torch.device | None = None) -> Tensor:
-        """`[frames, dim / 2]` radians by which each pair is turned in each latent frame."""
+        """Return `[frames, dim / 2]` radians by which each pair is turned in each latent frame."""
         frequencies = axis.frequencies(device)
         period = self.lowered(frames, axis)
         if period is not None:
@@ -123,7 +126,7 @@ class RopePolicy:
         return torch.outer(positions, frequencies)
 
     def describe(self, axis: TemporalAxis | None) -> str:
-        """What it does at the training length, in a sentence without its full stop."""
+        """Describe the policy at the training length, in a sentence without its full stop."""
         if self.k is None or axis is None:
             positions = f"times {self.native}/{self.target}" if self.scale != 1 else "unchanged"
             return f"{self.policy}, temporal positions {positions}"
@@ -134,7 +137,7 @@ class RopePolicy:
         return f"{pair} lowered: its period goes from {own:.1f} to {period:.1f} latent frames"
 
     def stock_note(self, where: str) -> str | None:
-        """What whoever loads the adapter elsewhere must know; None if there is nothing to know."""
+        """Return a warning for loading the adapter elsewhere; None if nothing is lost."""
         if self.policy == "native":
             return None
         return (
@@ -148,23 +151,26 @@ NATIVE = RopePolicy()
 
 
 class TemporalRope(nn.Module):
-    """The stock RoPE module with its temporal channels, which come first, by a policy.
+    """The stock RoPE module with temporal channels, which come first, that follow a policy.
 
-    Stands in the stock module's place as `rope`; the spatial tables are that module's own, and
-    temporal angles are computed, so that no table ends.
+    It replaces the stock module as `rope`. Spatial tables are the stock module's own; temporal
+    angles are computed, so that no table limits the length.
     """
 
     def __init__(
         self, stock: Any, policy: RopePolicy, axis: TemporalAxis, *, patch: int, token_dim: int
     ) -> None:
-        """patch: latent frames of a token. token_dim: the dimension of a table that counts tokens,
-        the one before the last or earlier."""
+        """Wrap the stock module.
+
+        patch: latent frames of a token. token_dim: the dimension of a table that counts tokens,
+        any but the last.
+        """
         super().__init__()
         self.stock, self.policy, self.axis = stock, policy, axis
         self.patch, self.token_dim = patch, token_dim
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of latents `[B, C, F, H, W]`, shaped as the stock module's."""
+        """Return cos and sin for latents `[B, C, F, H, W]`, shaped as the stock module's."""
         frames = hidden_states.shape[2] // self.patch
         angles = self.policy.angles(frames, self.axis, hidden_states.device)
         angles = angles.repeat_interleave(2, dim=1)  # each value comes twice, for a pair
@@ -186,11 +192,31 @@ class TemporalRope(nn.Module):
         return table.view(shape)
 
 
+class RopeAdapter(ABC):
+    """Lets a family's transformers follow a `RopePolicy`.
+
+    per_head: True if each head has positions of its own, so that a table holds half of a head's
+    channels for each head; otherwise it holds all of a head's channels once.
+    """
+
+    per_head: ClassVar[bool] = False
+
+    def apply(self, transformer: Any, policy: RopePolicy) -> None:
+        """Let temporal positions follow a policy; native puts the stock module back."""
+        transformer.rope = stock = stock_rope(transformer)
+        if policy.policy != "native":
+            transformer.rope = self.extend(stock, policy, transformer.config)
+
+    @abstractmethod
+    def extend(self, stock: Any, policy: RopePolicy, config: Mapping[str, Any]) -> nn.Module:
+        """Return a module to replace `stock`, the RoPE of a transformer with this config."""
+
+
 def stock_rope(transformer: Any) -> Any:
-    """A transformer's own RoPE module, under whichever of ours stands in its place."""
+    """Return a transformer's own RoPE module, which one of ours may have replaced."""
     return getattr(transformer.rope, "stock", transformer.rope)
 
 
 def installed_rope(transformer: Any) -> RopePolicy:
-    """The policy that a transformer's RoPE follows."""
+    """Return the policy that a transformer's RoPE follows."""
     return getattr(transformer.rope, "policy", NATIVE)

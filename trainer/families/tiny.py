@@ -1,4 +1,4 @@
-"""What the tiny models share: random weights that behave as trained ones in what matters here."""
+"""What the tiny models share: random weights that behave like trained ones where tests need it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def let_attention_speak(transformer: Any, gates: Iterable[Tensor], norms: Iterable[Any]) -> None:
-    """Open gates, logits that can single tokens out, and an output small enough that the untrained
-    loss is near that of predicting zero.
+def amplify_attention(transformer: Any, gates: Iterable[Tensor], norms: Iterable[Any]) -> None:
+    """Let attention have a visible effect on the output of random weights.
+
+    Opens the gates, scales logits so that they can single tokens out, and makes the output so small
+    that the untrained loss is near that of predicting zero.
 
     gates: views of the parameters that are added to attention's gates. norms: of queries and keys;
     None for one that a block lacks.
@@ -29,9 +31,10 @@ def let_attention_speak(transformer: Any, gates: Iterable[Tensor], norms: Iterab
 def latent_statistics(
     vae: Any, frames: int, height: int, width: int
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel of moving waves.
+    """Return mean and standard deviation of each latent channel of moving waves.
 
-    Rounded, so that the last bits of a machine's arithmetic do not reach the model's files.
+    They are rounded, so that the last bits of a machine's arithmetic do not reach the model's
+    files.
     """
     t, y, x = (torch.linspace(0, 1, n) for n in (frames, height, width))
     t, y, x = t[:, None, None], y[:, None], x
@@ -45,3 +48,23 @@ def latent_statistics(
     latents = vae.encode(0.8 * waves[None]).latent_dist.mode()[0].flatten(1)
     mean, std = ([round(x, 4) for x in s.tolist()] for s in (latents.mean(1), latents.std(1)))
     return mean, std
+
+
+def t5_encoder(model: str, config: str, width: int, max_length: int) -> tuple[Any, Any]:
+    """Return a tokenizer of bytes, and an encoder of two layers for it.
+
+    model, config: classes of transformers: T5 or a variant of it.
+    """
+    import transformers
+
+    tokenizer = transformers.ByT5Tokenizer(model_max_length=max_length)
+    settings = getattr(transformers, config)(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return tokenizer, getattr(transformers, model)(settings).eval()

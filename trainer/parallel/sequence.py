@@ -122,17 +122,17 @@ class SequenceGroup:
         # Copies: a view would hold the tensor of the whole clip until the end of backward.
 
         def cut(module: Any, args: Any, embedded: Tensor) -> Tensor:
-            return family.embedded_part(embedded, self.part(tokens()), tokens()).clone()
+            return family.split.cut(embedded, self.part(tokens()), tokens()).clone()
 
         def cut_tables(module: Any, args: Any, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             part = self.part(tokens())
-            where = (family.rope_tokens, part.start, part.stop - part.start)
+            where = (family.split.rope_dim, part.start, part.stop - part.start)
             return tuple(table.narrow(*where).clone() for table in tables)
 
         def collect(module: Any, args: Any, predicted: Tensor) -> Tensor:
             return self.gather(predicted, tokens())
 
-        getattr(transformer, family.embedder).register_forward_hook(cut)
+        getattr(transformer, family.split.embedder).register_forward_hook(cut)
         transformer.rope.register_forward_hook(cut_tables)
         transformer.proj_out.register_forward_hook(collect)
 

@@ -12,23 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from ..config.schema import Speed
+from ..families.layers import LayerNames
 from ..families.published import blank_transformer
 from ..job import Job
-
-# Names of diffusers' linear layers inside a block by what they see. All others see the video, and
-# the text too where a block of joint attention has no layers for text alone.
-TEXT = re.compile(r".*(add_[qkv]_proj|to_add_out|ff_context\..*|attn2\.to_[kv])")
-CONDITION = re.compile(r"norm.*")  # modulation: one vector a sample
-SHARED = re.compile(r"to_[qkv]$")  # layers of one attention, with one input
-BESIDE_VIDEO = re.compile(r".*(_context|added).*")  # norms of the text stream
 
 # Bytes a channel that a norm keeps for backward, by its class, in a bf16 model.
 # Of block inputs:
 NORM_KEEPS = {
     "LayerNorm": 2,  # its bf16 input
     "FP32LayerNorm": 4,  # an fp32 copy of it
-    "RMSNorm": 4,  # Mochi's: likewise
+    "RMSNorm": 4,  # an fp32 copy too
 }
 MODULATED_NORM_KEEPS = 2  # our kernel of those two: its bf16 input
 # Of queries and keys:
@@ -87,17 +80,17 @@ def anatomy(job: Job) -> Anatomy:
     """Of the job's model and adapter; raises ConfigError for model files that are missing."""
     config, geometry = job.config, job.geometry
     model = blank_transformer(job.family, job.model_path, config.model.revision)
-    targets = re.compile(job.family.target_pattern(config.lora.targets))
+    layers = job.family.layers
+    targets = re.compile(layers.target_pattern(config.lora.targets))
     rank = config.lora.rank
     adapted = {name for name, _ in model.named_modules() if targets.fullmatch(name)}
     blocks = tuple(
-        _block(block, f"{stack}.{index}.", adapted, rank, config.speed)
+        _block(block, f"{stack}.{index}.", layers, adapted, job)
         for stack, blocks in model.named_children()
         if isinstance(blocks, nn.ModuleList)
         for index, block in enumerate(blocks)
     )
     assert len(blocks) == geometry.layers
-    per_head = hasattr(model, "pos_frequencies")  # Mochi's heads have learnt their own positions
     return Anatomy(
         params=sum(p.numel() for p in model.parameters()),
         lora=rank * sum(_ends(model.get_submodule(name)) for name in adapted),
@@ -105,34 +98,39 @@ def anatomy(job: Job) -> Anatomy:
         heads=geometry.heads,
         head_dim=geometry.head_dim,
         text_width=model.config.get("text_dim") or model.config["text_embed_dim"],
-        context_tokens=job.family.context_tokens,
-        # cos and sin in fp32; for each head of half its channels, else of all channels once
-        rope=4 * geometry.heads * geometry.head_dim if per_head else 8 * geometry.head_dim,
+        context_tokens=job.family.text.context_tokens,
+        # cos and sin in fp32: half of a head's channels for each head, or all channels once
+        rope=(4 * geometry.heads if job.family.rope.per_head else 8) * geometry.head_dim,
         blocks=blocks,
     )
 
 
-def _block(block: Any, prefix: str, adapted: set[str], rank: int, speed: Speed) -> Block:
+def _block(block: Any, prefix: str, layers: LayerNames, adapted: set[str], job: Job) -> Block:
+    speed, rank = job.config.speed, job.config.lora.rank
     linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    text = {n for n in linear if TEXT.fullmatch(n)}
-    video = linear.keys() - text - {n for n in linear if CONDITION.fullmatch(n)}
+    text = {n for n in linear if re.fullmatch(layers.text, n)}
+    # All others see the video, and the text too where no layers are for text alone.
+    video = linear.keys() - text - {n for n in linear if re.fullmatch(layers.modulation, n)}
     hit = [n for n in linear if n in video and prefix + n in adapted]
-    inputs = {SHARED.sub("", n): linear[n].in_features for n in hit if not n.endswith("to_out.0")}
+    inputs = {
+        re.sub(rf"{layers.qkv}$", "", n): linear[n].in_features
+        for n in hit
+        if not n.endswith(layers.attention_out)
+    }
     # A block of joint attention without layers for text: both streams are one by then.
     joint = not text
-    outwards = next(n for n in ("ff.net.2", "ffn.net.2", "proj_out") if n in linear)
-    inwards = next(n for n in ("ff.net.0.proj", "ffn.net.0.proj", "proj_mlp") if n in linear)
-    width, fused = linear[outwards].out_features, outwards == "proj_out"
-    mlp = linear[outwards].in_features - (width if fused else 0)
+    names = next(names for names in layers.mlp if names.last in linear)
+    first, last, fused = linear[names.first], linear[names.last], names.shares_output
+    width = last.out_features
+    mlp = last.in_features - (width if fused else 0)
     weights = sum(linear[n].weight.numel() for n in video)
     norms = qk_norms = 0
     for name, module in block.named_modules():
-        if "Norm" not in type(module).__name__ or BESIDE_VIDEO.fullmatch(name):
+        if "Norm" not in type(module).__name__ or re.fullmatch(layers.text_norms, name):
             continue
-        if re.fullmatch(r"attn.*\.norm_[qk]", name):
-            if name != "attn2.norm_k":  # of the text
-                fused_kernel = isinstance(module, nn.RMSNorm) or speed.fused_norms
-                qk_norms += width * (FUSED_NORM_KEEPS if fused_kernel else EAGER_NORM_KEEPS)
+        if re.fullmatch(layers.qk_norms, name):
+            fused_kernel = isinstance(module, nn.RMSNorm) or speed.fused_norms
+            qk_norms += width * (FUSED_NORM_KEEPS if fused_kernel else EAGER_NORM_KEEPS)
         else:
             keeps = NORM_KEEPS.get(type(module).__name__, 0)
             fused_kernel = speed.fused_modulation
@@ -147,9 +145,9 @@ def _block(block: Any, prefix: str, adapted: set[str], rank: int, speed: Speed) 
         inputs=sum(inputs.values()),
         lora=rank * sum(_ends(linear[n]) for n in hit),
         mlp=mlp,
-        gated=linear[inwards].out_features == 2 * mlp,
+        gated=first.out_features == 2 * mlp,
         fused=fused,
-        cross="attn2.to_q" in linear,
+        cross=job.family.text.context_tokens > 0,
         norms=norms,
         qk_norms=qk_norms,
     )

@@ -382,7 +382,7 @@ def exchanged_bytes(model: Anatomy, tokens: int, knobs: Knobs, passes: Passes) -
 def cache_bytes(job: Job, model: Anatomy) -> tuple[int, int]:
     """Of one clip's latents and one caption's embeddings at its longest, on disk."""
     act = read_knobs(job.config).act
-    tokens = job.family.text_tokens or model.context_tokens
+    tokens = job.family.text.max_tokens
     return act * math.prod(job.latent_shape(job.frames)), act * tokens * model.text_width
 
 
@@ -406,29 +406,6 @@ def forward_memory(model: Anatomy, tokens: int, knobs: Knobs, samples: int) -> d
     }
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What a published VAE's decoder holds at its full resolution, in fp32: `frames` of at most
-    `side` x `side` pixels (None: whole frames) and `channels`, `times` over. Assumed."""
-
-    frames: int
-    side: int | None
-    channels: int
-    times: float
-
-
-# By family, as its `decode_chunks` goes: four frames and the convolutions' caches; tiles; two
-# latent frames and the caches, as that method's docstring adds them up.
-DECODING = {
-    "wan": Decoding(4, None, 96, 8),
-    "hunyuan": Decoding(17, 256, 128, 5),
-    "mochi": Decoding(12, None, 128, 7),
-}
-
-
 def decoding_bytes(job: Job) -> float:
-    """Of the decoder's activations for one chunk of frames; does not grow with length."""
-    decoding, config = DECODING[job.family.name], job.config
-    side = decoding.side or max(config.height, config.width)
-    pixels = min(config.height, side) * min(config.width, side)
-    return 4.0 * decoding.times * decoding.frames * decoding.channels * pixels
+    """Return the bytes of the decoder's activations for one chunk of frames, of any length."""
+    return job.family.vae.decoder_memory.bytes(job.config.height, job.config.width)

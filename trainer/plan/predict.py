@@ -171,14 +171,14 @@ def plan_sampling(job: Job, gpu: Gpu) -> SamplingPlan:
     knobs = replace(read_knobs(config), offload=False, sequence=1, engine="ddp")
     vae, encoders = blank_encoders(family, job.model_path, config.model.revision)
     grid, attention = job.grid(job.frames), job.attention()
-    negative = family.uses_negative(job.geometry, family.guidance)
-    samples = 2 if negative and family.joins_guidance else 1
-    forwards = family.steps * (1 + (negative and samples == 1))
+    negative = job.geometry.uses_negative(family.defaults.guidance)
+    samples = 2 if negative and family.defaults.batches_guidance else 1
+    forwards = family.defaults.steps * (1 + (negative and samples == 1))
     spent = Seconds(0, 0, 0, 0)
     layers = range(job.geometry.layers)
     sparse = attention.layer_densities(grid, len(layers), job.geometry.heads)
-    for step in range(family.steps):
-        dense = attention.planned(grid, step=(step, family.steps)).dense
+    for step in range(family.defaults.steps):
+        dense = attention.planned(grid, step=(step, family.defaults.steps)).dense
         once = seconds(
             model,
             grid,
@@ -189,10 +189,10 @@ def plan_sampling(job: Job, gpu: Gpu) -> SamplingPlan:
             batch=samples,
             backend=config.sparse.backend,
         )
-        spent = spent.plus(once.times(forwards / family.steps))
+        spent = spent.plus(once.times(forwards / family.defaults.steps))
 
     def weights(module: Any, component: str) -> float:
-        bytes_each = 4 if component in family.fp32_components else knobs.act
+        bytes_each = 4 if component in family.loader.fp32_components else knobs.act
         return bytes_each * sum(p.numel() for p in module.parameters())
 
     vae_bytes, reserve = {"VAE": weights(vae, "vae")}, {"reserve": RESERVE * GIB}
@@ -200,7 +200,7 @@ def plan_sampling(job: Job, gpu: Gpu) -> SamplingPlan:
     held = {part: transformer[part] for part in ("frozen base", "LoRA")}
     text = sum(weights(encoder, "text_encoder") for encoder in encoders)
     return SamplingPlan(
-        steps=family.steps,
+        steps=family.defaults.steps,
         forwards=forwards,
         samples=samples,
         text={"text encoders": text} | reserve,
@@ -215,7 +215,7 @@ def longest_frames(job: Job, fits: Callable[[int], bool]) -> int | None:
 
     fits: of the tokens of one sample, text included; must not come back once it has failed.
     """
-    step, geometry = job.family.frame_step(job.geometry), job.geometry
+    step, geometry = job.geometry.frame_step, job.geometry
     most = 2**16  # of steps: days of video
     if geometry.max_positions is not None:
         last = (geometry.max_positions * geometry.patch[0] - 1) * geometry.temporal

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...sparse.attention import SparseAttention
 from .. import flow
 from ..config.schema import Memory
-from ..families.base import Text
+from ..families.text import Text
 from ..job import Job
 from ..memory.offload import Offload
 from ..memory.optimizer import moments_held
@@ -107,7 +107,7 @@ def longest_batch(job: Job, text: Text, dtype: torch.dtype) -> tuple[Tensor, lis
     text: of any caption, for its widths.
     """
     embeds, batch = text["prompt_embeds"], job.config.train.batch
-    longest = job.family.text_tokens or job.family.context_tokens
+    longest = job.family.text.max_tokens
     lengths = [longest, *[longest - 1] * (batch - 1)]
     texts = [text | {"prompt_embeds": embeds.new_zeros(n, embeds.shape[1])} for n in lengths]
     return torch.zeros(batch, *job.latent_shape(job.frames), dtype=dtype), texts

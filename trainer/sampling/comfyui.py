@@ -52,8 +52,8 @@ def export_comfyui(
     _check_name(out, file)
     family = family_of(entry)
     path, revision = base_model(entry, model_path, cache_dir)
-    family.geometry(path, revision)  # refuses what is missing or of another family
-    transformer = family.blank_transformer(path, revision)
+    family.read_geometry(path, revision)  # refuses what is missing or of another family
+    transformer = family.loader.blank_transformer(path, revision)
     scale, trained = read_updates(transformer, file)
     updates = {name: (a.to(dtype), (b * scale).to(dtype)) for name, (a, b) in trained.items()}
     broken = [name for name, pair in updates.items() if not all(x.isfinite().all() for x in pair)]
@@ -95,26 +95,27 @@ def _find_places(
     holders = {name: _holders(family, name) for name in layers}
     homeless = [name for name, found in holders.items() if not found]
     if homeless:
-        known = [part for parts in family.original_layers.values() for part in parts]
+        known = [part for parts in family.layers.original.values() for part in parts]
         raise ConfigError(
             f"{file} cannot be exported: the names in ComfyUI's model are not known for "
             f"{some(homeless)}. Use it in diffusers, or train with other lora.targets, such as "
-            f"{' or '.join(family.lora_targets)}. What can be exported: {some(known, len(known))}."
+            f"{' or '.join(family.layers.lora_targets)}. What can be exported: "
+            f"{some(known, len(known))}."
         )
     modules = dict(transformer.named_modules())
     places: dict[str, tuple[str, ...]] = {}
     for name, found in holders.items():
-        assert len(found) == 1, f"{name} is a part of {', '.join(found)} in `original_layers`"
+        assert len(found) == 1, f"{name} is a part of {', '.join(found)} in `layers.original`"
         for original, parts in found.items():
             unknown = [part for part in parts if part not in modules]
-            assert not unknown, f"{original} in `original_layers` holds {unknown}: no such layers"
+            assert not unknown, f"{original} in `layers.original` holds {unknown}: no such layers"
             places[original] = parts
     return places
 
 
 def _holders(family: ModelFamily, layer: str) -> dict[str, tuple[str, ...]]:
     found = {}
-    for original, parts in family.original_layers.items():
+    for original, parts in family.layers.original.items():
         for part in parts:
             match = re.fullmatch(re.escape(part).replace(r"\{\}", r"(\d+)"), layer)
             if match:

@@ -27,7 +27,7 @@ from ..families import (
     installed_attention,
     installed_rope,
 )
-from ..families.base import Text
+from ..families.text import Text
 from ..parallel.sequence import SequenceGroup
 
 
@@ -56,11 +56,13 @@ def load_pipeline(
     entry, file = lora.read_entry(run), lora.adapter_file(run)
     family = family_of(entry)
     path, revision = base_model(entry, model_path, cache_dir)
-    family.geometry(path, revision)  # refuses what is missing or unsupported before any weights
-    lora.check_fits(family.blank_transformer(path, revision), file)
+    family.read_geometry(path, revision)  # refuses missing or unsupported models before any weights
+    lora.check_fits(family.loader.blank_transformer(path, revision), file)
     device, dtype = _device_and_dtype(device, dtype)
-    transformer = family.load_transformer(path, revision, dtype)
-    pipe = family.load_pipeline(path, revision, transformer=transformer, text=text, dtype=dtype)
+    transformer = family.loader.load_transformer(path, revision, dtype)
+    pipe = family.loader.load_pipeline(
+        path, revision, transformer=transformer, text=text, dtype=dtype
+    )
     pipe.to(device)
     pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="longreel")
     if sparse:
@@ -88,8 +90,8 @@ def encode_captions(
     family = family_of(entry)
     path, revision = base_model(entry, model_path, cache_dir)
     device, dtype = _device_and_dtype(device, dtype)
-    pipe = family.load_pipeline(path, revision, vae=False, dtype=dtype).to(device)
-    texts = [family.encode_text(pipe, caption) for caption in captions]
+    pipe = family.loader.load_pipeline(path, revision, vae=False, dtype=dtype).to(device)
+    texts = [family.text.encode(pipe, caption) for caption in captions]
     del pipe
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -110,7 +112,7 @@ def base_model(
     path, revision = entry["model"]["path"], entry["model"]["revision"]
     if model_path is not None:
         path, revision = model_path, None
-    return family_of(entry).resolve(path, cache_dir), revision
+    return family_of(entry).loader.resolve(path, cache_dir), revision
 
 
 def apply_sparse_attention(
@@ -142,7 +144,7 @@ def share_tokens(pipe: Any, group: SequenceGroup) -> None:
     Each process then calls the pipeline with the same arguments and noise, and each has all of the
     latents that come of it. After everything else that changes the pipeline.
     """
-    family = next(f for f in FAMILIES.values() if f.pipeline_name == type(pipe).__name__)
+    family = next(f for f in FAMILIES.values() if f.names.pipeline == type(pipe).__name__)
     attention = installed_attention(pipe.transformer)
     if attention is None:  # the stock processors know nothing of other processes
         attention = SparseAttention(Dense())
@@ -155,15 +157,15 @@ def apply_rope(pipe: Any, entry: dict[str, Any]) -> None:
 
     Its attention stays as it is: for an adapter that is to be sampled dense.
     """
-    _family_for(pipe, entry).set_rope(pipe.transformer, RopePolicy.recorded(entry))
+    _family_for(pipe, entry).rope.apply(pipe.transformer, RopePolicy.recorded(entry))
 
 
 def _family_for(pipe: Any, entry: dict[str, Any]) -> ModelFamily:
     """The family of both; ConfigError if the pipeline is another's."""
     family = family_of(entry)
-    if type(pipe).__name__ != family.pipeline_name:
+    if type(pipe).__name__ != family.names.pipeline:
         raise ConfigError(
-            f"The adapter is for {family.pipeline_name}, the pipeline is a {type(pipe).__name__}."
+            f"The adapter is for {family.names.pipeline}, the pipeline is a {type(pipe).__name__}."
         )
     return family
 
@@ -211,18 +213,18 @@ def generate(
     The transformer may be one in training: its modes, its attention's plan and schedule, gradients
     and torch's global random state are left as they were.
     """
-    family = next(f for f in FAMILIES.values() if f.pipeline_name == type(pipe).__name__)
+    family = next(f for f in FAMILIES.values() if f.names.pipeline == type(pipe).__name__)
     geometry = family.geometry_of(pipe)
-    family.check_steps("steps", steps)
-    guidance = family.guidance if guidance is None else guidance
+    family.defaults.check_steps("steps", steps)
+    guidance = family.defaults.guidance if guidance is None else guidance
     rope = installed_rope(pipe.transformer)
-    shape = family.latent_shape(frames, height, width, geometry, rope)
+    shape = geometry.latent_shape(frames, height, width, rope)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
     text = _encoded(pipe, family, prompt)
-    uses_negative = family.uses_negative(geometry, guidance)
+    uses_negative = geometry.uses_negative(guidance)
     against = _encoded(pipe, family, negative) if uses_negative else None
     device = pipe._execution_device
-    inputs = family.pipeline_inputs(text, against, guidance)
+    inputs = family.text.pipeline_inputs(text, against, guidance)
     with _sampling(pipe, progress):
         latents = pipe(
             num_frames=frames,
@@ -233,17 +235,17 @@ def generate(
             output_type="latent",
             **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()},
         ).frames[0]
-    return family.decode_video(pipe, latents)
+    return family.vae.decode(pipe.vae, latents)
 
 
 def _encoded(pipe: Any, family: ModelFamily, text: str | Text) -> Text:
     if not isinstance(text, str):
         return text
-    if any(getattr(pipe, name) is None for name in family.text_components):
+    if any(getattr(pipe, name) is None for name in family.loader.text_components):
         raise ValueError(
             f"The pipeline has no text encoder for {text!r}: give what `encode_text` made of it."
         )
-    return family.encode_text(pipe, text)
+    return family.text.encode(pipe, text)
 
 
 @contextmanager

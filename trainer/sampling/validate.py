@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ...data.dataset import LatentDataset
-from ..families.base import ModelFamily, Text
+from ..families.base import ModelFamily
+from ..families.text import Text
 from ..flow import flow_matching_loss
 from ..job import Job
 from ..run.metrics import Metrics, Row
@@ -95,7 +96,7 @@ class Validator:
 
         config, job = self.job.config, self.job
         if self._pipeline is None:
-            self._pipeline = job.family.load_pipeline(
+            self._pipeline = job.family.loader.load_pipeline(
                 job.model_path,
                 config.model.revision,
                 transformer=self.transformer,
@@ -150,7 +151,7 @@ def heldout_loss(
         for index in range(len(clips)):
             clip = clips[index]
             clean = clip["latents"][None, :, :latent_frames].float().to(device)
-            text = {k: v.to(device) for k, v in family.collate_text([clip["text"]]).items()}
+            text = {k: v.to(device) for k, v in family.text.collate([clip["text"]]).items()}
             for level, sigma in enumerate(sigmas):
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + index * 101 + level)
                 noise = torch.randn(clean.shape, generator=generator).to(device)

@@ -92,13 +92,13 @@ def trained(family, dtype=BF16, memory=None, base8=False, **options):
     """Output and gradients of a tiny model in training."""
     transformer = tiny.load_transformer(family, dtype)
     if base8:
-        float8.quantise_layers(transformer, family.float8_layers)
+        float8.quantise_layers(transformer, family.layers.float8)
     randomise(lora.attach(transformer, family, rank=4, **options))
     attention = SparseAttention(Radial(), block=16, dense_layers=1)
     family.install(transformer, attention)
     if memory is not None:
         if memory.mlp_chunk:
-            family.chunk_mlp(transformer, memory.mlp_chunk)
+            family.blocks.chunk_mlp(transformer, memory.mlp_chunk)
         blocks = block_checkpoint(memory, attention, torch.device("cpu"))
         if blocks is not None:
             transformer.enable_gradient_checkpointing(blocks)
@@ -128,7 +128,7 @@ def test_a_model_trains_as_with_fp32_products(family, base8):
 )
 def test_memory_methods_are_exact(family, memory):
     chunk = Memory(recompute="none", mlp_chunk=memory.mlp_chunk)
-    targets = [*family.lora_targets][-1]  # with a layer of the MLP, if the family offers one
+    targets = [*family.layers.lora_targets][-1]  # with a layer of the MLP, if the family offers one
     options = {
         "compute_dtype": "bfloat16",
         "targets": targets,

@@ -23,8 +23,8 @@ from longreel.trainer.adapter import lora
 from longreel.trainer.clips import prepare_data
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.families import FAMILIES, installed_attention, modulated, norm_rope
-from longreel.trainer.families.codec import scaled
+from longreel.trainer.families import FAMILIES, blocks, installed_attention, mochi, norm_rope, wan
+from longreel.trainer.families.vae import scale_pixels
 from longreel.trainer.flow import add_noise
 from longreel.trainer.job import Job
 from longreel.trainer.sampling.pipeline import generate
@@ -114,7 +114,8 @@ def test_fused_kernels_train_an_adapter_in_triton(family, interpreted, monkeypat
         ran.add(name)
         return kernel(*tensors, **options, backend="triton")
 
-    ops = (norm_rope, "norm_rope"), (modulated, "modulated_norm"), (modulated, "gated_add")
+    ops = [(norm_rope, "norm_rope"), (mochi.blocks, "modulated_norm")]
+    ops += [(wan.blocks, "modulated_norm"), (wan.blocks, "gated_add")]
     for module, name in ops:
         kernel = functools.partial(compiled, getattr(module, name), name)
         monkeypatch.setattr(module, name, kernel)
@@ -141,12 +142,12 @@ def test_fused_kernels_are_taken_back(family):
     fused = [type(module) for module in transformer.modules()]
     assert (fused != kinds) == (family.name != "hunyuan")
     randomise(lora.attach(transformer, family, rank=4))
-    family.chunk_mlp(transformer, 64)
+    family.blocks.chunk_mlp(transformer, 64)
     names = transformer.state_dict().keys()
     out = transformer(**(inputs := make_inputs(family, frames=5, texts=(5,)))).sample
     family.install(transformer, SparseAttention(Dense()))
     assert transformer.state_dict().keys() == names
-    assert not any(isinstance(module, modulated.Replacement) for module in transformer.modules())
+    assert not any(isinstance(module, blocks.Replacement) for module in transformer.modules())
     torch.testing.assert_close(transformer(**inputs).sample, out)
 
 
@@ -157,7 +158,7 @@ def test_each_sample_of_a_batch_is_as_if_alone(family):
     together = ours(**inputs).sample
     for index, length in enumerate((3, 40)):
         alone = {k: x[index : index + 1] for k, x in inputs.items()}
-        if family.text_tokens:
+        if family.text.sequence_tokens:
             alone["encoder_hidden_states"] = alone["encoder_hidden_states"][:, :length]
             alone["encoder_attention_mask"] = alone["encoder_attention_mask"][:, :length]
         torch.testing.assert_close(together[index], ours(**alone).sample[0], rtol=1e-4, atol=1e-5)
@@ -168,7 +169,7 @@ def test_a_sparse_pattern_changes_the_result(family):
     stock = tiny.load_transformer(family)(**inputs).sample
     sparse = sparse_transformer(family, Radial())(**inputs).sample
     assert not torch.allclose(sparse, stock, atol=1e-3)
-    layers = family.geometry(tiny.folder(family)).layers
+    layers = family.read_geometry(tiny.folder(family)).layers
     dense = sparse_transformer(family, Radial(), dense_layers=layers)
     assert torch.equal(dense(**inputs).sample, stock)
 
@@ -183,9 +184,9 @@ def test_layers_are_numbered_in_the_order_they_run(family, monkeypatch):
         return compute(layer_index, q, k, v)
 
     monkeypatch.setattr(attention, "attention", recording)
-    geometry = family.geometry(tiny.folder(family))
+    geometry = family.read_geometry(tiny.folder(family))
     transformer(**make_inputs(family, texts=(5, 5)))
-    text = 5 if family.text_tokens else 0
+    text = 5 if family.text.sequence_tokens else 0
     grid = TokenGrid(9, 3, 5, text)
     shape = (2, len(grid), geometry.heads, geometry.head_dim)
     assert seen == [(layer, shape) for layer in range(geometry.layers)]
@@ -243,19 +244,19 @@ def test_two_forwards_before_one_backward_with_checkpointing(family):
 def test_padding_on_the_left_is_refused(name):
     """Of what remained of it by its length, most would be padding."""
     pipe = tiny.load_pipeline(FAMILIES[name], vae=False)
-    assert len(FAMILIES[name].encode_text(pipe, "a cat")["prompt_embeds"]) < 10
+    assert len(FAMILIES[name].text.encode(pipe, "a cat")["prompt_embeds"]) < 10
     pipe.tokenizer.padding_side = "left"
     with pytest.raises(ConfigError, match="pads on the left.*set padding_side to right"):
-        FAMILIES[name].encode_text(pipe, "a cat")
+        FAMILIES[name].text.encode(pipe, "a cat")
 
 
 def test_text_encoder_and_vae_are_never_both_in_memory(family, videos, tmp_path, monkeypatch):
     """Nor is either of them left when the transformer is loaded."""
     arguments = arguments_of(family.name, videos, tmp_path / "cache", tmp_path / "run")
     job = Job.from_config(load([*arguments, f"model.path={tiny.folder(family)}"]))
-    load_pipeline, loaded, seen = family.load_pipeline, [], []
+    load_pipeline, loaded, seen = family.loader.load_pipeline, [], []
 
-    def recording(*args, **options):
+    def recording(_, *args, **options):
         assert not any(part() for part in loaded)
         pipe = load_pipeline(*args, **options)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, Module)}
@@ -263,9 +264,9 @@ def test_text_encoder_and_vae_are_never_both_in_memory(family, videos, tmp_path,
         seen.append(set(parts))
         return pipe
 
-    monkeypatch.setattr(family, "load_pipeline", recording)
+    monkeypatch.setattr(type(family.loader), "load_pipeline", recording)
     assert len(prepare_data(job, Accelerator(cpu=True), FP32).entries) == 3
-    text = {name for name in family.text_components if name.startswith("text_encoder")}
+    text = {name for name in family.loader.text_components if name.startswith("text_encoder")}
     assert seen == [text, {"vae"}] and not any(part() for part in loaded)
 
 
@@ -281,23 +282,22 @@ def moving_squares(frames, height=SIZE[0], width=SIZE[1]):
 
 def frames_of(family):
     """A short valid length of several latent frames."""
-    return 2 * family.frame_step(family.geometry(tiny.folder(family))) + 1
+    return 2 * family.read_geometry(tiny.folder(family)).frame_step + 1
 
 
 def test_true_velocity_takes_the_pipeline_from_noise_to_the_video(family):
-    pipe = tiny.load_pipeline(family)
-    pixels = moving_squares(frames_of(family))
-    clean = family.encode_video(pipe, pixels)[None]
+    pipe, pixels = tiny.load_pipeline(family), moving_squares(frames_of(family))
+    clean = family.vae.encode(pipe.vae, pixels)[None]
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     calls = []
 
     def answer(module, args, kwargs, output):
         calls.append(kwargs)
-        return (family.target(clean, noise),)
+        return (family.noising.target(clean, noise),)
 
     pipe.transformer.register_forward_hook(answer, with_kwargs=True)
     latents = pipe(
-        **family.pipeline_inputs(make_text(family), None, 1.0),
+        **family.text.pipeline_inputs(make_text(family), None, 1.0),
         latents=noise,
         height=pixels.shape[1],
         width=pixels.shape[2],
@@ -306,7 +306,7 @@ def test_true_velocity_takes_the_pipeline_from_noise_to_the_video(family):
     ).frames
     torch.testing.assert_close(latents, clean, atol=1e-4, rtol=0)
     assert len(calls) == 4
-    start, end = family.timestep(torch.tensor([0.0, 1.0])).tolist()
+    start, end = family.noising.timestep(torch.tensor([0.0, 1.0])).tolist()
     for call in calls:
         # Wan's pipeline truncates its timesteps to integers: sigma is right to 1e-3.
         sigma = (call["timestep"] - start) / (end - start)
@@ -315,26 +315,25 @@ def test_true_velocity_takes_the_pipeline_from_noise_to_the_video(family):
 
 
 def test_latents_are_normalised_and_repeatable(family):
-    pipe = tiny.load_pipeline(family)
-    pixels = moving_squares(frames_of(family))
-    latents = family.encode_video(pipe, pixels)
-    shape = family.latent_shape(len(pixels), *SIZE, family.geometry_of(pipe))
+    pipe, pixels = tiny.load_pipeline(family), moving_squares(frames_of(family))
+    latents = family.vae.encode(pipe.vae, pixels)
+    shape = family.geometry_of(pipe).latent_shape(len(pixels), *SIZE)
     assert latents.shape == shape and latents.dtype == FP32
     assert 0.3 < latents.std() < 3 and latents.mean().abs() < 1
-    assert torch.equal(latents, family.encode_video(pipe, pixels))
+    assert torch.equal(latents, family.vae.encode(pipe.vae, pixels))
 
 
 def test_encoding_in_chunks_equals_encoding_at_once(family):
     """Lengths within a chunk, at its end and past it; sizes with and without tiles in space."""
     vae = tiny.load_pipeline(family).vae
     generator = torch.Generator().manual_seed(0)
-    step = family.frame_step(family.geometry(tiny.folder(family)))
+    step = family.read_geometry(tiny.folder(family)).frame_step
     for frames in (1, step + 1, 16 + 1, 24 + 1, 37):
         frames = (frames - 1) // step * step + 1
         pixels = torch.randint(0, 256, (frames, *SIZE, 3), dtype=torch.uint8, generator=generator)
         with torch.no_grad():
-            chunks = list(family.encode_chunks(vae, pixels))
-            whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
+            chunks = list(family.vae.encode_chunks(vae, pixels))
+            whole = vae.encode(scale_pixels(vae, pixels)).latent_dist.mode()
         assert len(chunks) > 1 or frames <= 17 or family.name == "mochi"
         torch.testing.assert_close(torch.cat(chunks, dim=2), whole, atol=1e-5, rtol=1e-5)
 
@@ -342,16 +341,16 @@ def test_encoding_in_chunks_equals_encoding_at_once(family):
 def test_captions_are_cut_where_the_text_encoder_stops_reading(family):
     """What comes after `caption_tokens` changes nothing, what comes before it does."""
     pipe = tiny.load_pipeline(family)
-    tokenizer = family.caption_tokenizer(tiny.folder(family), None)
+    tokenizer = family.loader.caption_tokenizer(tiny.folder(family), None)
     caption = "a red fox runs " * 60
     ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
-    limit = family.caption_tokens
+    limit = family.text.caption_tokens
     assert len(ids) > limit + 8
     kept, rest = tokenizer.decode(ids[:limit]), tokenizer.decode(ids[limit:])
     assert kept + rest == caption
 
     def embedding(text: str) -> torch.Tensor:
-        return family.encode_text(pipe, text)["prompt_embeds"]
+        return family.text.encode(pipe, text)["prompt_embeds"]
 
     assert torch.equal(embedding(caption), embedding(kept + rest.upper()))
     assert not torch.equal(embedding(caption), embedding(kept[:-8] + "blue sky" + rest))
@@ -360,8 +359,8 @@ def test_captions_are_cut_where_the_text_encoder_stops_reading(family):
 def test_normalising_is_undone_before_decoding(family):
     pipe = tiny.load_pipeline(family)
     latents = torch.randn(1, family.geometry_of(pipe).latent_channels, 2, 3, 4)
-    there = family.normalise(pipe.vae, latents)
-    torch.testing.assert_close(family.denormalise(pipe.vae, there), latents)
+    there = family.vae.normalise(pipe.vae, latents)
+    torch.testing.assert_close(family.vae.denormalise(pipe.vae, there), latents)
     assert not torch.allclose(there, latents)
 
 
@@ -378,26 +377,26 @@ def test_generate_equals_the_stock_pipeline_call(family):
         negative_prompt="blurry",
         num_frames=frames - 1 if family.name == "wan" else frames,
         num_inference_steps=3,
-        guidance_scale=family.guidance,
+        guidance_scale=family.defaults.guidance,
         generator=torch.Generator().manual_seed(3),
         output_type="np",
         **options,
     ).frames[0]
     difference = np.abs(video.astype(int) - (stock * 255).round().astype(int))
     # The pipeline's text is padded, ours is not: sums over it are rounded otherwise.
-    assert difference.max() <= (1 if family.text_tokens else 0)
+    assert difference.max() <= (1 if family.text.sequence_tokens else 0)
 
 
 def test_frames_are_decoded_as_they_are_asked_for(family):
     """However long the video, a few latent frames' pixels are in memory at a time."""
     pipe = tiny.load_pipeline(family)
     geometry = family.geometry_of(pipe)
-    frames = 12 * family.frame_step(geometry) + 1
-    shape = family.latent_shape(frames, 32, 32, geometry)
+    frames = 12 * geometry.frame_step + 1
+    shape = geometry.latent_shape(frames, 32, 32)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     calls = []
     pipe.vae.decoder.register_forward_hook(lambda *_: calls.append(1))
-    video = family.decode_video(pipe, latents)
+    video = family.vae.decode(pipe.vae, latents)
     first = next(video)
     assert torch.is_grad_enabled() and first.shape == (32, 32, 3)
     some = len(calls)
@@ -420,27 +419,27 @@ def test_stock_diffusers_reloads_the_adapter(family, alpha, tmp_path):
 
 
 def test_named_targets_match_what_they_say(family):
-    transformer = family.blank_transformer(tiny.folder(family), None)
-    layers = family.geometry(tiny.folder(family)).layers
-    for name in family.lora_targets:
-        lora.check_targets(transformer, family.target_pattern(name))
-    default = family.target_pattern(None)
-    assert default == family.target_pattern("attention")
-    assert family.target_pattern(r".*\.to_q") == r".*\.to_q"
+    transformer = family.loader.blank_transformer(tiny.folder(family), None)
+    layers = family.read_geometry(tiny.folder(family)).layers
+    for name in family.layers.lora_targets:
+        lora.check_targets(transformer, family.layers.target_pattern(name))
+    default = family.layers.target_pattern(None)
+    assert default == family.layers.target_pattern("attention")
+    assert family.layers.target_pattern(r".*\.to_q") == r".*\.to_q"
     parameters = lora.attach(tiny.load_transformer(family), family, rank=2)
     assert sum(".to_q.lora_A" in name for name, _ in parameters) == layers
 
 
 def test_bf16_base_keeps_the_vae_and_the_prediction_in_fp32(family):
     transformer = tiny.load_transformer(family, BF16)
-    pipe = family.load_pipeline(
+    pipe = family.loader.load_pipeline(
         tiny.folder(family), None, transformer=transformer, text=False, dtype=BF16
     )
     assert pipe.vae.dtype == FP32 and pipe.transformer.dtype == BF16
     noisy, sigma = make_inputs(family)["hidden_states"], torch.tensor([0.5])
     guidance = 1.0 if family.geometry_of(pipe).guidance_embeds else None
-    text = family.collate_text([make_text(family)])
-    prediction = family.predict(transformer, noisy, sigma, text, guidance)
+    text = family.text.collate([make_text(family)])
+    prediction = family.noising.predict(transformer, noisy, sigma, text, guidance)
     assert prediction.dtype == FP32 and prediction.shape == noisy.shape
 
 
@@ -449,10 +448,10 @@ def test_bf16_base_keeps_the_vae_and_the_prediction_in_fp32(family):
 
 def test_parts_that_are_not_asked_for_are_not_read(family, tmp_path):
     folder = shutil.copytree(tiny.folder(family), tmp_path / "model")
-    for part in (*family.text_components, "vae", "transformer"):
+    for part in (*family.loader.text_components, "vae", "transformer"):
         shutil.rmtree(folder / part)
-    pipe = family.load_pipeline(str(folder), None, text=False, vae=False, dtype=FP32)
-    for part in (*family.text_components, "vae", "transformer"):
+    pipe = family.loader.load_pipeline(str(folder), None, text=False, vae=False, dtype=FP32)
+    for part in (*family.loader.text_components, "vae", "transformer"):
         assert getattr(pipe, part) is None
 
 
@@ -460,33 +459,33 @@ def test_parts_that_are_not_asked_for_are_not_read(family, tmp_path):
 def test_missing_files_say_what_to_fetch_and_how(family, where, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    path = "/nowhere/model" if where == "folder" else family.default_path
+    path = "/nowhere/model" if where == "folder" else family.names.repository
     with pytest.raises(ConfigError) as caught:
-        family.geometry(path)
+        family.read_geometry(path)
     message = str(caught.value)
     assert f"model.path={path}" in message and "local folder" in message
-    assert f"hf download {family.default_path}" in message
+    assert f"hf download {family.names.repository}" in message
 
 
 def test_missing_weights_say_what_to_fetch(family, tmp_path):
     folder = shutil.copytree(tiny.folder(family), tmp_path / "model")
     next((folder / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(ConfigError, match="hf download"):
-        family.load_transformer(str(folder), None, FP32)
+        family.loader.load_transformer(str(folder), None, FP32)
 
 
 def test_another_family_s_model_is_refused_by_name(family):
     other = next(f for f in FAMILIES.values() if f is not family)
-    with pytest.raises(ConfigError, match=f"{other.pipeline_name}; family={family.name} covers"):
-        family.geometry(tiny.folder(other))
+    with pytest.raises(ConfigError, match=f"{other.names.pipeline}; family={family.name} covers"):
+        family.read_geometry(tiny.folder(other))
 
 
 def test_tiny_is_built_once_and_always_the_same(family, tmp_path):
     state = torch.random.get_rng_state()
-    first = Path(family.resolve("tiny", tmp_path))
+    first = Path(family.loader.resolve("tiny", tmp_path))
     assert torch.equal(torch.random.get_rng_state(), state)
     stamps = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
-    assert family.resolve("tiny", tmp_path) == str(first)
+    assert family.loader.resolve("tiny", tmp_path) == str(first)
     assert stamps == {file: file.stat().st_mtime_ns for file in first.rglob("*")}
     assert list(tmp_path.iterdir()) == [first]
     files = [str(file.relative_to(first)) for file in stamps if file.is_file()]
@@ -495,6 +494,6 @@ def test_tiny_is_built_once_and_always_the_same(family, tmp_path):
 
 
 def test_resolve_leaves_other_paths_alone(family, tmp_path):
-    assert family.resolve("some/repository", tmp_path) == "some/repository"
-    assert family.resolve(None, tmp_path) == family.default_path
+    assert family.loader.resolve("some/repository", tmp_path) == "some/repository"
+    assert family.loader.resolve(None, tmp_path) == family.names.repository
     assert not list(tmp_path.iterdir())

@@ -60,8 +60,8 @@ def test_resumed_equals_uninterrupted(name, arguments, cache, tmp_path, monkeypa
         + [f"cache={cache}"]
     )
     info, frames = probe(out), resumed.job.frames
-    assert (info.width, info.height, round(info.fps)) == (64, 64, family.fps)
-    clip = read_clip(out, start=0, frames=frames, fps=family.fps, height=64, width=64)
+    assert (info.width, info.height, round(info.fps)) == (64, 64, family.defaults.fps)
+    clip = read_clip(out, start=0, frames=frames, fps=family.defaults.fps, height=64, width=64)
     assert clip.std() > 1
 
 
@@ -117,7 +117,7 @@ def test_what_is_logged_counts_the_caption_s_tokens(name, arguments, tmp_path):
     per_pair = 4 * geometry.heads * geometry.head_dim * geometry.layers * 4.5 / 1e15
     tokens = round((float(row["attention_dense_pflop"]) / per_pair) ** 0.5)
     text = tokens - len(video)
-    assert text == 0 if name == "wan" else 1 < text <= FAMILIES[name].text_tokens
+    assert text == 0 if name == "wan" else 1 < text <= FAMILIES[name].text.sequence_tokens
 
 
 def test_the_empty_caption_is_cached_for_dropout_alone(arguments):
@@ -139,7 +139,7 @@ def test_guidance_is_a_setting_of_models_that_are_told_it(name, arguments):
     told = job.geometry.guidance_embeds
     assert told == (name == "hunyuan")
     assert job.config.train.guidance == (1.0 if told else None)
-    assert job.config.validate.guidance == FAMILIES[name].guidance
+    assert job.config.validate.guidance == FAMILIES[name].defaults.guidance
     changed = load([*arguments, "train.guidance=3.5"])
     if told:
         job = Job.from_config(changed)

@@ -57,7 +57,7 @@ def load_with(case: Case, folder: Path, dtype: torch.dtype, setting: str) -> Any
     """setting: FUSED, FLOAT8 or none, of which FLOAT8 has its effect here."""
     model = load(case, folder, dtype)
     if setting == FLOAT8:
-        float8.quantise_layers(model, case.family.float8_layers)
+        float8.quantise_layers(model, case.family.layers.float8)
     return model
 
 
@@ -123,14 +123,14 @@ def small_step(
     """The output and the LoRA's gradients on a small ragged grid, two captions of different
     lengths."""
     model = load_with(case, folder, dtype, setting)
-    targets = [*case.family.lora_targets][-1]
+    targets = [*case.family.layers.lora_targets][-1]
     parameters = with_lora(case, model, attention, targets, setting)
     clean, text = inputs(case, model, case.small, (77, 20))
     sigma = torch.tensor([0.7, 0.3], device="cuda")
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3)).cuda()
     noisy = flow.add_noise(clean, noise, sigma)
-    out = case.family.predict(model, noisy, sigma, text, guidance(case))
-    F.mse_loss(out, case.family.target(clean, noise)).backward()
+    out = case.family.noising.predict(model, noisy, sigma, text, guidance(case))
+    F.mse_loss(out, case.family.noising.target(clean, noise)).backward()
     grads = {n: p.grad for n, p in parameters.items() if p.grad is not None and p.grad.any()}
     return {"out": out.detach(), **grads}
 

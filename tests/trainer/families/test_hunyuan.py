@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,6 +15,7 @@ from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer.adapter.lora import attach
 from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES, installed_attention
+from longreel.trainer.families.loader import ModelConfigs
 
 HUNYUAN = FAMILIES["hunyuan"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -135,8 +135,8 @@ def test_the_token_refiner_is_left_alone():
 
 
 def targeted(targets):
-    pattern = re.compile(HUNYUAN.target_pattern(targets))
-    transformer = HUNYUAN.blank_transformer(tiny.folder(HUNYUAN), None)
+    pattern = re.compile(HUNYUAN.layers.target_pattern(targets))
+    transformer = HUNYUAN.loader.blank_transformer(tiny.folder(HUNYUAN), None)
     return {name for name, _ in transformer.named_modules() if pattern.fullmatch(name)}
 
 
@@ -170,17 +170,17 @@ def test_original_layers_are_those_that_diffusers_converts():
     )
 
     width = 3072  # which the converter takes for granted
-    transformer = HUNYUAN.blank_transformer(tiny.folder(HUNYUAN), None)
+    transformer = HUNYUAN.loader.blank_transformer(tiny.folder(HUNYUAN), None)
     layers = {name for name, _ in transformer.named_modules()}
-    for number, (original, parts) in enumerate(HUNYUAN.original_layers.items()):
+    for number, (original, parts) in enumerate(HUNYUAN.layers.original.items()):
         rows = width * len(parts)
         weight = number + torch.arange(rows, dtype=torch.float64)[:, None]
         checkpoint = convert({f"{original.format(1)}.weight": weight})
         stacked = [checkpoint.pop(f"{part.format(1)}.weight") for part in parts]
         assert not checkpoint and torch.equal(torch.cat(stacked), weight), original
         assert {part.format(1) for part in parts} <= layers
-    covered = {part for parts in HUNYUAN.original_layers.values() for part in parts}
-    for targets in HUNYUAN.lora_targets:
+    covered = {part for parts in HUNYUAN.layers.original.values() for part in parts}
+    for targets in HUNYUAN.layers.lora_targets:
         for name in targeted(targets):
             assert re.sub(r"\.\d+\.", ".{}.", name, count=1) in covered
 
@@ -190,7 +190,7 @@ def test_original_layers_are_those_that_diffusers_converts():
 
 def test_a_bytelevel_tokenizer_is_read_right_under_transformers_5(pipe):
     """The pipeline's own loading takes the class that the index names, and gets other ids."""
-    own = HUNYUAN.pipeline_class.from_pretrained(
+    own = HUNYUAN.names.pipeline_class.from_pretrained(
         tiny.folder(HUNYUAN), transformer=None, vae=None, text_encoder=None, text_encoder_2=None
     )
     index = json.loads(Path(tiny.folder(HUNYUAN), "model_index.json").read_text())
@@ -219,16 +219,16 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
     wrong = LlamaTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
     wrong.save_pretrained(folder / "tokenizer")
     with pytest.raises(ConfigError, match="Metaspace in place of the ByteLevel.*hf download"):
-        HUNYUAN.load_pipeline(str(folder), None, vae=False, dtype=torch.float32)
+        HUNYUAN.loader.load_pipeline(str(folder), None, vae=False, dtype=torch.float32)
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ConfigError, match="tokenizer.json cannot be read"):
-        HUNYUAN.load_pipeline(str(folder), None, vae=False, dtype=torch.float32)
+        HUNYUAN.loader.load_pipeline(str(folder), None, vae=False, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("caption", ["", "two {} cats\n& a dog", "a long shot of the sea " * 30])
 def test_cached_text_is_bit_equal_to_what_the_pipeline_feeds(pipe, caption):
     _, calls = sample(pipe, caption)
-    text = HUNYUAN.encode_text(pipe, caption)
+    text = HUNYUAN.text.encode(pipe, caption)
     fed = calls[0]
     assert fed["encoder_hidden_states"].shape[1] == 256
     mask = fed["encoder_attention_mask"][0].bool()
@@ -237,20 +237,20 @@ def test_cached_text_is_bit_equal_to_what_the_pipeline_feeds(pipe, caption):
     assert not text["prompt_embeds"].requires_grad
     ids = pipe.tokenizer(caption + "<|eot_id|>").input_ids[1:]
     assert len(text["prompt_embeds"]) == min(len(ids), 256)
-    batch = HUNYUAN.collate_text([text])
+    batch = HUNYUAN.text.collate([text])
     assert batch["encoder_attention_mask"].all() and batch["encoder_attention_mask"].any()
     assert torch.equal(batch["pooled_projections"], fed["pooled_projections"])
 
 
 def test_captions_reach_the_model(pipe):
     """With a template longer than the pipeline cuts off, all captions would begin alike."""
-    one, other = (HUNYUAN.encode_text(pipe, text) for text in ("a cat", "the sea"))
+    one, other = (HUNYUAN.text.encode(pipe, text) for text in ("a cat", "the sea"))
     assert not torch.allclose(one["prompt_embeds"][0], other["prompt_embeds"][0], atol=1e-3)
     assert not torch.allclose(one["pooled_prompt_embeds"], other["pooled_prompt_embeds"], atol=1e-3)
 
 
 def test_an_empty_prompt_has_a_token(pipe):
-    assert HUNYUAN.encode_text(pipe, "")["prompt_embeds"].shape == (1, 32)
+    assert HUNYUAN.text.encode(pipe, "")["prompt_embeds"].shape == (1, 32)
 
 
 def test_text_without_a_token_would_be_nan_and_is_refused(pipe, monkeypatch):
@@ -260,7 +260,7 @@ def test_text_without_a_token_would_be_nan_and_is_refused(pipe, monkeypatch):
     embeds, pooled, mask = pipe.encode_prompt("")
     monkeypatch.setattr(pipe, "encode_prompt", lambda _: (embeds, pooled, torch.zeros_like(mask)))
     with pytest.raises(ConfigError, match="captions do not reach the model.*hf download"):
-        HUNYUAN.encode_text(pipe, "a cat")
+        HUNYUAN.text.encode(pipe, "a cat")
 
 
 def test_prompt_2_is_ignored_by_the_pipeline(pipe):
@@ -273,7 +273,7 @@ def test_prompt_2_is_ignored_by_the_pipeline(pipe):
 def test_sampling_from_the_cache_equals_sampling_from_the_prompt(pipe):
     prompt = "a rabbit in a green meadow"
     expected, _ = sample(pipe, prompt, guidance_scale=6.0)
-    inputs = HUNYUAN.pipeline_inputs(HUNYUAN.encode_text(pipe, prompt), None, 6.0)
+    inputs = HUNYUAN.text.pipeline_inputs(HUNYUAN.text.encode(pipe, prompt), None, 6.0)
     latents, calls = sample(pipe, **inputs)
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
     assert len(calls) == 2 and all(call["timestep"].dtype == torch.float32 for call in calls)
@@ -283,16 +283,17 @@ def test_sampling_from_the_cache_equals_sampling_from_the_prompt(pipe):
 
 
 def test_guidance_is_1_in_training_and_6_when_sampling(pipe):
-    geometry = HUNYUAN.geometry(tiny.folder(HUNYUAN))
-    assert geometry.guidance_embeds and not HUNYUAN.uses_negative(geometry, HUNYUAN.guidance)
-    _, calls = sample(pipe, **HUNYUAN.pipeline_inputs(tiny_text(), None, HUNYUAN.guidance))
+    geometry = HUNYUAN.read_geometry(tiny.folder(HUNYUAN))
+    assert geometry.guidance_embeds and not geometry.uses_negative(6.0)
+    assert HUNYUAN.defaults.guidance == 6.0
+    _, calls = sample(pipe, **HUNYUAN.text.pipeline_inputs(tiny_text(), None, 6.0))
     assert [call["guidance"].tolist() for call in calls] == [[6000.0]] * 2
     calls, _ = record(transformer := tiny.load_transformer(HUNYUAN))
     noisy = tiny.make_inputs(HUNYUAN)["hidden_states"]
-    text = HUNYUAN.collate_text([tiny_text()])
+    text = HUNYUAN.text.collate([tiny_text()])
     out = [
-        HUNYUAN.predict(transformer, noisy, torch.tensor([0.5]), text, guidance)
-        for guidance in (HUNYUAN.train_guidance, HUNYUAN.guidance)
+        HUNYUAN.noising.predict(transformer, noisy, torch.tensor([0.5]), text, guidance)
+        for guidance in (HUNYUAN.defaults.train_guidance, HUNYUAN.defaults.guidance)
     ]
     assert [call["guidance"].tolist() for call in calls] == [[1000.0], [6000.0]]
     assert not torch.allclose(*out, atol=1e-3)
@@ -307,7 +308,9 @@ def test_timesteps_and_guidance_reach_a_bf16_transformer_in_fp32():
     transformer = tiny.load_transformer(HUNYUAN, torch.bfloat16)
     calls, handle = record(transformer)
     noisy, sigma = tiny.make_inputs(HUNYUAN)["hidden_states"], torch.tensor([0.999])
-    out = HUNYUAN.predict(transformer, noisy, sigma, HUNYUAN.collate_text([tiny_text()]), 1.0)
+    out = HUNYUAN.noising.predict(
+        transformer, noisy, sigma, HUNYUAN.text.collate([tiny_text()]), 1.0
+    )
     assert out.dtype == torch.float32 and out.shape == noisy.shape
     handle.remove()
     (call,) = calls
@@ -328,7 +331,7 @@ def test_the_pipeline_with_a_bf16_transformer_rounds_its_timesteps(steps=50):
     pipe.transformer.register_forward_pre_hook(
         lambda module, args: counted.append(pipe.scheduler.step_index or 0)
     )
-    inputs = HUNYUAN.pipeline_inputs(tiny_text(), None, 6.0)
+    inputs = HUNYUAN.text.pipeline_inputs(tiny_text(), None, 6.0)
     _, calls = sample(pipe, **inputs, num_inference_steps=steps)
     assert [call["timestep"].dtype for call in calls[:2]] == [torch.float32, torch.bfloat16]
     assert calls[1]["timestep"] == calls[2]["timestep"] == 996
@@ -341,12 +344,12 @@ def test_a_model_without_guidance_embeds_leads_away_from_a_negative_prompt():
     pipe = tiny.load_pipeline(HUNYUAN, vae=False, text=False)
     config = dict(pipe.transformer.config, guidance_embeds=False)
     pipe.transformer = type(pipe.transformer).from_config(config).eval()
-    geometry = HUNYUAN.read_geometry(
-        "", {}, pipe.transformer.config, tiny.load_pipeline(HUNYUAN, text=False).vae.config
-    )
-    assert HUNYUAN.uses_negative(geometry, 6.0) and not HUNYUAN.uses_negative(geometry, 1.0)
+    vae = tiny.load_pipeline(HUNYUAN, text=False).vae
+    configs = ModelConfigs("", {}, pipe.transformer.config, vae.config)
+    geometry = HUNYUAN.geometry.read(HUNYUAN.names, configs)
+    assert geometry.uses_negative(6.0) and not geometry.uses_negative(1.0)
     text, negative = tiny_text(), tiny_text(seed=1)
-    latents, calls = sample(pipe, **HUNYUAN.pipeline_inputs(text, negative, 6.0))
+    latents, calls = sample(pipe, **HUNYUAN.text.pipeline_inputs(text, negative, 6.0))
     assert len(calls) == 4 and latents.isfinite().all()
     for call, expected in zip(calls, [text, negative] * 2, strict=True):
         assert torch.equal(call["encoder_hidden_states"][0], expected["prompt_embeds"])
@@ -358,11 +361,11 @@ def test_a_model_without_guidance_embeds_leads_away_from_a_negative_prompt():
 
 def test_the_vae_drops_frames_off_its_grid_so_the_nearest_lengths_are_named(pipe):
     pixels = torch.randint(0, 255, (10, 32, 32, 3), dtype=torch.uint8)
-    dropped, kept = (HUNYUAN.encode_video(pipe, pixels[:n]) for n in (10, 9))
+    dropped, kept = (HUNYUAN.vae.encode(pipe.vae, pixels[:n]) for n in (10, 9))
     assert dropped.shape == kept.shape == (4, 3, 4, 4)
-    geometry = HUNYUAN.geometry(tiny.folder(HUNYUAN))
+    geometry = HUNYUAN.read_geometry(tiny.folder(HUNYUAN))
     with pytest.raises(ConfigError, match="frames=10: hunyuan takes 4k \\+ 1.* 9 and 13"):
-        HUNYUAN.check_frames(10, geometry)
+        geometry.check_frames(10)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -375,7 +378,7 @@ def test_decode_chunks_equal_decode(tiled, frames):
     latents = torch.randn(1, 4, frames, 6, 5, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = vae.decode(latents).sample
-        chunks = list(HUNYUAN.decode_chunks(vae, latents))
+        chunks = list(HUNYUAN.vae.decode_chunks(vae, latents))
     assert torch.equal(torch.cat(chunks, dim=2), expected)
     assert max(chunk.shape[2] for chunk in chunks) <= 13
 
@@ -388,21 +391,21 @@ def test_encoding_is_tiled_in_time_and_space():
     vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
     vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2:]))
     pixels = torch.zeros(21, 32, 48, 3, dtype=torch.uint8)
-    assert HUNYUAN.encode_video(SimpleNamespace(vae=vae), pixels).shape == (4, 6, 4, 6)
+    assert HUNYUAN.vae.encode(vae, pixels).shape == (4, 6, 4, 6)
     assert max(seen) == (17, 32, 32) and len(seen) == 2 * 2 * 2
 
 
 def test_latents_have_unit_scale_and_the_pipeline_s_convention(pipe):
     t, y, x = torch.meshgrid(torch.arange(13), torch.arange(64), torch.arange(96), indexing="ij")
     pixels = torch.stack([(x + 4 * t) * 2 % 256, y * 3, (x + y) % 256], dim=-1).byte()
-    latents = HUNYUAN.encode_video(pipe, pixels)
+    latents = HUNYUAN.vae.encode(pipe.vae, pixels)
     assert latents.shape == (4, 4, 8, 12) and 0.5 < latents.std() < 2
-    assert torch.equal(latents, HUNYUAN.encode_video(pipe, pixels))
+    assert torch.equal(latents, HUNYUAN.vae.encode(pipe.vae, pixels))
     with torch.no_grad():
         raw = pipe.vae.encode(pixels.permute(3, 0, 1, 2)[None] / 127.5 - 1).latent_dist.mode()
         decoded = pipe.vae.decode(latents[None] / pipe.vae.config.scaling_factor).sample[0]
-    torch.testing.assert_close(HUNYUAN.denormalise(pipe.vae, latents[None]), raw)
-    frames = torch.stack([torch.as_tensor(x) for x in HUNYUAN.decode_video(pipe, latents)])
+    torch.testing.assert_close(HUNYUAN.vae.denormalise(pipe.vae, latents[None]), raw)
+    frames = torch.stack([torch.as_tensor(x) for x in HUNYUAN.vae.decode(pipe.vae, latents)])
     expected = (decoded.permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
     assert (frames / 255 - expected).abs().max() <= 0.5 / 255 + 1e-6
 
@@ -436,19 +439,19 @@ def published(tmp_path, index=(), transformer=(), vae=()):
 
 
 def test_published_sizes(tmp_path):
-    geometry = HUNYUAN.geometry(published(tmp_path))
+    geometry = HUNYUAN.read_geometry(published(tmp_path))
     assert (geometry.temporal, geometry.spatial, geometry.patch) == (4, 8, (1, 2, 2))
     assert (geometry.layers, geometry.heads, geometry.head_dim) == (20 + 40, 24, 128)
     assert geometry.guidance_embeds and geometry.max_positions is None
-    assert [HUNYUAN.extended_frames(125, n, geometry) for n in (1, 2, 4)] == [125, 253, 509]
-    shape = HUNYUAN.latent_shape(253, 720, 1280, geometry)
-    assert HUNYUAN.grid(shape, geometry.patch) == TokenGrid(64, 45, 80)
-    assert HUNYUAN.latent_shape(509, 720, 1280, geometry) == (16, 128, 90, 160)
+    assert [geometry.extended_frames(125, n) for n in (1, 2, 4)] == [125, 253, 509]
+    shape = geometry.latent_shape(253, 720, 1280)
+    assert geometry.grid(shape) == TokenGrid(64, 45, 80)
+    assert geometry.latent_shape(509, 720, 1280) == (16, 128, 90, 160)
 
 
 def test_the_tiny_model_says_what_the_published_one_says():
     path = tiny.folder(HUNYUAN)
-    geometry = HUNYUAN.geometry(path)
+    geometry = HUNYUAN.read_geometry(path)
     assert (geometry.temporal, geometry.spatial, geometry.patch) == (4, 8, (1, 2, 2))
     assert (geometry.layers, geometry.heads, geometry.head_dim) == (4, 2, 16)
     assert HUNYUAN.geometry_of(tiny.load_pipeline(HUNYUAN, text=False)) == geometry
@@ -465,5 +468,5 @@ def test_the_tiny_model_says_what_the_published_one_says():
 )
 def test_other_hunyuan_models_are_refused_by_name(tmp_path, changes, name):
     with pytest.raises(ConfigError, match=name) as error:
-        HUNYUAN.geometry(published(tmp_path, **changes))
-    assert HUNYUAN.default_path in str(error.value)
+        HUNYUAN.read_geometry(published(tmp_path, **changes))
+    assert HUNYUAN.names.repository in str(error.value)

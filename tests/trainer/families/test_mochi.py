@@ -164,7 +164,7 @@ def test_lora_targets_are_whole_names_and_spare_the_pooler():
     names = [name for name, _ in tiny.load_transformer(MOCHI).named_modules()]
     attention, text = (
         {name for name in names if re.fullmatch(pattern, name)}
-        for pattern in MOCHI.lora_targets.values()
+        for pattern in MOCHI.layers.lora_targets.values()
     )
     assert "time_embed.pooler.to_q" in names
     assert len(attention) == 3 * 4 and all(".attn1.to_" in name for name in attention)
@@ -177,8 +177,8 @@ def test_lora_targets_are_whole_names_and_spare_the_pooler():
 
 def test_the_two_texts_of_guidance_are_planned_each_by_its_length():
     pipe = tiny.load_pipeline(MOCHI)
-    texts = [MOCHI.encode_text(pipe, text) for text in ("a rabbit in a meadow", "blurry")]
-    call = arguments(tiny.make_latents(MOCHI), **MOCHI.pipeline_inputs(*texts, 4.5))
+    texts = [MOCHI.text.encode(pipe, text) for text in ("a rabbit in a meadow", "blurry")]
+    call = arguments(tiny.make_latents(MOCHI), **MOCHI.text.pipeline_inputs(*texts, 4.5))
     assert call["prompt_embeds"].shape == call["negative_prompt_embeds"].shape == (1, 21, 32)
     stock = pipe(**call).frames
     attention, plans = SparseAttention(Dense()), []
@@ -192,14 +192,16 @@ def test_the_two_texts_of_guidance_are_planned_each_by_its_length():
 def test_time_and_target_are_reversed():
     pipe = tiny.load_pipeline(MOCHI, vae=False)
     clean, start = tiny.make_latents(MOCHI, seed=1), tiny.make_latents(MOCHI)
-    calls = oracle(pipe.transformer, MOCHI.target(clean, start))
-    text = MOCHI.encode_text(pipe, "a rabbit")
-    call = arguments(start, num_inference_steps=5, **MOCHI.pipeline_inputs(text, None, 1.0))
+    calls = oracle(pipe.transformer, MOCHI.noising.target(clean, start))
+    text = MOCHI.text.encode(pipe, "a rabbit")
+    call = arguments(start, num_inference_steps=5, **MOCHI.text.pipeline_inputs(text, None, 1.0))
     torch.testing.assert_close(pipe(**call).frames, clean, atol=1e-5, rtol=0)
-    assert calls[0]["timestep"] == MOCHI.timestep(torch.ones(1)) == 0
+    assert calls[0]["timestep"] == MOCHI.noising.timestep(torch.ones(1)) == 0
     for call in calls:
         sigma = 1 - call["timestep"] / 1000
-        torch.testing.assert_close(MOCHI.timestep(sigma), call["timestep"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            MOCHI.noising.timestep(sigma), call["timestep"], atol=1e-4, rtol=0
+        )
         noisy = add_noise(clean, start, sigma)
         torch.testing.assert_close(call["hidden_states"], noisy, atol=1e-5, rtol=0)
 
@@ -214,8 +216,8 @@ def test_the_scheduler_is_not_inverted_before_its_steps_are_set():
 
 def test_one_step_is_refused():
     with pytest.raises(ConfigError, match="steps=1: the schedule of mochi takes at least 2"):
-        MOCHI.check_steps("steps", 1)
-    MOCHI.check_steps("steps", 2)
+        MOCHI.defaults.check_steps("steps", 1)
+    MOCHI.defaults.check_steps("steps", 2)
     with pytest.raises(ZeroDivisionError):
         tiny.load_pipeline(MOCHI, vae=False)(
             "", **arguments(tiny.make_latents(MOCHI), num_inference_steps=1)
@@ -227,7 +229,7 @@ def test_cached_text_is_bit_equal_to_what_the_pipeline_feeds(caption):
     pipe = tiny.load_pipeline(MOCHI, vae=False)
     calls = oracle(pipe.transformer, torch.zeros(1, 12, 2, 4, 6))
     pipe(caption, negative_prompt="blurry", **arguments(tiny.make_latents(MOCHI)))
-    texts = [MOCHI.encode_text(pipe, text)["prompt_embeds"] for text in ("blurry", caption)]
+    texts = [MOCHI.text.encode(pipe, text)["prompt_embeds"] for text in ("blurry", caption)]
     assert [len(text) for text in texts] == [7, min(len(caption) + 1, 256)]
     assert not texts[0].requires_grad
     embeds, mask = (calls[0][f"encoder_{name}"] for name in ("hidden_states", "attention_mask"))
@@ -241,15 +243,15 @@ def test_an_empty_prompt_may_be_masked_throughout():
     # Of a batch, the pipeline looks at the last prompt and then masks them all.
     assert not pipe.encode_prompt(["a rabbit", ""], do_classifier_free_guidance=False)[1].any()
     assert pipe.encode_prompt(["", "a rabbit"], do_classifier_free_guidance=False)[1].any(1).all()
-    text, empty = (MOCHI.encode_text(pipe, caption) for caption in ("a rabbit", ""))
+    text, empty = (MOCHI.text.encode(pipe, caption) for caption in ("a rabbit", ""))
     assert [len(each["prompt_embeds"]) for each in (text, empty)] == [9, 0]
-    batch = MOCHI.collate_text([text, empty])
+    batch = MOCHI.text.collate([text, empty])
     assert batch["encoder_attention_mask"].sum(dim=1).tolist() == [9, 0]
     expected = pipe("a rabbit", **arguments(tiny.make_latents(MOCHI))).frames
     MOCHI.install(pipe.transformer, SparseAttention(Dense()))
-    call = arguments(tiny.make_latents(MOCHI), **MOCHI.pipeline_inputs(text, empty, 4.5))
+    call = arguments(tiny.make_latents(MOCHI), **MOCHI.text.pipeline_inputs(text, empty, 4.5))
     torch.testing.assert_close(pipe(**call).frames, expected, atol=1e-5, rtol=0)
-    alone = MOCHI.pipeline_inputs(empty, None, 1.0)
+    alone = MOCHI.text.pipeline_inputs(empty, None, 1.0)
     assert alone["prompt_embeds"].shape == (1, 1, 32) and not alone["prompt_attention_mask"].any()
     assert pipe(**arguments(tiny.make_latents(MOCHI), **alone)).frames.isfinite().all()
 
@@ -257,7 +259,7 @@ def test_an_empty_prompt_may_be_masked_throughout():
 def test_a_bf16_model_takes_the_pipeline_s_fp32_text_and_latents():
     """Which the stock pipeline hands it as they are: its text encoder and VAE stay in fp32."""
     transformer = tiny.load_transformer(MOCHI, torch.bfloat16)
-    load = MOCHI.load_pipeline
+    load = MOCHI.loader.load_pipeline
     with pytest.raises(RuntimeError, match="type"):
         pipe = load(tiny.folder(MOCHI), None, transformer=None, dtype=torch.bfloat16)
         pipe.transformer = transformer
@@ -281,7 +283,7 @@ def test_a_bf16_model_takes_the_pipeline_s_fp32_text_and_latents():
 def test_video_comes_back_from_latents_as_the_pipeline_decodes_them():
     pipe = tiny.load_pipeline(MOCHI)
     latents = 1.5 * tiny.make_latents(MOCHI, frames=3)
-    frames = torch.stack([torch.as_tensor(x) for x in MOCHI.decode_video(pipe, latents[0])])
+    frames = torch.stack([torch.as_tensor(x) for x in MOCHI.vae.decode(pipe.vae, latents[0])])
     assert frames.shape == (13, 32, 48, 3) and frames.dtype == torch.uint8
     oracle(pipe.transformer, torch.zeros_like(latents))
     pipe.vae.disable_tiling()
@@ -293,13 +295,13 @@ def test_video_comes_back_from_latents_as_the_pipeline_decodes_them():
 def test_frames_off_the_grid_would_be_padded_by_the_vae():
     pipe = tiny.load_pipeline(MOCHI)
     pixels = torch.randint(0, 256, (13, 32, 48, 3), generator=torch.Generator().manual_seed(0))
-    latents = MOCHI.encode_video(pipe, pixels.byte())
+    latents = MOCHI.vae.encode(pipe.vae, pixels.byte())
     assert latents.shape == (12, 3, 4, 6) and latents.dtype == torch.float32
-    assert MOCHI.encode_video(pipe, pixels[:8].byte()).shape[1] == 3 - 1  # and not 1, of 7 frames
+    assert MOCHI.vae.encode(pipe.vae, pixels[:8].byte()).shape[1] == 3 - 1  # and not 1, of 7 frames
     geometry = MOCHI.geometry_of(pipe)
     with pytest.raises(ConfigError, match="frames=8: mochi takes 6k . 1 .* are 7 and 13"):
-        MOCHI.check_frames(8, geometry)
-    MOCHI.check_frames(13, geometry)
+        geometry.check_frames(8)
+    geometry.check_frames(13)
 
 
 # Files and sizes
@@ -324,17 +326,17 @@ def published(tmp_path, transformer=(), vae=()):
 
 
 def test_published_sizes(tmp_path):
-    geometry = MOCHI.geometry(published(tmp_path))
+    geometry = MOCHI.read_geometry(published(tmp_path))
     assert (geometry.temporal, geometry.spatial, geometry.patch) == (6, 8, (1, 2, 2))
     assert (geometry.layers, geometry.heads, geometry.head_dim) == (48, 24, 128)
-    assert [MOCHI.extended_frames(163, factor, geometry) for factor in (2, 4)] == [331, 667]
-    shape = MOCHI.latent_shape(331, 480, 848, geometry)
+    assert [geometry.extended_frames(163, factor) for factor in (2, 4)] == [331, 667]
+    shape = geometry.latent_shape(331, 480, 848)
     assert shape == (12, 56, 60, 106)
-    assert MOCHI.grid(shape, geometry.patch) == TokenGrid(56, 30, 53)
-    assert not geometry.guidance_embeds and MOCHI.uses_negative(geometry, MOCHI.guidance)
-    MOCHI.check_frames(6001, geometry)  # positions have no table that ends
+    assert geometry.grid(shape) == TokenGrid(56, 30, 53)
+    assert not geometry.guidance_embeds and geometry.uses_negative(MOCHI.defaults.guidance)
+    geometry.check_frames(6001)  # positions have no table that ends
     other = published(tmp_path, vae={"temporal_expansions": [1, 2, 2], "latent_channels": 12})
-    assert MOCHI.geometry(other).temporal == 4
+    assert MOCHI.read_geometry(other).temporal == 4
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_published_sizes(tmp_path):
 )
 def test_other_models_are_refused(tmp_path, changes):
     with pytest.raises(ConfigError, match="not a text-to-video model.*genmo/mochi-1-preview"):
-        MOCHI.geometry(published(tmp_path, **changes))
+        MOCHI.read_geometry(published(tmp_path, **changes))
 
 
 class Recorder(dict):
@@ -362,7 +364,7 @@ def test_original_layers_are_those_that_diffusers_converts():
     checkpoint = Recorder()
     converted = convert_mochi_transformer_checkpoint_to_diffusers(checkpoint)
     for index in (0, 46, 47):
-        for original, layers in MOCHI.original_layers.items():
+        for original, layers in MOCHI.layers.original.items():
             name = f"{original.format(index)}.weight"
             parts = [f"{layer.format(index)}.weight" for layer in layers]
             if index == 47 and "_y" in original and "qkv" not in original:
@@ -375,5 +377,5 @@ def test_original_layers_are_those_that_diffusers_converts():
     assert torch.equal(swapped, torch.cat([gate, value]))
     transformer = tiny.load_transformer(MOCHI)
     linear = {n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-    listed = {layer.format(0) for layers in MOCHI.original_layers.values() for layer in layers}
+    listed = {layer.format(0) for layers in MOCHI.layers.original.values() for layer in layers}
     assert listed <= linear

@@ -1,7 +1,5 @@
 """Mochi's VAE in parts, against the stock one at once; and the scale of its latents."""
 
-from types import SimpleNamespace
-
 import pytest
 import tiny
 import torch
@@ -9,8 +7,8 @@ from diffusers import AutoencoderKLMochi
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longreel.trainer.families import FAMILIES
-from longreel.trainer.families.codec import scaled
 from longreel.trainer.families.mochi.vae import ContinuedConv
+from longreel.trainer.families.vae import scale_pixels
 
 MOCHI = FAMILIES["mochi"]
 
@@ -30,15 +28,15 @@ def test_chunks_are_those_of_decoding_at_once():
     whole = vae.decode(latents).sample
     vae.enable_tiling(16, 16, 8, 8)  # of the encoder
     assert not torch.allclose(vae.decode(latents).sample, whole, atol=1e-2)
-    chunks = list(MOCHI.decode_chunks(vae, latents))
+    chunks = list(MOCHI.vae.decode_chunks(vae, latents))
     assert [chunk.shape for chunk in chunks] == [(1, 3, n, 32, 48) for n in (7, 12, 6)]
     torch.testing.assert_close(torch.cat(chunks, dim=2), whole, atol=1e-5, rtol=0)
     assert (whole[:, :, 6:8] - whole[:, :, 7:9]).abs().max() > 1e-2  # across the first seam
     # Each chunk sees the one before it: by itself it is another.
-    alone, *_ = MOCHI.decode_chunks(vae, latents[:, :, 2:4])
+    alone, *_ = MOCHI.vae.decode_chunks(vae, latents[:, :, 2:4])
     assert not torch.allclose(alone[:, :, 0], chunks[1][:, :, 5], atol=1e-2)
 
-    started, other = (MOCHI.decode_chunks(vae, latents) for _ in range(2))
+    started, other = (MOCHI.vae.decode_chunks(vae, latents) for _ in range(2))
     assert torch.equal(next(started), chunks[0])
     assert torch.equal(next(other), chunks[0]) and torch.equal(next(started), chunks[1])
     started.close()
@@ -65,12 +63,12 @@ def test_encoding_in_parts_equals_encoding_at_once(frames, attention_first):
     blocks = (attention_first, True, True, False, True)
     vae, pixels = deep_vae(add_attention_block=blocks), clip(frames, 16, 24)
     state, modules = list(vae.state_dict()), dict(vae.named_modules())
-    whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
-    (parts,) = MOCHI.encode_chunks(vae, pixels)
+    whole = vae.encode(scale_pixels(vae, pixels)).latent_dist.mode()
+    (parts,) = MOCHI.vae.encode_chunks(vae, pixels)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
     assert list(vae.state_dict()) == state and dict(vae.named_modules()) == modules
     if frames > 25:  # the last chunk goes by what came before it: by itself it is another
-        (alone,) = MOCHI.encode_chunks(vae, pixels[24:])
+        (alone,) = MOCHI.vae.encode_chunks(vae, pixels[24:])
         assert not torch.allclose(alone[:, :, -1], whole[:, :, -1], atol=1e-3)
 
 
@@ -79,11 +77,11 @@ def test_encoding_in_parts_takes_tiles_as_the_stock_encoder(monkeypatch):
     """And a few rows of places at a time through attention, where there are many."""
     monkeypatch.setattr("longreel.trainer.families.mochi.vae.MOST_PLACES", 20)
     vae, pixels = deep_vae(), clip(19, 16, 24)
-    whole = vae.encode(scaled(vae, pixels)).latent_dist.mode()
+    whole = vae.encode(scale_pixels(vae, pixels)).latent_dist.mode()
     vae.enable_tiling(16, 16, 8, 8)
-    tiled = vae.encode(scaled(vae, pixels)).latent_dist.mode()
+    tiled = vae.encode(scale_pixels(vae, pixels)).latent_dist.mode()
     assert not torch.allclose(tiled, whole, atol=1e-3)
-    (parts,) = MOCHI.encode_chunks(vae, pixels)
+    (parts,) = MOCHI.vae.encode_chunks(vae, pixels)
     torch.testing.assert_close(parts, tiled, atol=1e-5, rtol=1e-5)
 
 
@@ -106,9 +104,9 @@ def test_no_layer_sees_a_whole_clip_at_its_full_size():
     are the most that there is of a whole clip."""
     vae, pixels = deep_vae(), clip(61, 16, 16)
     with Largest() as at_once:
-        vae.encode(scaled(vae, pixels))
+        vae.encode(scale_pixels(vae, pixels))
     with Largest() as in_parts:
-        list(MOCHI.encode_chunks(vae, pixels))
+        list(MOCHI.vae.encode_chunks(vae, pixels))
     assert at_once.numbers >= 32 * 61 * 16 * 16
     assert in_parts.numbers <= max(32 * 61 * 8 * 8, 32 * (13 + 2) * 18 * 18)
 
@@ -122,7 +120,7 @@ def test_a_tile_of_the_longest_clips_is_encoded(frames):
     pixels = clip(frames, 256, 256)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    latents = MOCHI.encode_video(SimpleNamespace(vae=vae), pixels)
+    latents = MOCHI.vae.encode(vae, pixels)
     assert latents.shape == (12, (frames - 1) // 6 + 1, 32, 32)
     assert latents.isfinite().all()
     at_full_size = 64 * frames * 256 * 256 * 4
@@ -147,6 +145,6 @@ def test_normalising_is_undone_and_rounds_as_the_pipeline(known):
     if known:
         mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     mean, std = mean.view(12, 1, 1, 1), std.view(12, 1, 1, 1)
-    assert torch.equal(MOCHI.denormalise(vae, latents), latents * std / 1.3 + mean)
-    back = MOCHI.normalise(vae, MOCHI.denormalise(vae, latents))
+    assert torch.equal(MOCHI.vae.denormalise(vae, latents), latents * std / 1.3 + mean)
+    back = MOCHI.vae.normalise(vae, MOCHI.vae.denormalise(vae, latents))
     torch.testing.assert_close(back, latents, atol=1e-6, rtol=1e-6)

@@ -9,10 +9,10 @@ import torch
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.patterns import Dense
 from longreel.trainer.families import FAMILIES
-from longreel.trainer.families.base import diffusers_class
-from longreel.trainer.families.modulated import Replacement
+from longreel.trainer.families.blocks import Replacement
+from longreel.trainer.families.names import diffusers_class
 
-FUSING = {name: family for name, family in FAMILIES.items() if family.fuses_modulation}
+FUSING = {name: family for name, family in FAMILIES.items() if family.blocks.fuses_modulation}
 WAN = FAMILIES["wan"]
 
 
@@ -56,7 +56,7 @@ def test_under_autocast(family):
 def test_wan_without_a_norm_before_cross_attention():
     """`cross_attn_norm`, which the published models have."""
     config = tiny.load_config(WAN) | {"cross_attn_norm": False}
-    stock = diffusers_class(WAN.transformer_name).from_config(config).eval()
+    stock = diffusers_class(WAN.names.transformer).from_config(config).eval()
     assert_as_stock(WAN, install(WAN, copy.deepcopy(stock)), stock)
 
 

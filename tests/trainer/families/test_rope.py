@@ -21,8 +21,8 @@ from longreel.trainer.config.recipe import load
 from longreel.trainer.config.schema import Rope
 from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES, RopePolicy, installed_attention, installed_rope
-from longreel.trainer.families.base import Geometry
 from longreel.trainer.families.rope import NATIVE, TemporalAxis, TemporalRope
+from longreel.trainer.families.wan.geometry import WanGeometry
 from longreel.trainer.job import Job
 from longreel.trainer.sampling.pipeline import apply_rope, load_pipeline
 
@@ -168,7 +168,7 @@ def test_mochi_interpolates_time_alone():
     """Every pair's angle is a sum over time, height and width, of frequencies learned a head."""
     mochi = FAMILIES["mochi"]
     transformer = tiny.load_transformer(mochi)
-    mochi.set_rope(transformer, RopePolicy("interpolate", 2, 5))
+    mochi.rope.apply(transformer, RopePolicy("interpolate", 2, 5))
     learned = transformer.pos_frequencies.detach()
     cos, sin = transformer.rope(learned, 5, 2, 3, dtype=torch.float32)
     scale = math.sqrt(192 * 192 / 6)
@@ -184,7 +184,7 @@ def test_mochi_interpolates_time_alone():
 
 def with_rope(family, policy, dtype=torch.float32):
     transformer = tiny.load_transformer(family, dtype)
-    family.set_rope(transformer, policy)
+    family.rope.apply(transformer, policy)
     return transformer
 
 
@@ -239,12 +239,12 @@ def test_native_puts_the_stock_module_back(family):
     stock, keys = transformer.rope, transformer.state_dict().keys()
     assert installed_rope(transformer) == NATIVE
     for policy in (RopePolicy(*FAR), RopePolicy("interpolate", 4, 5)):
-        family.set_rope(transformer, policy)
+        family.rope.apply(transformer, policy)
         assert installed_rope(transformer) == policy and transformer.rope.stock is stock
         assert transformer.state_dict().keys() == keys
     family.install(transformer, SparseAttention(Dense()))  # changes nothing of it
     assert installed_rope(transformer) == policy
-    family.set_rope(transformer, NATIVE)
+    family.rope.apply(transformer, NATIVE)
     assert transformer.rope is stock
 
 
@@ -307,13 +307,13 @@ def test_interpolated_positions_stay_inside_wan_s_table(job):
         ):
             job("wan", *long, f"rope.policy={policy}")
     assert job("wan", *long, "rope.policy=interpolate").grid(1029).frames == 1029
-    geometry = Geometry(4, 8, (1, 2, 2), 16, 30, 12, 128, max_positions=1024)
+    geometry = WanGeometry("wan", 4, 8, (1, 2, 2), 16, 30, 12, 128, max_positions=1024)
     assert RopePolicy("interpolate", 21, 41).reach(1024) == 1998  # 7989 frames
     half = RopePolicy("interpolate", 21, 42)
     assert half.reach(1024) == 2047  # the last position is 1023
-    WAN.check_frames(4 * 2046 + 1, geometry, half)
+    geometry.check_frames(4 * 2046 + 1, half)
     with pytest.raises(ConfigError, match="2048 latent frames.*at most 8185 frames"):
-        WAN.check_frames(4 * 2047 + 1, geometry, half)
+        geometry.check_frames(4 * 2047 + 1, half)
     with pytest.raises(ConfigError, match="validate.frames: .*ends at 1024"):
         job("wan", "rope.policy=interpolate", "extend.factor=1", "validate.frames=1029")
 

@@ -71,15 +71,15 @@ def test_cached_text_is_bit_equal_to_what_the_pipeline_feeds(caption):
         num_inference_steps=1,
         output_type="latent",
     )
-    texts = [WAN.encode_text(pipe, text) for text in (caption, "blurry")]
-    batch = WAN.collate_text(texts)["encoder_hidden_states"]
+    texts = [WAN.text.encode(pipe, text) for text in (caption, "blurry")]
+    batch = WAN.text.collate(texts)["encoder_hidden_states"]
     assert batch.shape[1] == 512 and not batch.requires_grad
     assert texts[0]["prompt_embeds"].shape[0] == min(
         len(caption.replace("&amp;", "&")) + 1, 512
     ) - (caption.count("  "))
     for row, call in zip(batch, calls, strict=True):
         assert torch.equal(row, call["encoder_hidden_states"][0])
-    kwargs = WAN.pipeline_inputs(*texts, 5.0)
+    kwargs = WAN.text.pipeline_inputs(*texts, 5.0)
     assert torch.equal(
         torch.cat([kwargs["prompt_embeds"], kwargs["negative_prompt_embeds"]]), batch
     )
@@ -89,9 +89,9 @@ def test_encode_prompt_alone_would_pad_to_226_and_the_pipeline_pads_to_512():
     """Padding is attended, so a cache made with the default would be of another text."""
     pipe = tiny.load_pipeline(WAN, vae=False)
     assert pipe.encode_prompt("a cat", do_classifier_free_guidance=False)[0].shape[1] == 226
-    batch = WAN.collate_text([WAN.encode_text(pipe, "a cat")])
+    batch = WAN.text.collate([WAN.text.encode(pipe, "a cat")])
     assert batch["encoder_hidden_states"].shape[1] == 512
-    long = WAN.encode_text(pipe, "x" * 300)["prompt_embeds"]
+    long = WAN.text.encode(pipe, "x" * 300)["prompt_embeds"]
     assert len(long) == 301  # none is cut at 226
 
 
@@ -140,13 +140,16 @@ def published(tmp_path, index=(), transformer=(), vae=()):
 
 
 def test_published_sizes(tmp_path):
-    geometry = WAN.geometry(published(tmp_path))
+    geometry = WAN.read_geometry(published(tmp_path))
     assert (geometry.temporal, geometry.spatial, geometry.patch) == (4, 8, (1, 2, 2))
     assert (geometry.layers, geometry.heads, geometry.head_dim) == (30, 12, 128)
-    assert [WAN.extended_frames(WAN.native_frames, n, geometry) for n in (2, 4)] == [161, 321]
-    shape = WAN.latent_shape(161, 480, 832, geometry)
+    assert [geometry.extended_frames(WAN.defaults.native_frames, n) for n in (2, 4)] == [
+        161,
+        321,
+    ]
+    shape = geometry.latent_shape(161, 480, 832)
     assert shape == (16, 41, 60, 104)
-    assert WAN.grid(shape, geometry.patch) == TokenGrid(41, 30, 52)
+    assert geometry.grid(shape) == TokenGrid(41, 30, 52)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_published_sizes(tmp_path):
 )
 def test_other_wan_models_are_refused_by_name(tmp_path, changes, name):
     with pytest.raises(ConfigError, match=name) as error:
-        WAN.geometry(published(tmp_path, **changes))
+        WAN.read_geometry(published(tmp_path, **changes))
     assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in str(error.value)
 
 
@@ -174,23 +177,23 @@ def test_other_wan_models_are_refused_by_name(tmp_path, changes, name):
     ],
 )
 def test_frames_that_do_not_fit(tmp_path, frames, message):
-    geometry = WAN.geometry(published(tmp_path))
+    geometry = WAN.read_geometry(published(tmp_path))
     with pytest.raises(ConfigError, match=f"frames={frames}.*{message}"):
-        WAN.check_frames(frames, geometry)
-    WAN.check_frames(4093, geometry)
+        geometry.check_frames(frames)
+    geometry.check_frames(4093)
 
 
 def test_tiny_frames_follow_the_vae_s_chunks_of_four():
     """Without temporal compression every length has latents, but the VAE still drops a rest."""
-    geometry = WAN.geometry(tiny.folder(WAN))
-    assert WAN.latent_shape(49, 160, 192, geometry) == (4, 49, 20, 24)
+    geometry = WAN.read_geometry(tiny.folder(WAN))
+    assert geometry.latent_shape(49, 160, 192) == (4, 49, 20, 24)
     with pytest.raises(ConfigError, match="49 and 53"):
-        WAN.check_frames(50, geometry)
-    dropped = WAN.encode_video(tiny.load_pipeline(WAN), moving_squares(frames=10))
+        geometry.check_frames(50)
+    dropped = WAN.vae.encode(tiny.load_pipeline(WAN), moving_squares(frames=10))
     assert dropped.shape[1] == 9
 
 
 def test_pixels_that_do_not_make_patches(tmp_path):
-    geometry = WAN.geometry(published(tmp_path))
+    geometry = WAN.read_geometry(published(tmp_path))
     with pytest.raises(ConfigError, match="height=100 must be a multiple of 16.*96 and 112"):
-        WAN.latent_shape(81, 100, 192, geometry)
+        geometry.latent_shape(81, 100, 192)

@@ -40,7 +40,7 @@ def build(family, memory, *, dtype=FP32, dropout=0.1, targets=None, page=PAGE):
     attention = SparseAttention(Radial(), block=16, dense_layers=1)
     family.install(transformer, attention)
     if memory.mlp_chunk:
-        family.chunk_mlp(transformer, memory.mlp_chunk)
+        family.blocks.chunk_mlp(transformer, memory.mlp_chunk)
     blocks = block_checkpoint(memory, attention, CPU)
     if blocks is None:
         return transformer.train(), None
@@ -109,7 +109,7 @@ def test_attention_is_computed_as_often_as_the_setting_says(family, memory):
     inputs = make_inputs(family, texts=(4, 4))
     with Watching() as watching:
         forward_backward(transformer, inputs)
-    layers = family.geometry(tiny.folder(family)).layers
+    layers = family.read_geometry(tiny.folder(family)).layers
     times = 2 if memory.recompute == "all" else 1
     assert watching.calls[SPARSE] == times * (layers - 1)
     assert watching.calls[SPARSE_BACKWARD] == layers - 1
@@ -197,7 +197,7 @@ def test_the_last_blocks_stay_and_the_others_are_in_the_arena_alone(family, reco
     transformer, offload = build(family, memory)
     out = transformer(**make_inputs(family, texts=(3, 7))).sample
     blocks = stored(offload)
-    layers = family.geometry(tiny.folder(family)).layers
+    layers = family.read_geometry(tiny.folder(family)).layers
     assert len(blocks) == layers
     sent = layers - keep
     assert [block.away for block in blocks] == [True] * (sent - 1) + [False] * (keep + 1)
@@ -355,7 +355,7 @@ def test_the_inside_of_an_mlp_is_never_longer_than_a_chunk(family, recompute):
         forward_backward(transformer, make_inputs(family, texts=(4, 4)))
         return rows
 
-    tokens, layers = 9 * 3 * 5, family.geometry(tiny.folder(family)).layers
+    tokens, layers = 9 * 3 * 5, family.read_geometry(tiny.folder(family)).layers
     assert max(length for _, length in longest(0)) >= tokens
     chunks = longest(16)
     assert len({name for name, _ in chunks}) == 2 * layers
@@ -384,7 +384,7 @@ def test_chunks_hold_less_for_backward(family):
         del out
         return sum(sizes.values())
 
-    geometry = family.geometry(tiny.folder(family))
+    geometry = family.read_geometry(tiny.folder(family))
     width = geometry.heads * geometry.head_dim
     # A GELU saves what it is given, twice the model's width here (four times when published). In a
     # single-stream block two tensors of the model's width take its place.
@@ -396,7 +396,7 @@ def test_chunking_leaves_names_as_they_are(family, fused, tmp_path):
     stock = tiny.load_transformer(family)
     names, modules = list(stock.state_dict()), {n for n, _ in stock.named_modules()}
     chunked = tiny.load_transformer(family)
-    family.chunk_mlp(chunked, 16)
+    family.blocks.chunk_mlp(chunked, 16)
     assert (
         list(chunked.state_dict()) == names and {n for n, _ in chunked.named_modules()} == modules
     )

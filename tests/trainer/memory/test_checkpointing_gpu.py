@@ -129,7 +129,7 @@ def run(
                 parameter.normal_(std=0.02, generator=torch.Generator("cuda").manual_seed(1))
     case.family.install(model, attention)
     if memory.mlp_chunk:
-        case.family.chunk_mlp(model, memory.mlp_chunk)
+        case.family.blocks.chunk_mlp(model, memory.mlp_chunk)
     blocks = block_checkpoint(memory, attention, torch.device("cuda"))
     assert blocks is not None
     if memory.offload and page is not None:

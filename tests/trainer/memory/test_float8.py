@@ -29,7 +29,7 @@ def family(request):
 def quantised_transformer(family):
     transformer = tiny.load_transformer(family, BF16)
     family.install(transformer, SparseAttention(Dense()))
-    float8.quantise_layers(transformer, family.float8_layers)
+    float8.quantise_layers(transformer, family.layers.float8)
     return transformer
 
 
@@ -118,7 +118,7 @@ def test_peft_wraps_the_layers_as_any_others(family, when):
     """Whether it comes before or after: the adapter is fp32 and has stock names."""
     stock = lora.attach(tiny.load_transformer(family, BF16), family, rank=4)
     transformer = tiny.load_transformer(family, BF16)
-    layers = family.float8_layers
+    layers = family.layers.float8
     if when == "before":
         float8.quantise_layers(transformer, layers)
         parameters = lora.attach(transformer, family, rank=4)
@@ -188,7 +188,7 @@ def test_a_run_saves_an_adapter_that_stock_diffusers_loads(arguments, tmp_path):
     for a, b in zip(rows(trainer.run_dir), rows(plain.run_dir), strict=True):
         if a["loss"]:
             assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=0.02)
-    pipe = WAN.load_pipeline(
+    pipe = WAN.loader.load_pipeline(
         tiny.folder(WAN), None, transformer=tiny.load_transformer(WAN, BF16), dtype=BF16
     )
     inputs = make_inputs(WAN, dtype=BF16)

@@ -135,7 +135,7 @@ def test_every_family_pattern_and_checkpoint(processes, engine, tmp_path):
 def test_one_process_is_left_as_it_is():
     """No hook, no exchange: what runs is what ran before there was a choice."""
     family, transformer = build(Case("wan"), SequenceGroup())
-    ends = (getattr(transformer, family.embedder), transformer.rope, transformer.proj_out)
+    ends = (getattr(transformer, family.split.embedder), transformer.rope, transformer.proj_out)
     assert not any(module._forward_hooks for module in ends)
     assert transformer.blocks[0].attn1.processor.attention.exchange is None
 

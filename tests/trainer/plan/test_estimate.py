@@ -58,7 +58,7 @@ def fuse_modulation(monkeypatch):
     "name, dtype, fused",
     [
         *((name, dtype, False) for name in FAMILIES for dtype in ("float32", "bfloat16")),
-        *((name, "bfloat16", True) for name, f in FAMILIES.items() if f.fuses_modulation),
+        *((name, "bfloat16", True) for name, f in FAMILIES.items() if f.blocks.fuses_modulation),
     ],
 )
 def test_bytes_a_block_keeps_are_those_autograd_saves(name, dtype, fused, tmp_path, monkeypatch):

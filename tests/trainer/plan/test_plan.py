@@ -95,7 +95,7 @@ def test_engines_shard_what_they_say(engine, saved, capsys):
 ])  # fmt: skip
 def test_the_longest_length_is_that_of_a_search_through_all(recipe, gib):
     job = job_of(recipe)
-    model, step = anatomy(job), job.family.frame_step(job.geometry)
+    model, step = anatomy(job), job.geometry.frame_step
     fitting = [
         frames
         for frames in range(1, 2001, step)
@@ -103,7 +103,7 @@ def test_the_longest_length_is_that_of_a_search_through_all(recipe, gib):
     ]
     assert 1 < fitting[-1] < 1900
     assert predict.longest_training(job, model, gib * GIB, Knobs()) == fitting[-1]
-    job.family.check_frames(fitting[-1], job.geometry)
+    job.geometry.check_frames(fitting[-1])
 
 
 def test_the_longest_length_ends_with_the_positions():

@@ -28,7 +28,7 @@ def test_peaks_are_those_measured(recipe, blocks, peak):
     model = replace(
         model, blocks=chosen, params=model.params - left_out, lora=sum(b.lora for b in chosen)
     )
-    tokens = job.grid(job.frames).video + (100 if job.family.text_tokens else 0)
+    tokens = job.grid(job.frames).video + (100 if job.family.text.sequence_tokens else 0)
     predicted = training_memory(model, tokens, Knobs()).peak / GIB - rates.RESERVE
     assert predicted == pytest.approx(peak, rel=rates.MEMORY_ERROR)
 

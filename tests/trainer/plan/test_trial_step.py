@@ -152,7 +152,7 @@ def test_it_is_a_step_of_the_longest_shape(family, videos, cache, tmp_path, monk
         )
         plan, held = seen.pop(-2)
         assert plan.grid == trainer.learner.grid
-        if trainer.job.family.text_tokens:  # captions of a batch differ in length
+        if trainer.job.family.text.sequence_tokens:  # captions of a batch differ in length
             assert plan.valid == (len(plan.grid), len(plan.grid) - 1)
         moments = {"step", "exp_avg", "exp_avg_sq"}
         assert held == [(moments, accumulate > 1)] * len(trainer.learner.parameters)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,11 +128,11 @@ def test_hunyuan_at_its_published_width(tmp_path):
             tmp_path,
             rank=2,
             targets=targets,
-            transformer=HUNYUAN.blank_transformer(str(model), None),
+            transformer=HUNYUAN.loader.blank_transformer(str(model), None),
             model=model,
         )
         file = export_comfyui(tmp_path)
-        state = HUNYUAN.pipeline_class.lora_state_dict(str(file))
+        state = HUNYUAN.names.pipeline_class.lora_state_dict(str(file))
         own = lora.state_dict(transformer)
         for tensors, scale in ((state, 1), (own, 8 / 2)):
             for name, tensor in tensors.items():  # a sixteenth of the inputs is enough, and quick
@@ -163,7 +164,7 @@ CONVERTERS = {
         (WAN, r"blocks\.\d+\.ffn\.net\.(0\.proj|2)"),
         (HUNYUAN, f"{DUAL_MLP}|{DUAL_TEXT}"),
         (HUNYUAN, f"single_{BLOCK}proj_out"),
-        *((MOCHI, targets) for targets in MOCHI.lora_targets),
+        *((MOCHI, targets) for targets in MOCHI.layers.lora_targets),
         (MOCHI, BLOCK + r"attn1\.(to_k|add_v_proj|to_add_out)"),
         (MOCHI, BLOCK + r"(ff|ff_context)\.net\.2"),
     ],
@@ -184,7 +185,7 @@ def test_updates_convert_as_weights_do(tmp_path, family, targets):
 
 
 @pytest.mark.parametrize(
-    "family, targets", [(name, t) for name, f in FAMILIES.items() for t in f.lora_targets]
+    "family, targets", [(name, t) for name, f in FAMILIES.items() for t in f.layers.lora_targets]
 )
 def test_every_named_choice_of_layers_can_be_exported(tmp_path, family, targets):
     trained(FAMILIES[family], tmp_path, targets=targets)
@@ -194,8 +195,8 @@ def test_every_named_choice_of_layers_can_be_exported(tmp_path, family, targets)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_name_layers_of_the_model_once(family):
     family = FAMILIES[family]
-    transformer = family.blank_transformer(tiny.folder(family), None)
-    parts = [part for parts in family.original_layers.values() for part in parts]
+    transformer = family.loader.blank_transformer(tiny.folder(family), None)
+    parts = [part for parts in family.layers.original.values() for part in parts]
     assert len(set(parts)) == len(parts)
     for part in parts:
         assert isinstance(transformer.get_submodule(part.format(0)), torch.nn.Linear)
@@ -224,7 +225,7 @@ def test_names_header_and_place_of_the_file(tmp_path):
 def test_diffusers_still_takes_its_own_file_from_the_folder(tmp_path):
     transformer = trained(WAN, tmp_path)
     export_comfyui(tmp_path)
-    state, metadata = WAN.pipeline_class.lora_state_dict(tmp_path, return_lora_metadata=True)
+    state, metadata = WAN.names.pipeline_class.lora_state_dict(tmp_path, return_lora_metadata=True)
     assert metadata["transformer.lora_alpha"] == 8
     own = lora.state_dict(transformer)
     assert state.keys() == own.keys() and all(torch.equal(own[name], state[name]) for name in own)
@@ -239,7 +240,7 @@ def test_equal_adapters_give_equal_bytes(tmp_path):
 def test_bf16_rounds_each_number_once(tmp_path):
     transformer = trained(WAN, tmp_path, rank=3, alpha=2)
     file = export_comfyui(tmp_path, dtype=torch.bfloat16)
-    state = WAN.pipeline_class.lora_state_dict(str(file))
+    state = WAN.names.pipeline_class.lora_state_dict(str(file))
     own = lora.state_dict(transformer)
     assert state.keys() == own.keys()
     for name, tensor in own.items():
@@ -286,9 +287,10 @@ Q, K = "blocks.{}.self_attn.q", "blocks.{}.self_attn.k"
 )
 def test_damaged_tables_are_refused(tmp_path, monkeypatch, change, error, message):
     trained(WAN, tmp_path)
-    table = dict(WAN.original_layers)
+    table = dict(WAN.layers.original)
     change(table)
-    monkeypatch.setattr(type(WAN), "original_layers", table)
+    damaged = replace(WAN, layers=replace(WAN.layers, original=table))
+    monkeypatch.setitem(FAMILIES, "wan", damaged)
     with pytest.raises(error, match=message):
         export_comfyui(tmp_path)
     assert_only_adapter(tmp_path)

@@ -10,6 +10,7 @@ import torch
 from tiny import WAN, randomise
 
 from longreel.sparse.attention import SparseAttention
+from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import Dense, Radial
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.values import ConfigError
@@ -124,7 +125,7 @@ def stock_run(family, monkeypatch, *, dense_steps, steps, dtype=torch.float32, *
 def guided_inputs(family):
     text, negative = (tiny.make_text(family, seed=seed) for seed in (0, 1))
     negative = None if family.name == "hunyuan" else negative
-    return family.pipeline_inputs(text, negative, 4.0)
+    return family.text.pipeline_inputs(text, negative, 4.0)
 
 
 @pytest.mark.parametrize("dense_steps", [2, [-1], [0, -1], []])
@@ -196,7 +197,7 @@ def test_training_goes_on_as_if_nothing_was_sampled():
     transformer, attention = in_training()
     transformer.blocks[1].eval()
     pipe = tiny.load_pipeline(WAN, transformer, text=False)
-    attention.plan(WAN.grid((9, 6, 8), (1, 2, 2)))
+    attention.plan(TokenGrid(9, 3, 4))
     modes = [module.training for module in transformer.modules()]
     plan, rng = attention.current, torch.random.get_rng_state()
     video_of(pipe, prompt=tiny.make_text(WAN, seed=1), negative=tiny.make_text(WAN, seed=2), **SIZE)
@@ -221,7 +222,7 @@ def test_cached_text_samples_like_its_prompt():
     whole, bare = tiny.load_pipeline(WAN), tiny.load_pipeline(WAN, text=False)
     assert bare.text_encoder is None
     texts = {"prompt": "a cat", "negative": ""}
-    cached = {name: WAN.encode_text(whole, text) for name, text in texts.items()}
+    cached = {name: WAN.text.encode(whole, text) for name, text in texts.items()}
     expected = video_of(whole, **texts, **SIZE)
     assert np.array_equal(video_of(bare, **cached, **SIZE), expected)
     with pytest.raises(ValueError, match="no text encoder for ''"):
@@ -299,7 +300,7 @@ def test_entries_that_do_not_fit_are_refused(run, tmp_path):
     with pytest.raises(ConfigError, match="WanPipeline, the pipeline is a list"):
         apply_sparse_attention([], ENTRY)
     other = tmp_path / "other"
-    WAN.load_pipeline(
+    WAN.loader.load_pipeline(
         tiny.folder(WAN), None, transformer=shallow(), dtype=torch.float32
     ).save_pretrained(other)
     with pytest.raises(ConfigError, match=r"does not fit this model.*\nunexpected: .*blocks\.2"):

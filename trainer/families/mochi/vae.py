@@ -1,4 +1,4 @@
-"""Mochi's VAE a few frames at a time, with the results of whole clips."""
+"""Mochi's VAE, a few frames at a time, with the results of whole clips."""
 
 from __future__ import annotations
 
@@ -10,18 +10,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..vae import DecoderMemory, VideoCodec, channel_statistics, scale_pixels
+
 Layer = Callable[[Tensor], Tensor]
 
-# Of what one call of an attention is given, all frames of some places: 128 MB in fp32, and no more
-# places than CUDA's attention takes (the stock encoder's limit).
+# Limits of the input of one attention call, which has all frames of some places: 2**25 numbers are
+# 128 MB in fp32, and CUDA's attention takes no more places (the stock encoder's limit).
 MOST_NUMBERS, MOST_PLACES = 2**25, 2**15
+
+
+class MochiVae(VideoCodec):
+    # Two latent frames, and the past that convolutions keep; see `decode_chunks`.
+    decoder_memory = DecoderMemory(frames=12, side=None, channels=128, times=7)
+
+    def encode_chunks(self, vae: Any, pixels: Tensor) -> Iterator[Tensor]:
+        """Yield the result of `vae.encode`, tiles in space included, in the memory of
+        `EncoderInParts`."""
+        kept = (*vae.parameters(), *vae.buffers(), vae.decoder)
+        vae = copy.deepcopy(vae, {id(part): part for part in kept})
+        vae.encoder = EncoderInParts(vae.encoder, vae.num_sample_frames_batch_size)
+        yield vae.encode(scale_pixels(vae, pixels)).latent_dist.mode()
+
+    def decode_chunks(self, vae: Any, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the result of `vae.decode` without tiles, `vae.num_latent_frames_batch_size` latent
+        frames (2) at a time.
+
+        It is equal except for the rounding of convolutions, which depends on their size.
+
+        At 480 x 848 the 12 frames of a chunk take 2.3 GiB in fp32 at the decoder's full resolution
+        (128 channels), about five times over within a block, and the past frames that the
+        convolutions keep 4.9 GiB: about 17 GiB, whatever the length.
+        """
+        decoder = continuing(vae.decoder)
+        padding = vae.temporal_compression_ratio - 1  # frames before the first
+        for chunk in latents.split(vae.num_latent_frames_batch_size, dim=2):
+            pixels, _ = decoder(chunk)
+            yield pixels[:, :, padding:]
+            padding = 0
+
+    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = channel_statistics(vae, latents)
+        return (latents - mean) * vae.config.scaling_factor / std
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        latents = latents.to(vae.dtype)
+        mean, std = channel_statistics(vae, latents)
+        return latents * std / vae.config.scaling_factor + mean  # rounded as the pipeline rounds
 
 
 class ContinuedConv(nn.Module):
     """A causal convolution over a video that comes in chunks `[B, C, frames, H, W]`.
 
-    Edges are replicated as the stock layer does it: in space always, in time before the first
-    chunk. Later ones see the frames before them that no output has had in its place yet.
+    Edges are replicated as in the stock layer: in space always, in time before the first chunk.
+    Later chunks continue from the frames that earlier outputs still left to be read.
     `conv_cache` is the stock layer's protocol.
     """
 
@@ -44,11 +85,10 @@ class ContinuedConv(nn.Module):
 
 
 def continuing(part: Any) -> Any:
-    """An encoder or decoder over the same weights that goes on from chunk to chunk; `part` is not
-    touched.
+    """Return an encoder or decoder over the same weights that continues from chunk to chunk.
 
-    The stock switch for this, `_enable_framewise_decoding`, also drops the padding in space, which
-    these convolutions are built to be given.
+    `part` itself is left unchanged. The stock switch for this, `_enable_framewise_decoding`, also
+    drops the padding in space, which these convolutions need.
     """
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
@@ -64,13 +104,14 @@ def continuing(part: Any) -> Any:
 class EncoderInParts(nn.Module):
     """Mochi's encoder without the activations of a whole clip at its full size.
 
-    Its convolutions are causal and go on from one chunk of `frames` to the next. Its attention is
-    causal too, over the frames of one place, so it takes all frames of some places at a time: to go
-    on from chunk to chunk it would have to keep keys and values, 46 GB for 667 frames of a tile of
-    256 x 256. What is kept of the whole clip is the first attention's input, at half the height and
-    width, twice: 2 x 5.2 GiB for that tile, where all frames at once take five times 10.4 GiB, at
-    the full size (193 MB for 637 MB, measured on 121 frames of 64 x 64 with fewer places at a
-    time). The result is equal but for the rounding of sums, which goes by their size.
+    The convolutions are causal and continue from one chunk of `frames` to the next. Attention is
+    causal too, over the frames of one place, so it takes all frames of some places at a time: to
+    continue from chunk to chunk it would have to keep keys and values, 46 GB for 667 frames of a
+    tile of 256 x 256. Of the whole clip only the first attention's input is kept, at half the
+    height and width, twice: 2 x 5.2 GiB for that tile, where all frames at once take five times
+    10.4 GiB at the full size (193 MB instead of 637 MB, measured on 121 frames of 64 x 64 with
+    fewer places at a time). The result is equal except for the rounding of sums, which depends on
+    their size.
     """
 
     def __init__(self, stock: Any, frames: int) -> None:
@@ -78,7 +119,7 @@ class EncoderInParts(nn.Module):
         self.stock, self.frames = stock, frames
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """Moments `[B, C, f, h, w]` of `[B, 3, F, H, W]`, and a cache that there is not."""
+        """Return moments `[B, C, f, h, w]` of `[B, 3, F, H, W]`, and None for the stock cache."""
         video = pixels
         for layers, step, attention in _steps(continuing(self.stock)):
             video = self._by_frames(layers, step, video, replace=video is not pixels)
@@ -87,8 +128,10 @@ class EncoderInParts(nn.Module):
         return video, None
 
     def _by_frames(self, layers: list[Layer], step: int, video: Tensor, *, replace: bool) -> Tensor:
-        """What the layers make of a video, one frame of each `step`; in its own memory if it fits
-        there and may be replaced."""
+        """Apply the layers to a video; they make one frame of `step`.
+
+        replace: write the result into the video's own memory if the shapes are the same.
+        """
         out, done = None, 0
         for chunk in self._chunks(video):
             for layer in layers:
@@ -102,8 +145,7 @@ class EncoderInParts(nn.Module):
         return out
 
     def _chunks(self, video: Tensor) -> Iterator[Tensor]:
-        """The first has a frame more, as a multiple of latent frames plus one needs, and the last
-        one the rest."""
+        """Split a video into chunks of `frames`; the first has one more, the last the remainder."""
         count = max(1, (video.shape[2] - 1) // self.frames)
         for index in range(count):
             first = index * self.frames + (index > 0)
@@ -111,7 +153,7 @@ class EncoderInParts(nn.Module):
             yield video[:, :, first:last]
 
     def _attend(self, norm: Layer, attention: Layer, video: Tensor) -> None:
-        """Adds attention over the frames of each place, in place."""
+        """Add attention over the frames of each place, in place."""
         normed = self._by_frames([norm], 1, video, replace=False)
         batch, channels, frames, height, width = video.shape
         places = min(MOST_PLACES, MOST_NUMBERS // (frames * channels)) // batch
@@ -123,8 +165,8 @@ class EncoderInParts(nn.Module):
 
 
 def _steps(encoder: Any) -> Iterator[tuple[list[Layer], int, tuple[Layer, Layer] | None]]:
-    """The encoder as causal layers, how many frames they make one of, and the norm and attention
-    that follow them."""
+    """Yield the encoder's stages: causal layers, the number of frames that they make one of, and
+    the norm and attention that follow them."""
     layers: list[Layer] = [encoder.fourier_features, _on_channels(encoder.proj_in)]
     step = 1
     for block in (encoder.block_in, *encoder.down_blocks, encoder.block_out):
@@ -143,10 +185,10 @@ def _steps(encoder: Any) -> Iterator[tuple[list[Layer], int, tuple[Layer, Layer]
 
 
 def _first(layer: Any) -> Layer:
-    """Without the cache that stock layers return beside their result."""
+    """Drop the cache that a stock layer returns beside its result."""
     return lambda video: layer(video)[0]
 
 
 def _on_channels(layer: Layer) -> Layer:
-    """A layer over the last dimension as one over the channels of `[B, C, F, H, W]`."""
+    """Apply a layer over the last dimension to the channels of `[B, C, F, H, W]`."""
     return lambda video: layer(video.movedim(1, -1)).movedim(-1, 1)
