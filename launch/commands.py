@@ -174,11 +174,11 @@ def export(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    """Train as the recipe says; mistakes in it are told before anything heavy is imported."""
+    """Train as the recipe says; mistakes in it are reported before anything heavy is imported."""
     job = Job.from_config(load(argv))
-    from ..trainer.loop import Trainer
+    from ..trainer import loop
 
-    Trainer(job).fit()
+    loop.train(job)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ def save(
         _add_metadata(file, ENTRY, json.dumps(entry, sort_keys=True))
         os.replace(file, folder / WEIGHTS)
     return folder / WEIGHTS
+
+
+@dataclass(frozen=True)
+class AdapterWriter:
+    """Writes adapters of one run; see `save` for the fields."""
+
+    transformer: Any
+    family: ModelFamily
+    entry: dict[str, Any]
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+        """Write an adapter to `folder`. tensors: by the names of the transformer's parameters."""
+        return save(folder, self.transformer, self.family, self.entry, tensors)
 
 
 def _add_metadata(file: Path, key: str, value: str) -> None:

@@ -90,7 +90,7 @@ def test_offload_says_what_it_holds(arguments, monkeypatch, caplog):
     caplog.set_level("INFO")
     settings = ["memory.recompute=all_but_attention", "memory.offload=true", "memory.mlp_chunk=64"]
     trainer = train(arguments, *settings, "train.steps=2")
-    assert trainer.learner.offload is not None and trainer.learner.offload.arena.size > 2**16
+    assert trainer.learner.offload is not None and trainer.learner.offload.pool.size > 2**16
     assert len([m for m in caplog.messages if m.startswith("memory.offload holds")]) == 1
 
 
@@ -165,4 +165,4 @@ def test_the_tiny_recipe_lowers_the_heldout_loss(name, waves, cache, tmp_path):
     trainer = train(run, f"cache.dir={cache}", "log.wandb=false")
     heldout = list(column(trainer.metrics.rows(), "heldout_loss_target").values())
     assert heldout[-1] < 0.9 * heldout[0]
-    assert trainer.learner.cost.layer_density < 0.7
+    assert trainer.setup.cost.layer_density < 0.7
