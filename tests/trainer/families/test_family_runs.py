@@ -145,7 +145,7 @@ def test_guidance_is_a_setting_of_models_that_are_told_it(name, arguments):
         job = Job.from_config(changed)
         assert job.config.train.guidance == job.adapter_entry()["guidance"] == 3.5
     else:
-        with pytest.raises(ConfigError, match="train.guidance=3.5: this model is not told"):
+        with pytest.raises(ConfigError, match="train.guidance=3.5: this model takes no guidance"):
             Job.from_config(changed)
 
 
