@@ -26,9 +26,9 @@ from longreel.trainer.families import FAMILIES
 from longreel.trainer.families.base import ModelFamily
 from longreel.trainer.families.text import Text
 from longreel.trainer.job import Job
-from longreel.trainer.plan.predict import told
+from longreel.trainer.plan.advice import as_argument
 from longreel.trainer.run.progress import open_console
-from longreel.trainer.step import Learner
+from longreel.trainer.step import Learner, LoadedModel, Setup
 
 DENSE = ("sparse.pattern.name=dense",)
 # As diffusers and PEFT train: blocks are checkpointed whole, the adapter computes in fp32, and
@@ -43,7 +43,7 @@ NEUTRAL = (
     "lora.compute_dtype",
 )
 DEFAULTS = {setting.key: setting.default for setting in settings_of(Config)}
-PLAIN = tuple(told(key, DEFAULTS[key]) for key in NEUTRAL)
+PLAIN = tuple(as_argument(key, DEFAULTS[key]) for key in NEUTRAL)
 CHUNK = 16384  # tokens, of docs/memory.md
 SCALE = 0.02  # of the adapter's weights where gradients are compared
 SHORT_FRAMES = 4  # latent ones, of a warm-up that compiles and little else
@@ -94,7 +94,7 @@ def rows_for(config: Config) -> dict[str, Row]:
         Row("sparse", "the recipe without dense layers", ("sparse.dense_layers=0",)),
     ]
     for key, value in turned.items():
-        setting = told(key, value)
+        setting = as_argument(key, value)
         rows.append(Row(key.partition(".")[2], f"the recipe with {setting}", (setting,)))
     return {row.name: row for row in rows}
 
@@ -140,13 +140,13 @@ class Stepper:
         self.job = replace(job, family=untrained(family, device, shared))
         self.stock, self.device, self.steps = caption.padded, device, 0
         open_console(True)
-        self.learner = StockLearner(self.job) if self.stock else Learner(self.job)
-        self.learner.load()
+        setup = Setup.of_job(self.job)
+        learner = StockLearner if self.stock else Learner
+        self.learner = learner(setup, LoadedModel.load(setup))
         if self.stock:
             self.learner.transformer.enable_gradient_checkpointing()  # with diffusers' own
-        part = self.learner.clip_part
         batches = [
-            random_batch(self.job, self.learner.dtype, part, frames)
+            random_batch(self.job, setup.dtype, setup.clip_part, frames)
             for frames in (None, SHORT_FRAMES)
         ]
         for text in (text for batch in batches for text in batch["texts"]):
@@ -163,8 +163,8 @@ class Stepper:
     def pin(self, size: float) -> None:
         """Let memory.offload take its host memory, bytes, before a step does."""
         if self.learner.offload is not None:
-            arena = self.learner.offload.arena
-            arena.give(arena.take(int(size)))
+            pool = self.learner.offload.pool
+            pool.give_back(pool.take(int(size)))
 
     def warm(self, short: bool) -> None:
         self._timed(self.short if short else self.batches)

@@ -45,11 +45,12 @@ from longreel.trainer.config.values import ConfigError, leaf_types, parse
 from longreel.trainer.job import Job
 from longreel.trainer.memory.device import ALLOCATOR, grow_segments
 from longreel.trainer.plan import rates
-from longreel.trainer.plan.estimate import GIB, Passes, read_knobs, work
-from longreel.trainer.plan.predict import Plan, plan
+from longreel.trainer.plan.estimate import GIB, read_knobs
+from longreel.trainer.plan.predict import ResourcePlan, plan
+from longreel.trainer.plan.timing import Passes, work
 from longreel.trainer.run.metrics import peak_memory_gib
 from longreel.trainer.run.progress import open_console
-from longreel.trainer.step import Learner
+from longreel.trainer.step import Learner, LoadedModel, Setup
 from longreel.trainer.summary import density_by_layer
 
 PARTS = ("batch", "forward", "backward", "optimizer")
@@ -131,11 +132,12 @@ class Measured:
     def part(self, name: str) -> float:
         return statistics.median(step.seconds[name] for step in self.counted)
 
-    def note_memory(self, learner: Learner) -> None:
+    def note_memory(self, device: torch.device, learner: Learner | None) -> None:
+        """learner: None while the model is loading."""
         self.host_gib = peak_memory_gib(torch.device("cpu"))
-        offload = getattr(learner, "offload", None)
-        self.pinned = 0 if offload is None else offload.arena.size
-        if learner.device.type == "cuda":
+        offload = None if learner is None else learner.offload
+        self.pinned = 0 if offload is None else offload.pool.size
+        if device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
             self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
             free, total = torch.cuda.mem_get_info()
@@ -192,30 +194,30 @@ def measure(job: Job, steps: int) -> Measured:
     """So many updates; stops where memory ends, on the GPU or in the host, and says so."""
     found = Measured()
     open_console(True)
-    learner = Learner(job)
-    if learner.memory_warning is not None:
-        say(learner.memory_warning)
-    watch = None
+    setup = Setup.of_job(job)
+    if setup.memory_warning is not None:
+        say(setup.memory_warning)
+    learner = watch = None
     try:
         started = time.perf_counter()
-        learner.load()
-        if learner.device.type == "cuda":
+        learner = Learner(setup, LoadedModel.load(setup))
+        if setup.device.type == "cuda":
             torch.cuda.empty_cache()  # of what was quantised
         say(f"model made in {time.perf_counter() - started:.0f} s")
         watch, found.adapted = Watch(learner), len(learner.parameters)
-        batches = repeat(random_batch(job, learner.dtype, learner.clip_part))
+        batches = repeat(random_batch(job, setup.dtype, setup.clip_part))
         for index in range(1, steps + 1):
             watch.begin()
             watch.step.loss = learner.update(index, batches)["loss"]
             found.steps.append(watch.step)
-            found.note_memory(learner)
+            found.note_memory(setup.device, learner)
             say(f"step {index}/{steps}: {describe(watch.step)}; {describe_memory(found)}")
     except (RuntimeError, MemoryError) as error:
         where = "GPU" if isinstance(error, RuntimeError) else "host"
         reason = str(error).strip().partition("\n")[0]
         if where == "GPU" and not any(x in reason for x in ("out of memory", "ALLOC_FAILED")):
             raise
-        found.note_memory(learner)
+        found.note_memory(setup.device, learner)
         at = f"{watch.part} of step {len(found.steps) + 1}" if watch else "loading"
         found.complaint = f"out of {where} memory in {at}"
         say(f"{found.complaint}: {reason}; {describe_memory(found)}")
@@ -251,7 +253,7 @@ def gpu_found(device: torch.device) -> rates.Gpu | None:
     return min(alike, key=lambda gpu: abs(gpu.memory - size), default=None)
 
 
-def predicted_gib(made: Plan) -> dict[str, float]:
+def predicted_gib(made: ResourcePlan) -> dict[str, float]:
     """By moment, what torch should have allocated: the plan's parts that exist then, in GiB."""
     parts = made.memory.gpu
     between = parts["frozen base"] + parts["LoRA, gradients, moments"] - 4 * made.model.lora
@@ -277,7 +279,9 @@ def measured_gib(found: Measured) -> dict[str, float | None]:
     return {moment: size and size / GIB for moment, size in moments.items()}
 
 
-def section(job: Job, made: Plan, gpu: rates.Gpu | None, found: Measured, about: list[str]) -> str:
+def section(
+    job: Job, made: ResourcePlan, gpu: rates.Gpu | None, found: Measured, about: list[str]
+) -> str:
     """One recipe's comparison in words and numbers."""
     rows: list[tuple[str, float, float | None]] = []
     if gpu is not None:
@@ -305,7 +309,7 @@ def section(job: Job, made: Plan, gpu: rates.Gpu | None, found: Measured, about:
     )
 
 
-def operations(job: Job, made: Plan, found: Measured) -> str:
+def operations(job: Job, made: ResourcePlan, found: Measured) -> str:
     knobs, train = read_knobs(job.config), job.config.train
     samples = train.batch * train.gradient_accumulation
     once = work(made.model, made.grid, made.densities, knobs, Passes(1, 1, 1), samples)
@@ -320,12 +324,12 @@ def operations(job: Job, made: Plan, found: Measured) -> str:
     return f"{text}. Reached: {reached} TFLOP/s, {useful} without recomputation."
 
 
-def parts_of(made: Plan) -> str:
+def parts_of(made: ResourcePlan) -> str:
     spent = {part.name: getattr(made.seconds, part.name) for part in fields(made.seconds)}
     return ", ".join(f"{name} {short(value)}" for name, value in spent.items() if value)
 
 
-def row(name: str, made: Plan, gpu: rates.Gpu | None, found: Measured) -> str:
+def row(name: str, made: ResourcePlan, gpu: rates.Gpu | None, found: Measured) -> str:
     """A recipe's line of the table."""
     seconds, peak = found.seconds, found.peak / GIB or None
     expected = None if gpu is None else made.seconds.total

@@ -11,8 +11,9 @@ from ..trainer.config.values import ConfigError
 
 if TYPE_CHECKING:
     from ..trainer.job import Job
-    from ..trainer.plan.predict import Plan, SamplingPlan
+    from ..trainer.plan.predict import ResourcePlan
     from ..trainer.plan.rates import Gpu
+    from ..trainer.plan.sampling import SamplingPlan
 
 USAGE = "longreel plan recipe=NAME [key=value ...]"
 TAKES_RECIPE = True
@@ -45,7 +46,8 @@ def plan(argv: list[str]) -> None:
 
     from ..trainer.job import Job
     from ..trainer.plan import rates
-    from ..trainer.plan.predict import plan, plan_sampling
+    from ..trainer.plan.predict import plan
+    from ..trainer.plan.sampling import plan_sampling
     from ..trainer.run.progress import quiet_libraries
 
     gpu = rates.gpu_named(options.gpu)
@@ -73,7 +75,7 @@ def plan(argv: list[str]) -> None:
 Rows = Iterator[tuple[str, str]]
 
 
-def _work(job: Job, made: Plan) -> Rows:
+def _work(job: Job, made: ResourcePlan) -> Rows:
     from ..trainer.summary import density_by_layer
 
     config, model, grid, flops = job.config, made.model, made.grid, made.flops
@@ -121,9 +123,10 @@ def _work(job: Job, made: Plan) -> Rows:
     )
 
 
-def _memory(job: Job, made: Plan, gpu: Gpu) -> Rows:
+def _memory(job: Job, made: ResourcePlan, gpu: Gpu) -> Rows:
+    from ..trainer.plan.advice import advice
     from ..trainer.plan.estimate import read_knobs
-    from ..trainer.plan.predict import advice, longest_training
+    from ..trainer.plan.predict import longest_training
 
     memory, limit = made.memory, made.memory_limit
     lines = [f"{_gib(memory.peak)} of {_gib(limit)}: {made.verdict}"]
@@ -140,7 +143,7 @@ def _memory(job: Job, made: Plan, gpu: Gpu) -> Rows:
         yield "change", advice(job, made.model, limit, gpus=made.gpus, float8=gpu.float8)
 
 
-def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:
+def _time(job: Job, made: ResourcePlan, options: PlanOptions) -> Rows:
     seconds = made.seconds
     spent = {part.name: getattr(seconds, part.name) for part in fields(seconds)}
     parts = ", ".join(f"{name} {_short(value)}" for name, value in spent.items() if value)
@@ -159,7 +162,7 @@ def _time(job: Job, made: Plan, options: PlanOptions) -> Rows:
     yield "cache", f"{total} for {options.clips} clips"
 
 
-def _faster(job: Job, made: Plan, gpu: Gpu) -> Rows:
+def _faster(job: Job, made: ResourcePlan, gpu: Gpu) -> Rows:
     from ..trainer.plan.faster import faster
 
     if found := faster(job, made, gpu):

@@ -17,6 +17,6 @@ def train(argv: list[str]) -> None:
     from ..trainer.job import Job
 
     job = Job.from_config(config)
-    from ..trainer.loop import Trainer
+    from ..trainer import loop
 
-    Trainer(job).fit()
+    loop.train(job)

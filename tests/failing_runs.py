@@ -1,5 +1,5 @@
 """`failing_runs.py FAILURE RUNS`: training runs, JSON lists of arguments, one after another, the
-last of which fails as told: `{"kind": "signal", "rank": 1, "step": 2}`.
+last of which fails as given: `{"kind": "signal", "rank": 1, "step": 2}`.
 
 kind: `signal` (SIGUSR1), `kill` (SIGKILL), `hang`; at the forward of a step on one process. `slow`:
 that process takes SLOW seconds more to validate the step, and to save it.
@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.loop import train
 from longreel.trainer.run.saving import Saver
 from longreel.trainer.sampling.validate import Validator
+from longreel.trainer.step import Learner
 
 SLOW = 8.0
 
@@ -53,17 +54,16 @@ def main(failure: dict, runs: list[list[str]]) -> None:
     if failure.get("kind") == "slow":
         slow_down(failure["rank"], failure["step"])
     for index, arguments in enumerate(runs):
-        trainer = Trainer(Job.from_config(load(arguments)))
-        learner, loss = trainer.learner, trainer.learner.loss
+        loss = Learner.loss
 
-        def failing(batch, step, micro, loss=loss):
+        def failing(self, batch, step, micro, loss=loss):
             if (dist.get_rank(), step) == (failure["rank"], failure["step"]):
                 fail(failure["kind"])
-            return loss(batch, step, micro)
+            return loss(self, batch, step, micro)
 
         if index == len(runs) - 1 and failure:
-            learner.loss = failing
-        trainer.fit()
+            Learner.loss = failing
+        train(Job.from_config(load(arguments)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 and saves what they learn.
 """
 
+import copy
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -113,7 +114,11 @@ def make_optimizer(parameters) -> torch.optim.Optimizer:
 def result(before: State, after: State, losses: list[Tensor], norms: list[Tensor]) -> dict:
     """Losses, gradient norms, what was learnt and the moments: what a case is compared by."""
     learnt = {f"learnt.{name}": x - before.adapter[name] for name, x in after.adapter.items()}
-    moments = {key: x for key, x in after.tensors.items() if not key.startswith("lora.")}
+    moments = {
+        f"{moment}.{name}": x
+        for name, tensors in after.moments.items()
+        for moment, x in tensors.items()
+    }
     return {"loss": torch.stack(losses), "norm": torch.stack(norms)} | learnt | moments
 
 
@@ -140,7 +145,7 @@ def update_alone(case: Case, data_size: int) -> dict[str, Tensor]:
 
 
 def copied(state: State) -> State:
-    return State({key: x.clone() for key, x in state.tensors.items()}, state.adam_steps)
+    return copy.deepcopy(state)
 
 
 def update_together(case: Case) -> dict[str, Tensor]:
@@ -151,12 +156,12 @@ def update_together(case: Case) -> dict[str, Tensor]:
     """
     AcceleratorState._reset_state()  # of the case before
     train = Train(gradient_accumulation=case.accumulate, max_grad_norm=LIMIT)
-    engine = open_engine(
+    engine_class, accelerator = open_engine(
         Config(train=train, parallel=Parallel(engine=case.engine)), timedelta(minutes=9)
     )
     group = SequenceGroup.create(case.sequence, HEADS)
     family, transformer = build(case, group)
-    engine.prepare(transformer, make_optimizer)
+    engine = engine_class(accelerator, transformer, make_optimizer)
 
     def backward(step: int) -> Tensor:
         total = torch.zeros(())

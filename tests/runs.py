@@ -6,10 +6,10 @@ import pytest
 from safetensors.torch import load_file
 
 from longreel.data.decode import probe, read_clip
+from longreel.trainer import loop
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
 from longreel.trainer.run.metrics import MEASURED, read_rows
 from longreel.trainer.step import Learner
 
@@ -39,10 +39,9 @@ def arguments_of(family: str, videos: Path, cache: Path, run_dir: Path) -> list[
     ]
 
 
-def train(arguments: list[str], *overrides: str) -> Trainer:
-    trainer = Trainer(Job.from_config(load(with_settings(arguments, *overrides))))
-    trainer.fit()
-    return trainer
+def train(arguments: list[str], *overrides: str) -> loop.Trainer:
+    """Run to the end, or to whatever ends the run; return the trainer of the complete run."""
+    return loop.train(Job.from_config(load(with_settings(arguments, *overrides))))
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:

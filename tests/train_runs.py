@@ -5,7 +5,7 @@ import sys
 
 from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.loop import train
 
 for arguments in json.loads(sys.argv[1]):
-    Trainer(Job.from_config(load(arguments))).fit()
+    train(Job.from_config(load(arguments)))

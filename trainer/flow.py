@@ -1,7 +1,7 @@
 """Flow matching: noise levels, noising and the loss.
 
-sigma is the noise level in [0, 1]: noisy = (1 - sigma) * clean + sigma * noise. What a model is fed
-for a sigma, and whether it predicts noise - clean or its negative, is its family's.
+sigma is the noise level in [0, 1]: noisy = (1 - sigma) * clean + sigma * noise. The family decides
+which timestep a model gets for a sigma, and whether it predicts noise - clean or its negative.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .families.text import Text
 
 
 def sample_sigmas(batch: int, config: Sigma, generator: torch.Generator) -> Tensor:
-    """Noise levels `[batch]` fp32 on the CPU.
+    """Draw noise levels `[batch]`, fp32 on the CPU.
 
-    Logit-normal is Esser et al. 2024, section 3.1; the shift is their section 5.3.2.
+    Logit-normal is from Esser et al. 2024, section 3.1; the shift from their section 5.3.2.
     """
     if config.name == "uniform":
         sigma = torch.rand(batch, generator=generator)
@@ -29,15 +29,15 @@ def sample_sigmas(batch: int, config: Sigma, generator: torch.Generator) -> Tens
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Noisy latents fp32 for clean ones `[B, ...]` at noise levels `[B]`."""
+    """Return noisy fp32 latents for clean ones `[B, ...]` at noise levels `[B]`."""
     sigma = sigma.float().view(-1, *[1] * (clean.dim() - 1))
     return (1 - sigma) * clean.float() + sigma * noise.float()
 
 
 def sample(clean: Tensor, config: Sigma, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise like `clean` and noise levels `[B]` of one training step, fp32 on its device.
+    """Draw noise like `clean` and noise levels `[B]` of one training step, fp32 on its device.
 
-    generator: of the CPU, so that a seed gives the same values whatever the device.
+    generator: on the CPU, so that a seed gives the same values on every device.
     """
     sigma = sample_sigmas(clean.shape[0], config, generator)
     noise = torch.randn(clean.shape, generator=generator)
@@ -53,7 +53,7 @@ def flow_matching_loss(
     noise: Tensor,
     guidance: float | None = None,
 ) -> Tensor:
-    """Mean squared error of the prediction, fp32: the loss of training and of validation.
+    """Return the mean squared error of the prediction, fp32, in training and validation.
 
     clean, noise: latents `[B, C, f, h, w]`; text: from `collate_text`; sigma: `[B]`; all on the
     transformer's device. guidance: as `NoisingConvention.predict` takes it.

@@ -1,4 +1,4 @@
-"""What a run will do, settled from its config and the model's JSON files before weights load."""
+"""A job: a config whose open choices are settled from the model's JSON files, not its weights."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from .parallel.sequence import check_sequence
 
 @dataclass(frozen=True)
 class Job:
-    """A config whose open choices are filled in, with the model it names.
+    """A config whose open choices are settled, with the model that it names.
 
     config: as given, with `frames`, `fps`, `extend.native`, `rope.k`, `lora.alpha`, `model.path`
         and `run.dir` settled; loading it back gives the same job.
-    model_path: where the model is read from: a folder, or a Hub repository.
+    model_path: the folder or Hub repository that the model is read from.
     """
 
     config: Config
@@ -42,7 +42,7 @@ class Job:
 
     @classmethod
     def from_config(cls, config: Config, *, published: bool = False) -> Job:
-        """Raises ConfigError for what cannot run: lengths, sizes, layers, missing files.
+        """Settle a config; raise ConfigError for lengths, sizes, layers or files that cannot work.
 
         published: take the sizes of a model in `families.published` from there, not from its files.
         """
@@ -86,15 +86,15 @@ class Job:
         return self.geometry.latent_shape(frames, height, width, self.rope)
 
     def grid(self, frames: int) -> TokenGrid:
-        """The tokens of a clip of so many frames, with a caption of the greatest length."""
+        """Return the tokens of a clip of `frames` frames, with a caption of the greatest length."""
         shape, text = self.latent_shape(frames), self.family.text.sequence_tokens
         return self.geometry.grid(shape, text)
 
     def buckets(self) -> tuple[Bucket, ...]:
-        """The shapes of training clips, by `data.lengths` and `data.aspects`.
+        """Return the shapes of training clips, from `data.lengths` and `data.aspects`.
 
-        None has more tokens than `frames` x `height` x `width`, which memory is planned for. Raises
-        ConfigError for lengths that the model does not take or that are too long.
+        None has more tokens than `frames` x `height` x `width`, for which memory is planned. Raises
+        ConfigError for lengths that the model does not accept or that are too long.
         """
         config = self.config
         sizes = [self._size_of(aspect) for aspect in config.data.aspects]
@@ -117,8 +117,10 @@ class Job:
         return each * prod(shape)
 
     def _size_of(self, aspect: str) -> tuple[int, int]:
-        """Height and width on the model's grid for an aspect `W:H`, in height x width pixels at
-        most."""
+        """Return height and width on the model's grid for an aspect `W:H`.
+
+        They have at most as many pixels as the config's height x width.
+        """
         wide, high = map(int, aspect.split(":"))
         down, right = (self.geometry.spatial * patch for patch in self.geometry.patch[1:])
         area = self.config.height * self.config.width
@@ -135,7 +137,7 @@ class Job:
             )
 
         def used(size: tuple[int, int]) -> float:
-            """Pixels, less by what of the picture is cropped."""
+            """Return the pixels, reduced by the share of the picture that is cropped."""
             height, width = size
             return height * width * exp(-abs(log(width * high / (height * wide))))
 
@@ -143,10 +145,10 @@ class Job:
 
     @cached_property
     def pattern(self) -> SparsePattern:
-        """The config's, at the width that meets `sparse.density` if that is set.
+        """The config's pattern, at the width that meets `sparse.density` if that is set.
 
-        Solving takes seconds at great lengths, so it waits until it is asked for. Raises
-        ConfigError for a density that cannot be met.
+        Solving takes seconds at great lengths, so it is done on first use. Raises ConfigError for a
+        density that cannot be met.
         """
         sparse = self.config.sparse
         if sparse.density is None:
@@ -164,11 +166,11 @@ class Job:
 
     @property
     def rope(self) -> RopePolicy:
-        """What temporal positions do at this run's lengths."""
+        """The policy of temporal positions at this run's lengths."""
         return _rope_policy(self.config, self.geometry, self.native_frames, self.frames)
 
     def attention(self) -> SparseAttention:
-        """A fresh sparse attention as the config sets it."""
+        """Return a new sparse attention with the config's settings."""
         sparse = self.config.sparse
         return SparseAttention(
             self.pattern,
@@ -179,14 +181,14 @@ class Job:
         )
 
     def adapter_entry(self) -> dict[str, Any]:
-        """What the adapter file records so that sampling can restore the attention it needs."""
+        """Return the entry of the adapter file, from which sampling restores attention and RoPE."""
         config, sparse = self.config, self.config.sparse
         path = config.model.path
         assert path is not None
         if path != "tiny" and Path(path).is_dir():
             path = str(Path(path).absolute())  # sampling may start in another folder
         return {
-            # A reader from before there was a choice would apply native RoPE and not say so.
+            # Readers of version 1 would silently apply native RoPE.
             "version": 1 if self.rope.policy == "native" else 2,
             "family": self.family.name,
             "model": {"path": path, "revision": config.model.revision},
@@ -213,8 +215,8 @@ def _settle(config: Config, family: ModelFamily, geometry: Geometry) -> Config:
     _check_dense_steps(config.sparse.dense_steps, config.validate.steps)
     if config.train.guidance is not None and not geometry.guidance_embeds:
         raise ConfigError(
-            f"train.guidance={config.train.guidance}: this model is not told its guidance; leave "
-            "the setting out."
+            f"train.guidance={config.train.guidance}: this model takes no guidance; remove the "
+            "setting."
         )
     frames = config.frames
     if config.extend.factor is not None:
@@ -267,7 +269,7 @@ def _rope_policy(config: Config, geometry: Geometry, native: int, frames: int) -
 
 
 def _dense_layers(chosen: int | list[int], layers: int) -> int | list[int]:
-    """The same with indices that count from the last layer made plain."""
+    """Return the choice with negative indices, which count from the last layer, made positive."""
     listed = isinstance(chosen, list)
     beyond = [i for i in chosen if not -layers <= i < layers] if listed else chosen > layers
     if beyond:
@@ -276,7 +278,7 @@ def _dense_layers(chosen: int | list[int], layers: int) -> int | list[int]:
 
 
 def _check_dense_steps(chosen: int | list[int], steps: int) -> None:
-    """Indices past the schedule would choose nothing, and say nothing."""
+    """Raise ConfigError for indices past the schedule, which would silently choose nothing."""
     beyond = [] if isinstance(chosen, int) else [i for i in chosen if not -steps <= i < steps]
     if beyond:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What learns: a model with its adapter and optimizer, and one update of them."""
+"""The training step: a checked job, the loaded model, and one optimizer update after another."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..data.dataset import LatentDataset, joined, read_text
+from ..data.dataset import joined
 from ..kernels.block_sparse import resolve_backend
+from ..sparse.attention import SparseAttention
 from ..sparse.grid import TokenGrid
 from . import flow
 from .adapter import lora
@@ -28,11 +30,13 @@ from .job import Job
 from .memory import float8
 from .memory.checkpointing import block_checkpoint
 from .memory.device import fastest_dense, grow_segments
+from .memory.offload import Offload
 from .memory.optimizer import build_optimizer, check_installed
-from .parallel.open import open_engine
-from .parallel.sequence import SequenceGroup
-from .plan.predict import check_memory
-from .plan.trial_step import Taken, try_step
+from .parallel.engine import Engine
+from .parallel.open import Processes, open_processes
+from .plan.advice import check_memory
+from .plan.trial_step import TrialStep, run_trial_step
+from .run.checkpoint import State
 from .run.metrics import AttentionCost, Row, peak_memory_gib
 from .run.progress import quiet_libraries
 from .run.watchdog import Watch
@@ -40,64 +44,99 @@ from .run.watchdog import Watch
 log = logging.getLogger(__name__)
 
 
-class Learner:
-    """Model, adapter and optimizer on this process's device, among the processes of a run.
+@dataclass(frozen=True)
+class Setup:
+    """A job on the device of this process, checked before any weights are read.
 
-    Making one checks all that can be checked before weights are read; `load` reads them; `update`
-    is one optimizer update. What is random in it is a function of (seed, step, process), and alike
-    in processes that share a clip.
-
-    whole: the step that parameters and moments stand at, None while the optimizer writes them.
-    empty_caption: what stands in for dropped captions. watch: is told where in a step this process
-    is.
+    dtype: of activations, and of the frozen weights unless those are float8. backend: the kernel
+    that computes sparse attention. attention: the one that the model will call. memory_warning: one
+    sentence if a step is predicted not to fit the device, else None.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.config = job.config
-        self.watch = Watch(60 * job.config.parallel.timeout)
-        self.whole: int | None = 0
-        self._skips = 0  # in a row, up to now
-        self.empty_caption: Text = {}
+    job: Job
+    processes: Processes
+    dtype: torch.dtype
+    backend: str
+    attention: SparseAttention
+    memory_warning: str | None
+
+    @classmethod
+    def of_job(cls, job: Job) -> Setup:
+        """Open the processes of a run; raise ConfigError for whatever cannot work on them.
+
+        All processes must call it.
+        """
         grow_segments()
+        config, geometry = job.config, job.geometry
         waiting = timedelta(days=1)  # for rank 0 to fill the cache, or to decode a sample
-        self.engine = open_engine(self.config, waiting)
-        self.accelerator = self.engine.accelerator
-        if dist.is_initialized() and self.accelerator.num_processes != dist.get_world_size():
-            # DeepSpeed without GPUs: accelerate then calls every process the main one.
-            raise ConfigError("The engines zero2 and zero3 need GPUs: on CPUs use fsdp2.")
-        size, heads = self.config.parallel.sequence, job.geometry.heads
-        self.sequence = SequenceGroup.create(size, heads, waiting)
-        self.device = self.accelerator.device
+        processes = open_processes(config, geometry.heads, waiting)
         quiet_libraries()
-        base_dtype = self.config.memory.base_dtype
-        self.dtype = torch.float32 if base_dtype == "float32" else torch.bfloat16
+        base_dtype = config.memory.base_dtype
+        dtype = torch.float32 if base_dtype == "float32" else torch.bfloat16
         if base_dtype == "float8":
-            float8.check_device(self.device)
-        check_installed(self.config.train.optimizer)
-        self.backend = _check_backend(self.config, job.geometry.head_dim, self.device, self.dtype)
+            float8.check_device(processes.device)
+        check_installed(config.train.optimizer)
+        backend = _check_backend(config, geometry.head_dim, processes.device, dtype)
         lora.check_targets(
-            job.family.loader.blank_transformer(job.model_path, self.config.model.revision),
-            job.family.layers.target_pattern(self.config.lora.targets),
+            job.family.loader.blank_transformer(job.model_path, config.model.revision),
+            job.family.layers.target_pattern(config.lora.targets),
         )
-        self.memory_warning = check_memory(job, self.device, self.accelerator.num_processes)
-        self.attention = job.attention()
-        self.grid = job.grid(job.frames)
-        self.cost = self.cost_of(self.grid)
-        geometry = job.geometry
-        self.layer_densities = self.attention.layer_densities(
-            self.grid, geometry.layers, geometry.heads
+        warning = check_memory(job, processes.device, processes.count)
+        return cls(job, processes, dtype, backend, job.attention(), warning)
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    @property
+    def clip_part(self) -> tuple[int, int]:
+        """`(rank, size)`: which slice of each clip this process reads."""
+        return self.processes.sequence.rank, self.processes.sequence.size
+
+    @cached_property
+    def grid(self) -> TokenGrid:
+        """The tokens of a training clip at full length, with a caption of the greatest length."""
+        return self.job.grid(self.job.frames)
+
+    @cached_property
+    def cost(self) -> AttentionCost:
+        """The cost of a forward of `grid`."""
+        return self.cost_of(self.grid)
+
+    @cached_property
+    def layer_densities(self) -> list[float]:
+        """The computed share of all token pairs of `grid`, by layer."""
+        geometry = self.job.geometry
+        return self.attention.layer_densities(self.grid, geometry.layers, geometry.heads)
+
+    def cost_of(self, grid: TokenGrid) -> AttentionCost:
+        """Return the attention's cost of a forward of one sample."""
+        geometry = self.job.geometry
+        return AttentionCost.of(
+            self.attention, grid, geometry.layers, geometry.heads, geometry.head_dim
         )
 
-    def load(self) -> None:
-        """Read the model's weights, attach the adapter and make the optimizer."""
-        config, job = self.config, self.job
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in training, with its adapter and optimizer, under the run's engine.
+
+    offload: keeps the tensors of checkpointed blocks in host memory; None if they stay on the GPU.
+    """
+
+    engine: Engine
+    offload: Offload | None
+
+    @classmethod
+    def load(cls, setup: Setup) -> LoadedModel:
+        """Read the model's weights, attach the adapter and build the optimizer."""
+        config, job = setup.job.config, setup.job
         transformer = job.family.loader.load_transformer(
-            job.model_path, config.model.revision, self.dtype
+            job.model_path, config.model.revision, setup.dtype
         )
         if config.memory.base_dtype == "float8":
             layers = job.family.layers.float8
-            quantised, total = float8.quantise_layers(transformer, layers, self.device)
+            quantised, total = float8.quantise_layers(transformer, layers, setup.device)
             log.info(f"{quantised / total:.0%} of the base's {total:,} parameters are in float8.")
         parameters = lora.attach(
             transformer,
@@ -112,69 +151,101 @@ class Learner:
         job.family.rope.apply(transformer, job.rope)
         job.family.install(
             transformer,
-            self.attention,
+            setup.attention,
             fused_norms=config.speed.fused_norms,
             fused_modulation=config.speed.fused_modulation,
         )
         if config.memory.mlp_chunk:
             job.family.blocks.chunk_mlp(transformer, config.memory.mlp_chunk)
-        blocks = block_checkpoint(config.memory, self.attention, self.device)
+        blocks = block_checkpoint(config.memory, setup.attention, setup.device)
         if blocks is not None:
             transformer.enable_gradient_checkpointing(blocks)
-        self.sequence.attach(job.family, transformer, self.attention)
-        self.offload = None if blocks is None else blocks.offload
+        setup.processes.sequence.attach(job.family, transformer, setup.attention)
         transformer.train()
         count = sum(p.numel() for _, p in parameters)
         log.info(f"LoRA of rank {config.lora.rank}: {count:,} parameters to train.")
         name, train = config.train.optimizer, config.train
-        self.engine.prepare(
+        engine = setup.processes.engine(
+            setup.processes.accelerator,
             transformer,
             lambda trained: build_optimizer(name, trained, train.lr, train.weight_decay),
         )
+        return cls(engine, None if blocks is None else blocks.offload)
+
+
+class Learner:
+    """One optimizer update after another of a loaded model, among the processes of a run.
+
+    Everything random in an update is a function of (seed, step, process), and the same in processes
+    that share a clip.
+
+    completed_step: the step that parameters and moments stand at; None while the optimizer writes
+    them. empty_caption: replaces dropped captions; required if `train.caption_dropout` is set.
+    watch: records which part of a step this process is in.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        model: LoadedModel,
+        *,
+        watch: Watch | None = None,
+        empty_caption: Text | None = None,
+    ) -> None:
+        self.setup, self.job, self.config = setup, setup.job, setup.job.config
+        self.device, self.dtype, self.attention = setup.device, setup.dtype, setup.attention
+        self.accelerator, self.sequence = setup.processes.accelerator, setup.processes.sequence
+        self.engine, self.offload = model.engine, model.offload
         self.model, self.transformer = self.engine.model, self.engine.transformer
         self.optimizer, self.parameters = self.engine.optimizer, self.engine.parameters
+        self.watch = watch or Watch(60 * self.config.parallel.timeout)
+        self.empty_caption = empty_caption or {}
+        self.completed_step: int | None = 0
+        self._skips = 0  # consecutive updates without effect, up to now
 
-    def try_step(self, dataset: LatentDataset) -> Taken:
-        """What a step of the longest shape takes; the learner is as it was. Raises what running out
-        of memory raises.
+    def restore(self, state: State, step: int) -> None:
+        """Load the checkpoint of `step`; raise ValueError for the moments of another optimizer."""
+        self.engine.restore(state)
+        self.completed_step = step
 
-        The model is the one that the run calls, but processes do not exchange gradients, unless
-        they hold shards: FSDP2 would keep what was not exchanged, out of reach, for the next step.
+    def trial_step(self, text: Text) -> TrialStep:
+        """Run and undo a step of the longest shape; return what it took.
+
+        text: any caption, for its widths. Raises OutOfMemoryError or MemoryError if the step does
+        not fit.
+
+        It calls the model that the run calls, but processes do not exchange gradients unless they
+        hold shards: FSDP2 would keep what was not exchanged, out of reach, for the next step.
         """
 
         def backward(clean: Tensor, noise: Tensor, sigma: Tensor, texts: list[Text]) -> None:
             with self.engine.batch(last=self.engine.sharded):
                 self.engine.backward(self.loss_at(clean, noise, sigma, texts))
 
-        return try_step(
+        return run_trial_step(
             self.job,
             backward,
             attention=self.attention,
             parameters=self.parameters.values(),
             optimizer=self.optimizer,
             offload=self.offload,
-            text=read_text(dataset.entries[0].text),
+            text=text,
             device=self.device,
             dtype=self.dtype,
         )
 
-    @property
-    def clip_part(self) -> tuple[int, int]:
-        """Of a clip, which part of how many this process is given in a batch."""
-        return self.sequence.rank, self.sequence.size
-
     def dense_kernels(self) -> AbstractContextManager[object]:
-        """Around forward and backward: what dense attention runs on."""
+        """Return the context of forward and backward that chooses dense attention's kernel."""
         return fastest_dense()
 
     def update(self, step: int, batches: Iterator[dict[str, Any]]) -> Row:
-        """One optimizer update; returns its line of metrics."""
+        """Make one optimizer update; return its line of metrics."""
         train = self.config.train
         started = time.perf_counter()
         lr = train.lr * lr_factor(step, train.warmup, train.steps, train.schedule)
         self.engine.set_lr(lr)
         loss, parts = torch.zeros((), device=self.device), []
-        grids: list[TokenGrid] = []  # of each forward: captions differ in length
+        grids: list[TokenGrid] = []  # one per forward, because captions differ in length
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         for micro in range(train.gradient_accumulation):
@@ -193,22 +264,22 @@ class Learner:
         limit = train.max_grad_norm or math.inf
         self.watch.enter(f"step {step}: exchange of loss and gradient norm")
         total = self.engine.clip(limit)
-        # Together, so that every process sees the same, and all skip the update or none.
+        # Reduced together, so that either all processes skip the update or none does.
         figures: Any = self.accelerator.reduce(torch.stack([loss, total.to(loss)]), "mean")
         mean_loss, norm = figures.tolist()
         self.watch.enter(f"step {step}: update")
         if math.isfinite(mean_loss) and math.isfinite(norm):
             self._skips = 0
-            self.whole = None
+            self.completed_step = None
             self.engine.step()
         else:
             self.engine.skip()
             self._skip(step, f"loss {mean_loss}, gradient norm {norm}", parts)
-        self.whole = step
+        self.completed_step = step
         seconds = time.perf_counter() - started
         samples = train.batch * self.sequence.data_size
         tokens = samples * sum(len(grid) for grid in grids)
-        cost = AttentionCost.sum([self.cost_of(grid) for grid in grids])
+        cost = AttentionCost.sum([self.setup.cost_of(grid) for grid in grids])
         cost = cost.training(samples, recomputed=self.config.memory.recompute == "all")
         return {
             "step": step,
@@ -225,36 +296,36 @@ class Learner:
         }
 
     def _skip(self, step: int, found: str, parts: list[tuple[list[str], Tensor]]) -> None:
-        """Tell of an update that is not made, and of the clips that are to blame; in all processes.
+        """Log an update that is not made, and the clips to blame; all processes must call it.
 
-        parts: of this process's batches, the ids of their clips and their losses. Raises SystemExit
-        after `train.max_skips` in a row.
+        found: the loss and the gradient norm. parts: for each of this process's batches the ids of
+        its clips and its loss. Raises SystemExit after more than `train.max_skips` skips in a row.
         """
         bad = [clip for ids, loss in parts if not loss.isfinite() for clip in ids]
         everywhere = gather_object([(self.accelerator.process_index, bad)])
         blamed = "; ".join(
             f"{', '.join(clips)} on process {process}" for process, clips in everywhere if clips
         )
-        if not blamed:  # the gradients alone, which are sums over all of them by now
+        if not blamed:  # only gradients are not finite, and they are already summed over all clips
             clips = gather_object([clip for ids, _ in parts for clip in ids])
             blamed = f"one of {', '.join(dict.fromkeys(clips))}"
         self._skips += 1
-        told = f"step {step}: {found}, with {blamed}"
-        if self._skips > self.config.train.max_skips:
+        problem, limit = f"step {step}: {found}, with {blamed}", self.config.train.max_skips
+        if self._skips > limit:
             raise SystemExit(
-                f"error: {told}. It is the {self._skips}th such step in a row, more than "
-                f"train.max_skips={self.config.train.max_skips}. The newest checkpoint in "
-                f"{self.config.run_dir / 'checkpoints'} is whole; a lower train.lr is the usual "
-                "remedy, or those clips are damaged."
+                f"error: {problem}. {self._skips} consecutive bad steps exceed "
+                f"train.max_skips={limit}. The newest checkpoint in "
+                f"{self.config.run_dir / 'checkpoints'} is intact; lower train.lr, the usual "
+                "remedy, or check those clips for damage."
             )
-        log.warning(f"No update at {told}.")
+        log.warning(f"No update at {problem}.")
 
     def loss(self, batch: dict[str, Any], step: int, micro: int) -> Tensor:
-        """Of one batch of step `step`, under that step's noise."""
+        """Return the loss of batch `micro` of `step`, under that step's noise."""
         train = self.config.train
         key = f"{train.seed}/{step}/{micro}/{self.sequence.data_rank}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-        # LoRA dropout draws from the global generator, for tokens of this process alone.
+        # LoRA dropout draws from the global generator, for the tokens of this process only.
         torch.manual_seed(seed + self.sequence.rank)
         generator = torch.Generator().manual_seed(seed)
         clean = batch["latents"].to(self.device, non_blocking=True)
@@ -268,21 +339,20 @@ class Learner:
         return self.loss_at(clean, noise, sigma, texts)
 
     def loss_at(self, clean: Tensor, noise: Tensor, sigma: Tensor, texts: list[Text]) -> Tensor:
-        """Of latents at given noise levels, on the device; texts: a caption each, on the CPU."""
+        """Return the loss of latents at given noise levels.
+
+        clean, noise, sigma: on the device. texts: one caption per sample, on the CPU.
+        """
         family, guidance = self.job.family, self.config.train.guidance
         text = {key: value.to(self.device) for key, value in family.text.collate(texts).items()}
         return flow.flow_matching_loss(family, self.model, clean, text, sigma, noise, guidance)
 
-    def cost_of(self, grid: TokenGrid) -> AttentionCost:
-        geometry = self.job.geometry
-        return AttentionCost.of(
-            self.attention, grid, geometry.layers, geometry.heads, geometry.head_dim
-        )
-
 
 def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:
-    """Share of the peak learning rate at update `step`, counted from 1: linear warm-up, then
-    constant, or a half cosine that would reach 0 one step after the last."""
+    """Return the share of the peak learning rate at update `step`, counted from 1.
+
+    A linear warm-up, then constant or half a cosine, which would reach 0 one step after the last.
+    """
     if step <= warmup:
         return step / warmup
     if schedule == "constant":
@@ -291,7 +361,7 @@ def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:
 
 
 def _check_backend(config: Config, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that will compute sparse attention; ConfigError if it cannot train here."""
+    """Return the backend that computes sparse attention; raise ConfigError if it cannot train."""
     try:
         backend = resolve_backend(
             config.sparse.backend, device, dtype, head_dim, config.sparse.block

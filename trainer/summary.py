@@ -1,4 +1,4 @@
-"""What a finished run shows: the curve of its losses and a short table."""
+"""The summary of a finished run: its loss curves and a short table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def density_by_layer(densities: Sequence[float]) -> str:
-    """`23.2% of all pairs over 40 layers: 100.0% in 0-1, 19.1% in 2-39`: runs of equals as one."""
+    """Return densities as `23.2% of all pairs over 40 layers: 100.0% in 0-1, 19.1% in 2-39`."""
     runs = []
     for share, run in groupby(enumerate(densities), key=lambda pair: pair[1]):
         indices = [index for index, _ in run]
@@ -38,7 +38,7 @@ def density_by_layer(densities: Sequence[float]) -> str:
 
 
 def solved_density(job: Job, achieved: float) -> str:
-    """`decay=0.981 (wanted 0.19, achieved 0.1899)`, of a sparse layer."""
+    """Return a sparse layer's width as `decay=0.981 (wanted 0.19, achieved 0.1899)`."""
     wanted, width = job.config.sparse.density, job.pattern.width
     assert wanted is not None and width is not None
     found = getattr(job.pattern, width)
@@ -46,7 +46,7 @@ def solved_density(job: Job, achieved: float) -> str:
 
 
 def draw_losses(rows: Rows) -> Figure:
-    """Training and held-out losses over steps."""
+    """Plot training and held-out losses over steps."""
     figure = Figure(figsize=(7, 4), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -67,7 +67,7 @@ def draw_losses(rows: Rows) -> Figure:
 def summary(
     job: Job, cost: AttentionCost, speedup: str, rows: Rows, files: Sequence[Path]
 ) -> Table:
-    """Density, work saved, losses from start to end, pace, and where the files are."""
+    """Tabulate density, saved work, losses from start to end, pace, and the files of a run."""
     table = Table(title=escape(str(job.config.run_dir)), show_header=False)
     table.add_row(
         "length",

@@ -16,7 +16,7 @@ from longreel.sparse.patterns import Radial
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.schema import Config, Lora, Memory, Speed
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.step import Learner
+from longreel.trainer.step import LoadedModel
 
 CPU = torch.device("cpu")
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")
@@ -127,7 +127,7 @@ def test_rows_are_added_kept_and_replaced(benchmark, linear, monkeypatch):
     again, _ = benchmark("wan", "rows=radial", "repeats=2", "caption=3", "warmup=short")
     assert list(again.rows) == ["radial", "fair"] and again.rows["radial"].steps == 2
     assert again.rows["radial"].command.endswith("repeats=2 warmup=short caption=3`")
-    monkeypatch.setattr(Learner, "load", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(LoadedModel, "load", lambda setup: pytest.fail("it ran"))
     benchmark("wan", "rows=fair,radial", "resume=true")
     benchmark("wan", "dry=true")
     monkeypatch.setattr(training, "measured_on", lambda: "another")
@@ -148,7 +148,7 @@ def test_what_is_measured_survives_a_killed_run(benchmark, monkeypatch, unchecke
     monkeypatch.setattr(Stepper, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         benchmark("wan", "rows=sparse")
-    monkeypatch.setattr(Learner, "load", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(LoadedModel, "load", lambda setup: pytest.fail("it ran"))
     section, _ = benchmark("wan", "rows=sparse", "resume=true")
     assert section.rows["sparse"].steps == 1
 

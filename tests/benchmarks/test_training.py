@@ -16,7 +16,7 @@ from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
 from longreel.trainer.plan import predict, rates
 from longreel.trainer.plan.anatomy import anatomy
-from longreel.trainer.step import Learner
+from longreel.trainer.step import Learner, LoadedModel
 
 SHORT = ("height=64", "width=64", "sparse.block=16", "lora.rank=4")
 NATIVE = {"wan": 9, "hunyuan": 9, "mochi": 7}
@@ -130,7 +130,7 @@ def test_other_failures_are_not_rows(benchmark, monkeypatch, tmp_path):
 def test_a_file_of_another_machine_is_told_before_the_run(benchmark, monkeypatch):
     benchmark("wan", "steps=1")
     monkeypatch.setattr(training, "measured_on", lambda: "another")
-    monkeypatch.setattr(Learner, "load", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(LoadedModel, "load", lambda setup: pytest.fail("it ran"))
     with pytest.raises(SystemExit, match="measured otherwise"):
         benchmark("wan")
 

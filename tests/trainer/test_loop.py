@@ -19,14 +19,13 @@ from tiny import WAN
 
 from longreel.data.sampler import SeededBatches
 from longreel.sparse.patterns import Spatial
-from longreel.trainer import job
+from longreel.trainer import job, loop
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.recipe import load_file as load_config
 from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families.wan.blocks import WanTransformerBlock
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
 from longreel.trainer.run import checkpoint, metrics
 from longreel.trainer.run.saving import Saver
 from longreel.trainer.sampling.validate import Validator
@@ -116,9 +115,10 @@ def test_resumed_equals_uninterrupted_on_two_processes(arguments, tmp_path, monk
     monkeypatch.setattr(Learner, "loss", loss)
     trainer = train(settings, f"run.dir={tmp_path / 'halves'}", "train.steps=5")
     assert (
-        "2 processes, and there are 1" in caplog.text and "0.5 times as many clips" in caplog.text
+        "written by 2 processes, and there are 1" in caplog.text
+        and "0.5 times as many clips" in caplog.text
     )
-    ids = [entry.id for entry in trainer.dataset.entries]
+    ids = [entry.id for entry in trainer.data.clips.entries]
     stream = SeededBatches(len(ids), 1, 0)
     drawn = 4 * 2 * 2  # steps, processes, batches
     assert clips == [[ids[i] for i in stream.batch_at(drawn + batch)] for batch in range(2)]
@@ -292,14 +292,16 @@ def test_a_torn_checkpoint_is_passed_over_and_no_run_begins_anew_over_them(argum
     tensors[0].write_bytes(tensors[0].read_bytes()[:100])
     assert checkpoint.latest(run_dir / "checkpoints").name == "step-000002"
     tensors[1].write_bytes(tensors[1].read_bytes()[:100])
-    with pytest.raises(ConfigError, match="No checkpoint in .* can be read, and beginning anew"):
+    with pytest.raises(
+        ConfigError, match="No checkpoint in .* can be read, and a new run would replace them"
+    ):
         train(arguments)
     assert all(path.stat().st_size == 100 for path in tensors)
 
 
 def test_a_removal_that_is_cut_short_leaves_no_torn_checkpoint(tmp_path, monkeypatch):
     def save(step):
-        state = checkpoint.State({"lora.a": torch.ones(2)}, {})
+        state = checkpoint.State({"a": torch.ones(2)})
         checkpoint.save(tmp_path, state, checkpoint.Progress(step, 1, "", [0]), keep_last=1)
 
     def cut_short(folder, **options):
@@ -334,8 +336,8 @@ def test_a_run_out_of_memory_loses_no_step(arguments, tmp_path, monkeypatch, kin
     assert saved.name == "step-000003"
     assert str(caught.value).splitlines() == [
         "error: out of memory: CUDA out of memory. Tried to allocate 85.00 GiB.",
-        f"Step 3 is saved in {saved}: the same command goes on from there.",
-        "What to change, what costs least first: memory.recompute=all_but_attention; then "
+        f"Step 3 is saved in {saved}: the same command continues from there.",
+        "Remedies, the cheapest first: memory.recompute=all_but_attention; then "
         "memory.recompute=all.",
     ]
     train(arguments, "checkpoint.every=100", "memory.recompute=all")
@@ -352,7 +354,9 @@ def test_out_of_memory_in_the_optimizer_saves_nothing_torn(arguments, tmp_path, 
     train(arguments, "train.steps=2")
     before = (tmp_path / "run/checkpoints/step-000002/state.safetensors").read_bytes()
     monkeypatch.setattr(torch.optim.AdamW, "step", torn)
-    with pytest.raises(SystemExit, match="Step 2 is saved in .*step-000002: the same command"):
+    with pytest.raises(
+        SystemExit, match="Step 2 is saved in .*step-000002: the same command continues"
+    ):
         train(arguments, "checkpoint.every=100")
     newest = checkpoint.latest(tmp_path / "run/checkpoints")
     assert newest.name == "step-000002"
@@ -412,7 +416,7 @@ def test_refused_by_what_the_files_hold(arguments, overrides, message):
 
 def test_data_path_is_required(arguments):
     with pytest.raises(ConfigError, match=r"data\.path is not set"):
-        Trainer(Job.from_config(load([a for a in arguments if not a.startswith("data.path")])))
+        loop.train(Job.from_config(load([a for a in arguments if not a.startswith("data.path")])))
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])

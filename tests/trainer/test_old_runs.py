@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
-from longreel.trainer.loop import Trainer
+from longreel.trainer.loop import train
 from longreel.trainer.run.metrics import read_rows
 from longreel.trainer.sampling import generate, load_pipeline
 
@@ -38,8 +38,7 @@ def old_run(request, tmp_path, monkeypatch):
 
 def test_it_resumes_under_the_settings_that_it_was_given(old_run):
     family, run_dir = old_run
-    trainer = Trainer(Job.from_config(load(make.arguments(family, run_dir))))
-    trainer.fit()
+    train(Job.from_config(load(make.arguments(family, run_dir))))
     steps = [row["step"] for row in read_rows(run_dir / "metrics.csv")]
     assert steps == [
         "0",

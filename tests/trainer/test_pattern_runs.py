@@ -91,7 +91,7 @@ def test_a_pattern_trains_and_samples_from_its_adapter(name, arguments, sampled)
     assert list(attention.pattern.head_layouts(2)) == HEAD_LAYOUTS.get(name, [0, 0])
     assert np.array_equal(frames, video_of(trainer))
     if name != "dense":
-        assert trainer.learner.cost.layer_density < 0.85
+        assert trainer.setup.cost.layer_density < 0.85
         assert not np.array_equal(frames, sampled(trainer.run_dir, "dense=true")[1])
 
 
@@ -104,10 +104,8 @@ def test_a_density_sets_the_width_that_is_trained_recorded_and_sampled(
         trainer = train(arguments, *wanted, "sparse.dense_layers=[-1]", "sparse.dense_steps=[0,-1]")
     pattern = trainer.learner.attention.pattern
     assert pattern == trainer.job.pattern != trainer.job.config.sparse.pattern
-    assert trainer.learner.cost.layer_density == pytest.approx(
-        0.4, abs=0.02
-    )  # 17 blocks are coarse
-    achieved, width = trainer.learner.cost.layer_density, pattern.half_width
+    assert trainer.setup.cost.layer_density == pytest.approx(0.4, abs=0.02)  # 17 blocks are coarse
+    achieved, width = trainer.setup.cost.layer_density, pattern.half_width
     assert f"half_width={width} (wanted 0.4, achieved {achieved:.4f})." in caplog.text
     share = f"{achieved:.1%} in 0-1, 100.0% in 2"
     mean = (1 + 2 * achieved) / 3
@@ -131,7 +129,7 @@ def test_the_tiny_recipe_lowers_the_heldout_loss_under_a_pattern(name, waves, ca
     pattern = f"sparse.pattern.name={name}"
     trainer = train(run, pattern, f"cache.dir={cache}", "log.wandb=false")
     heldout = list(column(trainer.metrics.rows(), "heldout_loss_target").values())
-    density = trainer.learner.cost.layer_density
+    density = trainer.setup.cost.layer_density
     print(f"{name}: {heldout[0]:.4f} -> {heldout[-1]:.4f}, density {density:.3f}")
     assert heldout[-1] < 0.9 * heldout[0]
     assert density == 1 if name == "dense" else density < 0.4

@@ -1,9 +1,9 @@
-"""LoRA layers whose products are bf16: parameters, their gradients and the sums stay fp32.
+"""LoRA layers with bf16 products; parameters, their gradients and the sums stay fp32.
 
-PEFT hands an fp32 adapter its input in fp32 and gets an fp32 result back, which costs several
-passes over all tokens and a copy of the input for backward, and products at the rate of fp32. Here
-the input is taken as it is, parameters are rounded for the moment, and the adapter's part is added
-to the base's result by the product itself.
+PEFT casts the input of an fp32 adapter to fp32 and gets an fp32 result back. That costs several
+passes over all tokens, a copy of the input for backward, and products at fp32 rates. Here the
+input keeps its dtype, parameters are rounded for the product, and the product itself adds the
+adapter's part to the base's result.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 
 class Bf16Linear(Linear):
-    """PEFT's layer, with its parameters and names."""
+    """PEFT's linear layer with bf16 products; parameters and names are the same."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        # A result that nothing else refers to, which another autograd function's may be.
+        # Only if nothing else refers to the result; another autograd function may keep its own.
         in_place = type(self.base_layer) is nn.Linear
         for name in self.active_adapters:
             if name in self.lora_A:
@@ -34,15 +34,18 @@ class Bf16Linear(Linear):
 
 
 def use_bf16_products(transformer: nn.Module) -> None:
-    """Of the adapters of a transformer in bf16."""
+    """Give all adapted layers of a bf16 transformer bf16 products."""
     for module in transformer.modules():
         if type(module) is Linear:
             module.__class__ = Bf16Linear
 
 
 class _Addition(torch.autograd.Function):
-    """`result + scaling * x a^T b^T`. result `[..., out]` and x `[..., in]` are of one dtype; a
-    `[rank, in]` and b `[out, rank]` are fp32, as their gradients are."""
+    """Computes `result + scaling * x a^T b^T`.
+
+    result `[..., out]` and x `[..., in]` have one dtype; a `[rank, in]`, b `[out, rank]` and their
+    gradients are fp32.
+    """
 
     @staticmethod
     def forward(
@@ -73,7 +76,7 @@ class _Addition(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In fp32, of which bf16 would keep 8 bits: the sum goes over all tokens."""
+    """Return `a @ b` in fp32: it sums over all tokens, and bf16 would keep 8 bits of it."""
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

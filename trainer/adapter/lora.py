@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ def attach(
     compute_dtype: str = "float32",
     seed: int = 0,
 ) -> list[tuple[str, nn.Parameter]]:
-    """Freeze the transformer and add an fp32 adapter that changes nothing yet.
+    """Freeze the transformer and add an fp32 adapter whose update is zero at first.
 
-    alpha: None for equal to rank. targets: as `LayerNames.target_pattern` reads it. compute_dtype:
-    of its products, "float32", or "bfloat16" on a base of that. Returns the named trainable
-    parameters, the adapter's alone. Raises ConfigError when the regex is not one or matches no
-    linear layer.
+    alpha: None for the rank. targets: as for `LayerNames.target_pattern`. compute_dtype: of the
+    adapter's products: "float32", or "bfloat16" on a bf16 base. Returns the trainable parameters by
+    name, which are only the adapter's. Raises ConfigError if the targets are no regular expression
+    or match other than linear layers.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -68,7 +69,7 @@ def attach(
 
 
 def check_targets(transformer: Any, targets: str) -> None:
-    """Raise ConfigError unless the regex matches linear layers of the transformer alone."""
+    """Raise ConfigError unless the regex matches layers of the transformer, all of them linear."""
     try:
         matched = [m for name, m in transformer.named_modules() if re.fullmatch(targets, name)]
     except re.error as error:
@@ -85,9 +86,9 @@ def check_targets(transformer: Any, targets: str) -> None:
 
 
 def state_dict(transformer: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in the saved file.
+    """Return the adapter's tensors by their names in the saved file.
 
-    tensors: by the names of its parameters, where the transformer does not hold them whole.
+    tensors: by parameter name, if the transformer itself does not hold them whole.
     """
     from peft.utils import get_peft_model_state_dict
 
@@ -105,8 +106,7 @@ def save(
     """Write the adapter to `folder/pytorch_lora_weights.safetensors`, whole or not at all.
 
     `pipe.load_lora_weights(folder)` of stock diffusers reads it, alpha included. Equal inputs give
-    equal bytes. entry: what the run records of itself, kept in the file's header. tensors: as for
-    `state_dict`.
+    equal bytes. entry: metadata of the run for the file's header. tensors: as for `state_dict`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def save(
     layers = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     config = transformer.peft_config[ADAPTER].to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    # Of training only: a pipeline that loads an adapter leaves its new dropout layers switched on.
+    # For training only: a pipeline that loads an adapter leaves its new dropout layers active.
     config["lora_dropout"] = 0.0
     with tempfile.TemporaryDirectory(prefix=".lora-", dir=folder) as temporary:
         family.names.pipeline_class.save_lora_weights(
@@ -128,9 +128,24 @@ def save(
     return folder / WEIGHTS
 
 
+@dataclass(frozen=True)
+class AdapterWriter:
+    """Writes adapters of one run; see `save` for the fields."""
+
+    transformer: Any
+    family: ModelFamily
+    entry: dict[str, Any]
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+        """Write an adapter to `folder`. tensors: by the names of the transformer's parameters."""
+        return save(folder, self.transformer, self.family, self.entry, tensors)
+
+
 def _add_metadata(file: Path, key: str, value: str) -> None:
-    """Rewrite a safetensors header with one more metadata key, keys sorted: the library's own
-    writer puts them in an order that varies from run to run."""
+    """Add a metadata key to a safetensors file, and sort the keys.
+
+    The library's own writer puts them in an order that varies from run to run.
+    """
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -145,10 +160,10 @@ def _add_metadata(file: Path, key: str, value: str) -> None:
 
 
 def check_fits(transformer: Any, path: str | Path) -> None:
-    """Raise ConfigError unless a transformer without an adapter can take the one at `path` whole.
+    """Raise ConfigError unless all tensors of the adapter at `path` fit the transformer.
 
-    diffusers loads what it can and warns of the rest. Only the file's header is read, and a
-    transformer on the meta device will do.
+    diffusers loads those that fit, and only warns about the rest. The check reads the file's header
+    alone, and works on a transformer on the meta device.
     """
     _fitting_layers(transformer, adapter_file(path))
 
@@ -156,8 +171,10 @@ def check_fits(transformer: Any, path: str | Path) -> None:
 def read_updates(
     transformer: Any, path: str | Path
 ) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
-    """Of the adapter at `path`: its scale alpha / rank, and `A [rank, in]` and `B [out, rank]` by
-    layer. Raises as `check_fits` does; a transformer on the meta device will do."""
+    """Read an adapter: its scale alpha / rank, and `A [rank, in]` and `B [out, rank]` by layer.
+
+    Raises ConfigError as `check_fits` does; works on a transformer on the meta device.
+    """
     file = adapter_file(path)
     config, layers = _fitting_layers(transformer, file)
     tensors = load_file(file)
@@ -169,7 +186,7 @@ def read_updates(
 
 
 def _fitting_layers(transformer: Any, file: Path) -> tuple[dict[str, Any], list[str]]:
-    """PEFT's config in the file, and the layers it adapts, once the file is known to fit them."""
+    """Return PEFT's config in the file and the layers it adapts; raise ConfigError on a misfit."""
     metadata, shapes = _read_header(file)
     config = _peft_config(file, metadata)
     wanted, layers = {}, []
@@ -186,7 +203,7 @@ def _peft_config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     config = json.loads(metadata.get(PEFT_CONFIG, "{}"))
     config = {key.removeprefix(PREFIX): value for key, value in config.items()}
     if not isinstance(config.get("target_modules"), str):
-        raise ConfigError(f"{file} does not say its rank, alpha and targets as longreel does.")
+        raise ConfigError(f"{file} does not record its rank, alpha and targets as longreel does.")
     return config
 
 
@@ -203,21 +220,21 @@ def _compare(
         ],
     }
     if any(problems.values()):
-        lines = [f"{what}: {some(names)}" for what, names in problems.items() if names]
+        lines = [f"{what}: {first_names(names)}" for what, names in problems.items() if names]
         raise ConfigError(
             f"{file} does not fit this model (another model.path, lora.rank or lora.targets?).\n"
             + "\n".join(lines)
         )
 
 
-def some(names: list[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
+def first_names(names: list[str], most: int = 8) -> str:
+    """Return the first names, and how many more there are, as text."""
     rest = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def read_entry(path: str | Path) -> dict[str, Any]:
-    """The entry that `save` put into an adapter's file; ConfigError when there is none."""
+    """Read the entry that `save` put into an adapter's file; raise ConfigError if it has none."""
     file = adapter_file(path)
     metadata, _ = _read_header(file)
     if ENTRY not in metadata:
@@ -227,23 +244,25 @@ def read_entry(path: str | Path) -> dict[str, Any]:
         )
     entry = json.loads(metadata[ENTRY])
     if entry["version"] not in (1, 2):
-        raise ConfigError(f"{file} is of a newer longreel (entry version {entry['version']}).")
+        raise ConfigError(
+            f"{file} was written by a newer longreel (entry version {entry['version']})."
+        )
     return entry
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The adapter file at `path`, which is that file or its folder; ConfigError otherwise."""
+    """Return the adapter file at `path`, a file or its folder; raise ConfigError if none is."""
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     if file.is_file():
         return file
     below = sorted(str(found) for found in path.glob(f"**/{WEIGHTS}"))
-    hint = f" Below it: {some(below)}." if below else ""
+    hint = f" Below it: {first_names(below)}." if below else ""
     raise ConfigError(f"{path} holds no adapter ({WEIGHTS}).{hint}")
 
 
 def _read_header(file: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """The metadata and each tensor's shape."""
+    """Return a file's metadata, and the shape of each tensor by name."""
     try:
         with safe_open(file, framework="pt") as content:
             names = content.keys()

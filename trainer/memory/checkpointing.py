@@ -1,4 +1,4 @@
-"""What `memory.*` does to a transformer: how its blocks keep what their backward needs."""
+"""Activation checkpointing of a transformer's blocks, by the settings `memory.*`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .offload import Offload
 
 @dataclass(eq=False)
 class BlockCheckpoint:
-    """Gradient checkpointing of blocks: what `enable_gradient_checkpointing` of diffusers takes.
+    """Activation checkpointing of blocks, to pass to diffusers' `enable_gradient_checkpointing`.
 
-    A block keeps its inputs, and its backward first runs its forward again, under the plan and the
-    random numbers of the first time. Gradients are the same to the bit.
+    A block keeps only its inputs. Its backward first runs its forward again, with the same
+    attention plan and random numbers, so gradients are the same to the bit.
 
-    keep_attention: keep what self-attention returned as well (per block, the size of its input and
-        4 bytes for each token and head) and do not compute it again.
-    offload: where what is kept waits; None: on the device.
+    keep_attention: keep the output of self-attention too (per block, the size of its input and 4
+        bytes per token and head) instead of recomputing it.
+    offload: moves the kept tensors to host memory; None leaves them on the device.
     """
 
     attention: SparseAttention
@@ -46,7 +46,7 @@ class BlockCheckpoint:
 def block_checkpoint(
     memory: Memory, attention: SparseAttention, device: torch.device
 ) -> BlockCheckpoint | None:
-    """The checkpointing that a config asks for; None for none."""
+    """Return the checkpointing that the settings ask for; None for none."""
     if memory.recompute == "none":
         return None
     offload = Offload(device, keep=memory.offload_keep) if memory.offload else None

@@ -1,4 +1,4 @@
-"""What PyTorch is told of a GPU, where what it does by itself is not the best for long clips."""
+"""PyTorch settings for GPUs whose defaults do not suit long clips."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The fastest dense attention that torch ships comes first, whatever it would pick.
+# By speed, the fastest first: the order in which torch would choose differs.
 DENSE_BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -17,18 +17,20 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def fastest_dense() -> AbstractContextManager[object]:
-    """Under it SDPA takes the first of DENSE_BACKENDS that can, in all threads, and plain products
-    where none can."""
+    """Return a context in which SDPA takes the first of DENSE_BACKENDS that supports its inputs.
+
+    It applies to all threads, and falls back to plain matrix products.
+    """
     return sdpa_kernel([*DENSE_BACKENDS, SDPBackend.MATH], set_priority=True)
 
 
 def grow_segments() -> None:
-    """Have PyTorch's allocator map memory to segments that grow, rather than take fixed ones.
+    """Make PyTorch's CUDA allocator use expandable segments instead of fixed ones.
 
-    A step's tensors are few and large, and of many sizes: gaps in fixed segments took 18 GiB in a
-    step of `hunyuan_2x`, in growing ones 3 to 4 in those of `mochi_4x` and `wan_14b_2x`
-    (benchmarks/results/2026-11-23-training-h200.md). To be called before anything is on a GPU, or
-    it has no effect. What the user's environment says of the allocator is left alone.
+    A step has few, large tensors of many sizes. Gaps in fixed segments took 18 GiB in a step of
+    `hunyuan_2x`; gaps in expandable ones took 3 to 4 GiB in steps of `mochi_4x` and `wan_14b_2x`
+    (benchmarks/results/2026-11-23-training-h200.md). It has no effect once anything is on a GPU.
+    Allocator settings in the user's environment take precedence.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"

@@ -1,13 +1,13 @@
 """The frozen base in float8: e4m3 weights with a scale for each output channel.
 
-Forward products are float8 x float8 with activations quantised as they come, a scale for each
-token; on a CPU the same numbers are multiplied in fp32, for tests. Backward, the gradient of the
-input is a bf16 product with the weight turned back for the moment: e5m2 gradients would keep two
-bits of mantissa, and a scale for each output channel lies along that product's sum, where no
-float8 product takes one. The frozen weight itself has no gradient.
+Forward products are float8 x float8, with activations quantised dynamically, a scale per token. On
+a CPU the same numbers are multiplied in fp32, for tests. In backward, the gradient of the input is
+a bf16 product with the weight dequantised for that moment: e5m2 gradients would keep two bits of
+mantissa, and a scale per output channel lies along that product's sum, where float8 products take
+none. The frozen weight itself has no gradient.
 
-What is quantised are the products over all tokens inside of the blocks, named by each family.
-Modulation steers every token by a few numbers, the first and last projections are the latents
+Only linear layers of the blocks that see all tokens are quantised; each family names them.
+Modulation steers every token by a few numbers, the first and last projections carry the latents
 themselves, and embeddings and norms cost next to nothing.
 
 Why not torchao: its float8 linear with dynamic activations has no backward pass (0.18), its
@@ -28,20 +28,20 @@ from ..config.values import ConfigError
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
 LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
-MULTIPLE = 16  # of both features, which a GPU's product asks for and every published model has
+MULTIPLE = 16  # both features must be one: GPUs require it, and all published models comply
 
 
 class Float8Linear(nn.Linear):
-    """A frozen linear layer; PEFT wraps it as any other.
+    """A frozen linear layer with float8 weights; PEFT wraps it like any other.
 
-    weight: `[out, in]` e4m3, kept as bytes (uint8), so that neither a cast of the whole model nor a
-    library that looks for its dtype takes it for floats. scale: `[out, 1]` fp32.
+    weight: `[out, in]` e4m3, stored as bytes (uint8), so that neither a cast of the whole model nor
+    a library that reads its dtype takes it for floats. scale: `[out, 1]` fp32.
     """
 
     scale: nn.Parameter
 
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
-        """Quantise `linear`, on `device` if it is given."""
+        """Quantise `linear`, on `device` if given."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = quantise(linear.weight.detach().to(device))
@@ -55,20 +55,20 @@ class Float8Linear(nn.Linear):
         return _Product.apply(input, self.weight, self.scale, self.bias)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The weight `[out, in]`; exact in bf16 and wider."""
+        """Return the weight `[out, in]`; bf16 and wider dtypes are exact."""
         return _dequantised(self.weight, self.scale, dtype)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values and fp32 scales `[..., 1]` with `x`, bf16 or wider, near values * scale by rows.
+    """Return e4m3 values and fp32 scales `[..., 1]` by rows, with `x` close to values * scale.
 
-    Scales are powers of two, as in torchao's row-wise recipe: scaling is exact, both ways. Rounding
-    then is the only error, at most 2^-4 of an element unless it is 2^13 times smaller than its
-    row's largest.
+    x: bf16 or wider. Scales are powers of two, as in torchao's row-wise recipe, so scaling is exact
+    both ways. Rounding is the only error: at most 2^-4 of an element, unless the element is 2^13
+    times smaller than its row's largest.
     """
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
     largest = largest.float().clamp(min=1e-12)
-    # Up to the next power of two, on the bits of fp32: log2 and exp2 of a GPU are not exact.
+    # Round up to a power of two on the bits of fp32: log2 and exp2 are not exact on GPUs.
     bits = (largest / LARGEST).view(torch.int32)
     scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return (x / scale.to(x.dtype)).to(E4M3), scale
@@ -77,10 +77,10 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantise_layers(
     transformer: nn.Module, layers: str, device: torch.device | None = None
 ) -> tuple[int, int]:
-    """Replace the linear layers whose whole names the regex matches, one by one, by float8 ones.
+    """Replace the linear layers whose whole names match the regex, one by one, by float8 ones.
 
-    They are left on `device`, if it is given. A layer of odd sizes stays as it is. Returns how many
-    weights were quantised, and how many parameters the transformer has.
+    The new layers are on `device`, if given. A layer whose sizes are no multiples of 16 stays as it
+    is. Returns the number of quantised weights, and of all parameters of the transformer.
     """
     parameters = sum(p.numel() for p in transformer.parameters())
     names = [name for name, _ in transformer.named_modules() if re.fullmatch(layers, name)]
@@ -96,7 +96,7 @@ def quantise_layers(
 
 
 def is_supported(device: torch.device) -> bool:
-    """False for a GPU that cannot multiply in float8; a CPU computes what a GPU would."""
+    """Return False for a GPU without float8 products; a CPU computes what a GPU would."""
     if device.type != "cuda":
         return True
     nvidia = torch.version.hip is None
@@ -104,7 +104,7 @@ def is_supported(device: torch.device) -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ConfigError for a GPU that cannot multiply in float8."""
+    """Raise ConfigError for a GPU without float8 products."""
     if not is_supported(device):
         capability = torch.cuda.get_device_capability(device)
         raise ConfigError(
@@ -115,7 +115,7 @@ def check_device(device: torch.device) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight.T + bias` in float8, differentiable once in x."""
+    """Computes `x @ weight.T + bias` in float8; differentiable once, in x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,7 +132,7 @@ class _Product(torch.autograd.Function):
                 scale_b=scale.t(),
                 bias=bias,
                 out_dtype=torch.bfloat16,
-                # Hopper's fast sum keeps 14 bits over thousands of channels.
+                # Hopper's fast accumulation keeps 14 bits, over thousands of channels.
                 use_fast_accum=False,
             )
         return out.to(x.dtype).view(*x.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that keeps what attention returned: its forward then runs once."""
+"""Selective activation checkpointing: attention's output is saved, the rest is recomputed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from ...kernels.block_sparse.op import OPERATOR
 
-# Given a tensor, what gives it back.
+# Takes a tensor to keep, and returns a function that gives it back.
 Keep = Callable[[Tensor], Callable[[], Tensor]]
 
-# Each returns, beside its result, the log-sum-exp that its backward needs. SDPA's remaining choice,
-# plain matrix products and a softmax, has no such op: it would have to keep queries x keys.
+# Ops that return, beside their output, the log-sum-exp that their backward needs. SDPA's fallback
+# to matrix products and a softmax is no such op: it would have to keep queries x keys.
 ATTENTION_OPS = frozenset(
     {
         OPERATOR,
@@ -29,24 +29,29 @@ ATTENTION_OPS = frozenset(
 
 
 def kept_on_device(x: Tensor) -> Callable[[], Tensor]:
-    """Keeps a tensor where it is. Gives an alias back: autograd marks what it is handed."""
+    """Keep a tensor where it is. An alias is given back, because autograd marks its inputs."""
     return x.detach().detach
 
 
 def keeping_attention(keep: Keep = kept_on_device) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The two contexts that `torch.utils.checkpoint` takes as `context_fn`: under the first what
-    self-attention returns is kept by `keep`, under the second it is handed out in place of a second
-    forward. All else is recomputed, queries, keys and values among it.
+    """Return the two contexts for `context_fn` of `torch.utils.checkpoint`.
 
-    What PyTorch calls selective activation checkpointing; its own contexts cannot keep a tensor
-    anywhere but on its device.
+    Under the first, the forward, the outputs of self-attention are kept by `keep`. Under the
+    second, the recomputation, they are given back without computing attention again. Everything
+    else is recomputed, queries, keys and values included.
+
+    PyTorch's own contexts for selective activation checkpointing can only keep tensors on the
+    device.
     """
     kept: list[Any] = []
     return _Keeping(kept, keep), _Returning(kept)
 
 
 def _is_self_attention(op: Any, args: Sequence[Any]) -> bool:
-    """Not that over a caption, which is cheap to compute again and as large to keep."""
+    """Return whether an op is self-attention.
+
+    Cross-attention is cheap to recompute, and its output as large to keep.
+    """
     return op in ATTENTION_OPS and args[0].shape == args[1].shape
 
 

@@ -1,4 +1,4 @@
-"""Tensors that wait for their backward in host memory, copied there and back beside the compute."""
+"""Activation offloading: tensors wait for their backward in host memory; copies overlap compute."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 PAGE = 2**24  # bytes: copies reach full speed, and a tensor's last page wastes 8 MiB on average
-SLAB = 64  # pages allocated together
+SLAB = 64  # pages per allocation
 
 Pieces = Iterable[tuple[Tensor, Tensor]]  # (page, bytes of a tensor)
 
 
 class Offload:
-    """Moves what checkpointed blocks keep for backward to host memory, and back in time.
+    """Moves the tensors that checkpointed blocks keep for backward to host memory, and back.
 
-    When a block's forward ends, the tensors of the block `keep` before it set out for the host, and
-    when the next one ends the device's memory is free again: `keep` + 1 blocks are on the device.
-    In backward, a block's recomputation begins with fetching the block before it. The host never
-    waits; a copy that is late delays the stream that needs it.
+    When the forward of block i ends, block i - `keep` starts copying to the host; when the next
+    forward ends, its device memory is released. So `keep` + 1 blocks are on the device. In
+    backward, recomputing a block starts fetching the block before it. The host thread never waits;
+    a late copy delays only the stream that needs it.
 
-    Blocks are told apart by the order of their forwards, so several forwards may come before one
-    backward. A block's memory is given back when autograd drops its graph.
+    Blocks are numbered in the order of their forwards, so several forwards may come before one
+    backward. A block's memory is released when autograd drops its graph.
 
-    device: where the model computes; on a CPU everything is copied the same way, in turns.
-    keep: blocks that stay on the device, those whose backward comes first.
+    device: where the model computes; on a CPU everything is copied the same way, one after another.
+    keep: the last blocks, which stay on the device because their backward comes first.
     page: bytes of a page (None: PAGE); smaller tensors stay on the device.
     """
 
     def __init__(self, device: torch.device, *, keep: int = 1, page: int | None = None) -> None:
         gpu = device.type == "cuda"
         self.keep = keep
-        self.arena = Arena(page or PAGE, pinned=gpu)
+        self.pool = PagePool(page or PAGE, pinned=gpu)
         self.copies: Copies = StreamCopies(device) if gpu else PlainCopies()
         self._blocks: WeakValueDictionary[int, StoredBlock] = WeakValueDictionary()
         self._count = 0
 
     @contextmanager
     def block(self) -> Iterator[StoredBlock]:
-        """Around the checkpointed forward of one block, whose inputs it keeps."""
+        """Wrap the checkpointed forward of one block, and keep its inputs."""
         index, self._count = self._count, self._count + 1
         stored = self._blocks[index] = StoredBlock(self, index)
         with saved_tensors_hooks(stored.keep, _give_back):
@@ -55,31 +55,31 @@ class Offload:
             leaving.send()
 
     def fetch(self, index: int) -> None:
-        """Begin to copy a block back, and the one whose backward comes after its own."""
+        """Start copying a block back, and the one whose backward comes next."""
         for near in (index, index - 1):
             if (block := self._blocks.get(near)) is not None:
                 block.fetch()
 
 
 class StoredBlock:
-    """What the backward of one block needs: on the device, in the arena, or in both."""
+    """Tensors that the backward of one block needs: on the device, in the pool, or in both."""
 
     def __init__(self, offload: Offload, index: int) -> None:
         self.offload, self.index = offload, index
         self.tensors: list[Tensor] = []  # on the device
         self.forms: list[tuple] = []  # shape, strides and dtype of each
         self.pages: list[list[Tensor]] = []
-        self.away = False  # in the arena alone
-        self.copied: Any = None  # when the last copy ends
+        self.away = False  # True if the tensors are in the pool only
+        self.copied: Any = None  # an event at the end of the last copy
 
     def keep(self, x: Tensor) -> Callable[[], Tensor]:
-        """Take a tensor that autograd saves; gives what brings it back, on its device."""
+        """Keep a tensor that autograd saves; return a function that brings it back."""
         x = x.detach()
-        page = self.offload.arena.page
+        page = self.offload.pool.page
         if x.nbytes >= page:
             self.tensors.append(x)
             return partial(self._get, len(self.tensors) - 1)
-        # A small part of a large tensor, such as the text of a joint sequence, would hold it all.
+        # A view of a small part, such as the text of a joint sequence, would hold the whole tensor.
         alone = x.clone() if x.untyped_storage().nbytes() >= page else x
         return alone.detach
 
@@ -89,19 +89,19 @@ class StoredBlock:
         return self.tensors[index].detach()
 
     def send(self) -> None:
-        """Begin to copy to the host; the device's memory stays taken until `release`."""
-        self.tensors = [x if _is_dense(x) else x.clone() for x in self.tensors]  # which is dense
+        """Start copying to the host; device memory is held until `release`."""
+        self.tensors = [x if _is_dense(x) else x.clone() for x in self.tensors]  # clones are dense
         self.forms = [(x.shape, x.stride(), x.dtype) for x in self.tensors]
-        self.pages = [self.offload.arena.take(x.nbytes) for x in self.tensors]
+        self.pages = [self.offload.pool.take(x.nbytes) for x in self.tensors]
         self.copied = self.offload.copies.to_host(self._pieces())
 
     def release(self) -> None:
-        """Free the device's memory, for whatever its stream computes after the copy."""
+        """Free the device memory, to be reused by work that its stream does after the copy."""
         self.offload.copies.wait(self.copied)
         self.tensors, self.away = [], True
 
     def fetch(self) -> None:
-        """Begin to copy back, unless the tensors are on the device."""
+        """Start copying back, unless the tensors are on the device."""
         if self.away:
             device = self.offload.copies.device
             self.tensors = [
@@ -118,18 +118,18 @@ class StoredBlock:
                 yield page[: len(piece)], piece
 
     def __del__(self) -> None:
-        # What takes this memory next is ordered after the stream that waits here, be it a tensor on
-        # the device or a copy into these pages.
+        # Waiting here orders every later use of this memory after the copy, whether by a tensor on
+        # the device or by a copy into these pages.
         self.offload.copies.wait(self.copied)
         for pages in self.pages:
-            self.offload.arena.give(pages)
+            self.offload.pool.give_back(pages)
 
 
-class Arena:
-    """Host memory in pages of equal size, which grows to what was once needed and is then reused.
+class PagePool:
+    """Host memory in pages of equal size. The pool grows to its peak use, and is then reused.
 
-    PyTorch's allocator of pinned memory rounds each tensor up to a power of two, so it is asked for
-    whole powers of two: 1 GiB at a time for pages of 16 MiB.
+    PyTorch's pinned allocator rounds each tensor up to a power of two, so the pool allocates powers
+    of two: 1 GiB at a time for pages of 16 MiB.
     """
 
     def __init__(self, page: int, *, pinned: bool) -> None:
@@ -138,7 +138,7 @@ class Arena:
         self._free: list[Tensor] = []
 
     def take(self, size: int) -> list[Tensor]:
-        """Pages for so many bytes. Raises MemoryError when the host has no more."""
+        """Take pages for `size` bytes. Raises MemoryError if the host has no more memory."""
         count = -(-size // self.page)
         while len(self._free) < count:
             self._grow()
@@ -146,8 +146,8 @@ class Arena:
         del self._free[-count:]
         return taken
 
-    def give(self, pages: list[Tensor]) -> None:
-        """Take pages back."""
+    def give_back(self, pages: list[Tensor]) -> None:
+        """Return pages to the pool."""
         self._free += pages
 
     def _grow(self) -> None:
@@ -156,18 +156,18 @@ class Arena:
             slab = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
         except RuntimeError as error:
             raise MemoryError(
-                f"memory.offload holds {self.size / 2**30:.1f} GiB of pinned host memory and was "
-                f"given no more ({str(error).splitlines()[0]})"
+                f"memory.offload holds {self.size / 2**30:.1f} GiB of pinned host memory and could "
+                f"not allocate more ({str(error).splitlines()[0]})"
             ) from error
         self._free += slab.split(self.page)
         self.size += size
 
 
 class Copies(Protocol):
-    """How tensors travel between `device` and the arena.
+    """Copies tensors between `device` and the pool.
 
-    Each call copies after all that the current stream was given before it, and returns what `wait`
-    makes that stream's later work come after.
+    A copy starts after all work queued on the current stream, and returns an event; `wait` delays
+    that stream's later work until the event.
     """
 
     device: torch.device
@@ -180,7 +180,7 @@ class Copies(Protocol):
 
 
 class PlainCopies:
-    """On a CPU: at once."""
+    """Copies at once, on a CPU."""
 
     device = torch.device("cpu")
 
@@ -197,11 +197,11 @@ class PlainCopies:
 
 
 class StreamCopies:
-    """On a GPU: each way on a stream of its own, so that both run beside the compute.
+    """Copies on a GPU, with a stream for each direction, so that both overlap the compute.
 
-    Tensors are allocated and freed on the compute stream, which waits for a copy before it may use
-    what the copy wrote or free what it read. `record_stream` would keep memory from reuse until the
-    host sees the copy end, and the host runs far ahead.
+    Tensors are allocated and freed on the compute stream, which waits for a copy before it uses the
+    copy's output or frees its input. `record_stream` would block reuse of memory until the host
+    sees the copy end, and the host runs far ahead.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -229,7 +229,7 @@ class StreamCopies:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps, in whatever order of the dimensions."""
+    """Return whether a tensor fills its memory without gaps, in any order of its dimensions."""
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).is_contiguous()
 
 

@@ -1,9 +1,9 @@
-"""AdamW over the adapter, its moments in fp32 or in 8 bits, and how checkpoints hold them.
+"""AdamW over the adapter, with moments in fp32 or in 8 bits, and their form in checkpoints.
 
-8 bits are those of bitsandbytes (Dettmers et al., 2022, arXiv 2110.02861): blocks of 256 moments
-share an fp32 maximum. A checkpoint holds the bytes and the maxima, so that a run goes on exactly.
-torchao's 8-bit AdamW is no substitute: it compiles at run time, and keeps moments in a form of its
-own.
+The 8-bit moments are those of bitsandbytes (Dettmers et al., 2022, arXiv 2110.02861): blocks of 256
+moments share an fp32 maximum. A checkpoint holds the bytes and the maxima, so a resumed run is
+exact. torchao's 8-bit AdamW is no substitute: it compiles at run time, and keeps moments in a form
+of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_installed(name: str) -> None:
 def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`adamw`, or `adamw8bit`, which keeps parameters below 4096 elements in fp32 all the same."""
+    """Build `adamw` or `adamw8bit`, which keeps moments of fewer than 4096 elements in fp32."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
@@ -42,10 +42,10 @@ def build_optimizer(
 def moments_of(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter
 ) -> tuple[float, dict[str, Tensor]] | None:
-    """The updates that a parameter has had, and its moments by name; None before the first.
+    """Return a parameter's number of updates and its moments by name; None before the first.
 
-    In 8 bits these are `state1`, `state2` and their `absmax1`, `absmax2`. The tables of what the
-    bytes mean are the library's constants, and left out.
+    With 8 bits the moments are `state1`, `state2`, `absmax1` and `absmax2`. The library's lookup
+    tables (`qmap`) are constants, and left out.
     """
     state = optimizer.state.get(parameter)
     if not state:
@@ -64,7 +64,7 @@ def restore_moments(
     step: float,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """The inverse of `moments_of`. Raises ValueError for the moments of another optimizer."""
+    """Undo `moments_of`. Raises ValueError for the moments of another optimizer."""
     state = _empty_state(optimizer, parameter)
     expected = moments_of(optimizer, parameter)
     assert expected is not None
@@ -76,11 +76,10 @@ def restore_moments(
 
 
 @contextmanager
-def moments_held(
+def moments_allocated(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
 ) -> Iterator[None]:
-    """Within it all parameters have moments, empty ones where there were none yet; afterwards
-    those are gone again."""
+    """Allocate zero moments for parameters that have none; remove them on exit."""
     new = [parameter for parameter in parameters if not optimizer.state.get(parameter)]
     try:
         for parameter in new:
@@ -92,7 +91,7 @@ def moments_held(
 
 
 def _empty_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
-    """A parameter's state as before its first update, now the optimizer's."""
+    """Give a parameter the state that it has before its first update; return that state."""
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.state[parameter] = {
             "step": torch.tensor(0.0),

@@ -1,7 +1,7 @@
 """How the processes of a run hold a model and update it: whole in each, or in shards.
 
-What is ours is that gradients are checked before an update is made, and that checkpoints hold whole
-tensors, whatever the engine and the number of processes.
+All engines let gradients be checked before an update is made, and gather whole tensors for
+checkpoints, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Engine:
-    """A model that is whole in every process: DistributedDataParallel, or one process alone.
+    """A model that is whole in every process: DistributedDataParallel, or a single process.
 
-    sharded: whether a forward, gathering a state or restoring one needs all processes. probes:
-    whether a step can be tried and thrown away.
+    model: the module to call. transformer: the model without wrappers. parameters: those that
+    train, by name. optimizer: their torch optimizer.
+    sharded: True if a forward, gathering a state and restoring one need all processes.
+    supports_trial_step: True if a step can be tried and undone.
     """
 
-    sharded, probes = False, True
+    sharded, supports_trial_step = False, True
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(
+        self, accelerator: Accelerator, transformer: nn.Module, build: BuildOptimizer
+    ) -> None:
+        """Take over a model on the CPU, and build the optimizer of its trainable parameters."""
         self.accelerator = accelerator
+        self.model, self.transformer, self.optimizer = self._wrap(transformer, build)
+        self.parameters = trainable(self.transformer)
 
-    def prepare(self, transformer: nn.Module, build: BuildOptimizer) -> None:
-        """Take over a model on the CPU, and build its optimizer; sets the attributes named below.
-
-        model: what is called. transformer: it without wrappers. parameters: those that train, by
-        name. optimizer: their torch optimizer.
-        """
+    def _wrap(
+        self, transformer: nn.Module, build: BuildOptimizer
+    ) -> tuple[Any, nn.Module, torch.optim.Optimizer]:
+        """Return the module to call, the model without wrappers, and the optimizer."""
         optimizer = build(trainable(transformer).values())
         prepared: Any = self.accelerator.prepare(transformer, optimizer)
-        self.model, wrapped = prepared
-        self.optimizer: torch.optim.Optimizer = wrapped.optimizer
-        self.transformer: nn.Module = self.accelerator.unwrap_model(self.model)
-        self.parameters = trainable(self.transformer)
+        model, wrapped = prepared
+        return model, self.accelerator.unwrap_model(model), wrapped.optimizer
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -50,58 +53,65 @@ class Engine:
 
     @contextlib.contextmanager
     def batch(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of one batch; processes exchange gradients in the last."""
+        """Wrap forward and backward of one batch; gradients are exchanged in the last."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Within `batch`. loss: a part of the update's."""
+        """Run backward, within `batch`. loss: the batch's share of the update's loss."""
         self.accelerator.backward(loss)
 
     def clip(self, limit: float) -> Tensor:
-        """Scale the gradients down to a norm of `limit`; the norm before, the same everywhere."""
+        """Scale gradients down to a norm of at most `limit`; return the norm before.
+
+        All processes get the same norm.
+        """
         norm: Any = self.accelerator.clip_grad_norm_([*self.parameters.values()], limit)
         return checkpoint.whole(norm)
 
     def step(self) -> None:
-        """Make the update, and forget the gradients."""
+        """Update the parameters, and drop the gradients."""
         self.optimizer.step()
         self.skip()
 
     def skip(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients without an update."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def gather(self) -> checkpoint.State:
-        """Parameters and moments, whole and on the CPU; without tensors in other processes than the
-        main one. All processes call it where these are sharded."""
+        """Return parameters and moments, whole and on the CPU.
+
+        Processes other than the main one get a state without tensors. All processes must call it if
+        the engine is sharded.
+        """
         keep = self.accelerator.is_main_process
         return checkpoint.gather(self.parameters, self.optimizer, keep=keep)
 
     def restore(self, state: checkpoint.State) -> None:
-        """The inverse of `gather`. Raises ValueError for the moments of another optimizer."""
+        """Undo `gather`. Raises ValueError for the moments of another optimizer."""
         checkpoint.scatter(state, self.parameters, self.optimizer)
 
 
 class Fsdp2Engine(Engine):
-    """PyTorch's `fully_shard`: parameters in shards, those of a block gathered while it computes.
+    """PyTorch's `fully_shard`: sharded parameters, gathered per block while it computes.
 
-    Called here and not through accelerate, which (1.15) shards on GPUs alone: what cannot be tested
-    without them. Parameters keep their dtypes; a gradient is reduced in its own, fp32.
+    It is called here and not through accelerate, which (1.15) shards on GPUs only and so could not
+    be tested on CPUs. Parameters keep their dtypes; gradients are reduced in theirs, fp32.
     """
 
     sharded = True
 
-    def prepare(self, transformer: nn.Module, build: BuildOptimizer) -> None:
+    def _wrap(
+        self, transformer: nn.Module, build: BuildOptimizer
+    ) -> tuple[Any, nn.Module, torch.optim.Optimizer]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         for block in blocks_of(transformer):
             fully_shard(block, mesh=mesh)
-        self.model: Any = fully_shard(transformer, mesh=mesh)
-        self.transformer, self.parameters = transformer, trainable(transformer)
-        self.optimizer = build(self.parameters.values())
+        model = fully_shard(transformer, mesh=mesh)
+        return model, transformer, build(trainable(transformer).values())
 
     @contextlib.contextmanager
     def batch(self, *, last: bool) -> Iterator[None]:
@@ -117,10 +127,11 @@ class Fsdp2Engine(Engine):
 
 
 def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
-    """A transformer's blocks: what its top-level lists hold."""
+    """Return a transformer's blocks: the modules in its top-level lists."""
     lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
     return [block for blocks in lists for block in blocks]

@@ -31,8 +31,10 @@ from ..families.base import ModelFamily
 def check_sequence(
     sequence: int, heads: int, processes: int | None = None, name: str = "parallel.sequence"
 ) -> None:
-    """Raise ConfigError unless so many processes can share a clip. processes: None if not known.
-    name: of what was set to `sequence`."""
+    """Raise ConfigError unless `sequence` processes can share a clip.
+
+    processes: of the run; None if unknown. name: the setting to name in the error.
+    """
     counts = range(1, heads + 1)
     allowed = [n for n in counts if heads % n == 0 and (processes is None or processes % n == 0)]
     if sequence not in allowed:
@@ -44,8 +46,7 @@ def check_sequence(
 
 
 def join_all(heads: int, device: str | None = None) -> tuple[SequenceGroup, str | None]:
-    """All processes that a launcher started, as one group, and the device of this one; for what has
-    no clips to divide, such as sampling.
+    """Return all launched processes as one group, and this one's device: for sampling, for example.
 
     heads: of the model. device: as asked for. One process alone keeps it, of several each has a GPU
     of its own or, with "cpu", none. Raises ConfigError for another, and for a number of processes
@@ -70,12 +71,12 @@ def join_all(heads: int, device: str | None = None) -> tuple[SequenceGroup, str 
 
 
 def any_process(device: torch.device, *choices: bool) -> list[bool]:
-    """Which of the choices is true in at least one process of the run; the same in all of them."""
+    """Return, for each choice, whether it is true in any process; the same in all processes."""
     if not dist.is_initialized():
         return list(choices)
-    told = torch.tensor(choices, dtype=torch.int32, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return [bool(choice) for choice in told.tolist()]
+    agreed = torch.tensor(choices, dtype=torch.int32, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return [bool(choice) for choice in agreed.tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class SequenceGroup:
 
     @classmethod
     def create(cls, size: int, heads: int, timeout: timedelta | None = None) -> SequenceGroup:
-        """This process's; all processes of the run must call it.
+        """Return the group of this process; all processes of the run must call it.
 
         timeout: of its exchanges. Raises ConfigError for a size that does not divide the model's
         heads and the number of processes.
@@ -109,7 +110,7 @@ class SequenceGroup:
     def attach(self, family: ModelFamily, transformer: Any, attention: SparseAttention) -> None:
         """Let each process compute its part of the tokens; the prediction is whole in all of them.
 
-        After all else that exchanges modules: LoRA, RoPE, processors.
+        Call it after everything that replaces modules: LoRA, RoPE, processors.
         """
         if self.size == 1:
             return
@@ -136,27 +137,27 @@ class SequenceGroup:
         transformer.rope.register_forward_hook(cut_tables)
         transformer.proj_out.register_forward_hook(collect)
 
-    # Who has what
+    # Tokens and heads of each process
 
     def counts(self, tokens: int) -> list[int]:
-        """How many of the video's tokens each process has: as even as their number allows."""
+        """Return the number of video tokens of each process, as even as possible."""
         return [tokens // self.size + (rank < tokens % self.size) for rank in range(self.size)]
 
     def part(self, tokens: int) -> slice:
-        """This process's among the video's tokens."""
+        """Return the slice of video tokens that this process holds."""
         counts = self.counts(tokens)
         start = sum(counts[: self.rank])
         return slice(start, start + counts[self.rank])
 
     def own_heads(self, heads: int) -> slice:
-        """This process's inside attention."""
+        """Return the slice of heads that this process computes inside attention."""
         each = heads // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     # Exchanges; a buffer has tokens first, so that what one process sends or receives lies together
 
     def to_heads(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        """`[B, own tokens, H, D]`, text last, to `[B, len(grid), H / size, D]`."""
+        """Exchange `[B, own tokens, H, D]`, text last, for `[B, len(grid), H / size, D]`."""
         counts = self.counts(grid.video)
         video, text = x.split([counts[self.rank], grid.text], dim=1)
         by_process = video.unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)
@@ -167,8 +168,10 @@ class SequenceGroup:
         return whole.transpose(0, 1)
 
     def to_tokens(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        """`[B, len(grid), H / size, D]` to `[B, own tokens, H, D]`, text last: each process is sent
-        its tokens and the text."""
+        """Exchange `[B, len(grid), H / size, D]` for `[B, own tokens, H, D]`, text last.
+
+        Each process receives its tokens and the text.
+        """
         counts = self.counts(grid.video)
         *videos, text = x.transpose(0, 1).split([*counts, grid.text])
         by_process = torch.cat([piece for video in videos for piece in (video, text)])
@@ -177,13 +180,13 @@ class SequenceGroup:
         return got.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     def gather(self, x: Tensor, tokens: int) -> Tensor:
-        """`[B, own tokens, C]` to `[B, tokens, C]`."""
+        """Gather `[B, own tokens, C]` into `[B, tokens, C]`."""
         counts = self.counts(tokens)
         copies = torch.cat([x.transpose(0, 1)] * self.size)
         return self._exchange(copies, [x.shape[1]] * self.size, counts).transpose(0, 1)
 
     def collect(self, part: Tensor) -> Tensor:
-        """`[size, *part.shape]`: what each process has, by rank; without gradients."""
+        """Return the parts of all processes, `[size, *part.shape]` by rank, without gradients."""
         whole = part.new_empty(self.size, *part.shape)
         dist.all_gather_into_tensor(whole.flatten(0, 1), part.contiguous(), group=self.group)
         return whole
@@ -194,7 +197,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows of `x` to the processes of a group, so many to each; its adjoint goes the other way."""
+    """Sends rows of `x` to the processes of a group; the adjoint sends them back."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO stages 2 and 3, through accelerate; needs the package deepspeed.
 
-Stage 2 shards moments and gradients, of the adapter alone; stage 3 the frozen base as well. In
-fp32 mode of DeepSpeed, which leaves parameters in the dtypes that they have.
+Stage 2 shards the adapter's gradients and moments, stage 3 the frozen base as well. DeepSpeed runs
+in its fp32 mode, which leaves parameters in the dtypes that they have.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from ..config.schema import Config
 from ..config.values import ConfigError
 from ..run import checkpoint
-from .engine import BuildOptimizer, Engine
+from .engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def open_zero(name: str, config: Config, handlers: list[Any]) -> Engine:
+def open_zero(name: str, config: Config, handlers: list[Any]) -> Accelerator:
+    """Return an accelerator under DeepSpeed; raise ConfigError if accelerate would use CPUs."""
     from accelerate.utils import DeepSpeedPlugin, DistributedType
 
     settings = {
@@ -43,20 +44,22 @@ def open_zero(name: str, config: Config, handlers: list[Any]) -> Engine:
     )
     if accelerator.distributed_type is not DistributedType.DEEPSPEED:
         raise ConfigError(
-            f"parallel.engine={name} needs GPUs, and accelerate is told to use CPUs: use fsdp2, "
+            f"parallel.engine={name} needs GPUs, and accelerate is set to use CPUs: use fsdp2, "
             "which runs on both."
         )
-    return ZeroEngine(accelerator)
+    return accelerator
 
 
 class ZeroEngine(Engine):
     """A DeepSpeed engine, driven by its own backward and step."""
 
-    sharded, probes = True, False  # what a step leaves is spread over DeepSpeed's buffers
+    # A step leaves traces in many of DeepSpeed's buffers, so a trial step cannot be undone.
+    sharded, supports_trial_step = True, False
 
-    def prepare(self, transformer: nn.Module, build: BuildOptimizer) -> None:
-        super().prepare(transformer, build)
-        self._zero: Any = self.model.optimizer  # around the optimizer that was built
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's wrapper of `optimizer`."""
+        return self.model.optimizer
 
     @contextlib.contextmanager
     def batch(self, *, last: bool) -> Iterator[None]:
@@ -67,7 +70,7 @@ class ZeroEngine(Engine):
         self.model.backward(loss, scale_wrt_gas=False)
 
     def clip(self, limit: float) -> Tensor:
-        """The norm; DeepSpeed clips by itself, in `step`, to the same limit."""
+        """Return the norm; DeepSpeed itself clips to the same limit, in `step`."""
         squares = torch.zeros((), device=self.accelerator.device)
         for parameter in self.parameters.values():
             gradient = tensor_fragment().safe_get_full_grad(parameter)
@@ -79,57 +82,61 @@ class ZeroEngine(Engine):
         self.model.step()
 
     def skip(self) -> None:
-        """As DeepSpeed does after an overflow."""
+        """Drop the gradients as DeepSpeed does after an overflow."""
         self._zero.zero_grad(set_to_none=True)
         for held in (self._zero.averaged_gradients, getattr(self._zero, "all_grad_tensors", {})):
-            for group in held:  # the dictionaries themselves are what parameters refer to
+            for group in held:  # emptied in place, because parameters refer to the dictionaries
                 held[group] = None
 
     def gather(self) -> checkpoint.State:
         keep, fragment = self.accelerator.is_main_process, tensor_fragment()
-        tensors: dict[str, Tensor] = {}
-        steps = self._steps()
+        steps, state = self._steps(), checkpoint.State()
         for name, parameter in self.parameters.items():
-            found = {"lora": fragment.safe_get_full_fp32_param(parameter)}
-            for moment in MOMENTS if steps else ():
-                found[moment] = fragment.safe_get_full_optimizer_state(parameter, moment)
-            for kind, tensor in found.items():
-                if keep:
-                    tensors[f"{kind}.{name}"] = tensor.detach().cpu().clone()
-        return checkpoint.State(tensors, dict.fromkeys(self.parameters, steps) if steps else {})
+            adapter = fragment.safe_get_full_fp32_param(parameter)
+            moments = {
+                moment: fragment.safe_get_full_optimizer_state(parameter, moment)
+                for moment in (MOMENTS if steps else ())
+            }
+            if steps:
+                state.adam_steps[name] = steps
+            if keep:
+                state.adapter[name] = adapter.detach().cpu().clone()
+                if steps:
+                    state.moments[name] = {k: x.detach().cpu().clone() for k, x in moments.items()}
+        return state
 
     def restore(self, state: checkpoint.State) -> None:
-        fragment, moments = tensor_fragment(), state.moments
+        fragment = tensor_fragment()
         for name, tensor in state.adapter.items():
             parameter = self.parameters[name]
-            with torch.no_grad(), whole_parameters([parameter]):  # what the forward computes with
+            with torch.no_grad(), whole_parameters([parameter]):  # the forward's copy
                 parameter.copy_(tensor)
-            fragment.safe_set_full_fp32_param(parameter, tensor)  # what the optimizer updates
-            for moment, values in moments.get(name, {}).items():
+            fragment.safe_set_full_fp32_param(parameter, tensor)  # the optimizer's copy
+            for moment, values in state.moments.get(name, {}).items():
                 if moment not in MOMENTS:
                     raise ValueError(f"it holds {moment}, not {MOMENTS}")
                 fragment.safe_set_full_optimizer_state(parameter, values, moment)
         counts = set(state.adam_steps.values())
-        if len(counts) > 1:  # of a layer that had no gradient in some updates
+        if len(counts) > 1:  # a layer had no gradient in some updates
             raise ValueError("its parameters have had different numbers of updates")
         for held in self._zero.optimizer.state.values():
             held["step"] = torch.tensor(counts.copy().pop() if counts else 0.0)
 
     def _steps(self) -> float:
-        """Updates made, which DeepSpeed counts for all parameters together."""
+        """Return the number of updates, which DeepSpeed counts for all parameters together."""
         held = self._zero.optimizer.state.values()
         return float(next((state["step"] for state in held if "step" in state), 0))
 
 
 def whole_parameters(parameters: list[nn.Parameter]) -> Any:
-    """Within it stage 3 has all of these parameters; what is written to them stays."""
+    """Return a context in which stage 3 holds these parameters whole; writes to them persist."""
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def tensor_fragment() -> Any:
-    """DeepSpeed's functions that read and write whole tensors of parameters that it has split."""
+    """Return DeepSpeed's functions that read and write whole tensors of sharded parameters."""
     from deepspeed import utils  # pyright: ignore[reportMissingImports]
 
     return utils

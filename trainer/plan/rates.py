@@ -90,7 +90,7 @@ ELEMENTWISE_MOVES = 7.5
 # GiB of CUDA context, kernels, libraries' workspaces and the allocator's gaps: assumed.
 RESERVE = 2.5
 
-# The largest error, relative, against the measured peaks: tests/trainer/plan/test_plan_measured.py.
+# The largest error, relative, against the measured peaks: tests/trainer/plan/test_measured.py.
 MEMORY_ERROR = 0.08
 
 CALIBRATION = (

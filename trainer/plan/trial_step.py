@@ -1,4 +1,4 @@
-"""A training step before the first, thrown away: whether a run's steps fit, and what they take."""
+"""A training step that is tried before the first one and undone: does it fit, what does it take."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ..config.schema import Memory
 from ..families.text import Text
 from ..job import Job
 from ..memory.offload import Offload
-from ..memory.optimizer import moments_held
+from ..memory.optimizer import moments_allocated
 from .anatomy import anatomy
 from .estimate import GIB, MemoryUse
 from .predict import predicted_memory
 
-# The backward of a loss, of clean latents, noise, noise levels and a caption for each.
+# Runs backward from the loss of clean latents, noise, noise levels and one caption per sample.
 Backward = Callable[[Tensor, Tensor, Tensor, list[Text]], None]
 
 
-def is_probed(memory: Memory, device: torch.device) -> bool:
-    """Whether a run tries a step first: as set, else on a GPU, where a step is what runs out."""
+def wants_trial_step(memory: Memory, device: torch.device) -> bool:
+    """Return whether a run tries a step first: by `memory.trial_step`, else on GPUs only."""
     return device.type == "cuda" if memory.trial_step is None else memory.trial_step
 
 
 @dataclass(frozen=True)
-class Taken:
-    """By a step that fits, in seconds and bytes, beside what `plan` predicted.
+class TrialStep:
+    """Time and memory of a step that fits, beside the prediction of `longreel plan`.
 
-    allocated, reserved: of the GPU at most, by tensors and by PyTorch's allocator; None on a CPU.
-    pinned: of host memory, by `memory.offload`.
+    allocated, reserved: peak bytes of the GPU, by tensors and by PyTorch's allocator; None on a
+    CPU. pinned: bytes of host memory held by `memory.offload`.
     """
 
     seconds: float
@@ -45,14 +45,14 @@ class Taken:
     predicted: MemoryUse
 
     def __str__(self) -> str:
-        parts = [f"{self.seconds:.1f} s, with what a first one compiles"]
+        parts = [f"{self.seconds:.1f} s, compilation included"]
         if self.allocated is not None and self.reserved is not None:
             peak, reserve = self.predicted.peak, self.predicted.gpu["reserve"]
             parts += [
-                f"{self.allocated / GIB:.1f} GiB of the GPU allocated at most (predicted "
+                f"{self.allocated / GIB:.1f} GiB of the GPU allocated at the peak (predicted "
                 f"{(peak - reserve) / GIB:.1f})",
-                f"{self.reserved / GIB:.1f} GiB reserved (predicted {peak / GIB:.1f}, with CUDA's "
-                "own)",
+                f"{self.reserved / GIB:.1f} GiB reserved (predicted {peak / GIB:.1f}, CUDA's "
+                "context included)",
             ]
         if self.pinned:
             host = self.predicted.host.get("offload", 0.0)
@@ -63,7 +63,7 @@ class Taken:
         return "; ".join(parts)
 
 
-def try_step(
+def run_trial_step(
     job: Job,
     backward: Backward,
     *,
@@ -74,37 +74,37 @@ def try_step(
     text: Text,
     device: torch.device,
     dtype: torch.dtype,
-) -> Taken:
-    """Forward and backward of the longest batch that the job meets, as if they had never been.
+) -> TrialStep:
+    """Run forward and backward of the longest batch of the job, and undo their effects.
 
-    text: of any caption, for its widths. Raises what `backward` does when memory runs out.
+    text: any caption, for its widths. Raises what `backward` raises when memory runs out.
     """
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     accumulating = job.config.train.gradient_accumulation > 1
-    with thrown_away(attention, parameters, optimizer, device, accumulating=accumulating):
+    with state_restored(attention, parameters, optimizer, device, accumulating=accumulating):
         clean, texts = longest_batch(job, text, dtype)
         clean, generator = clean.to(device), torch.Generator().manual_seed(0)
         noise, sigma = flow.sample(clean, job.config.train.sigma, generator)
         backward(clean, noise, sigma, texts)
         if gpu:
             torch.cuda.synchronize(device)
-    return Taken(
+    return TrialStep(
         seconds=time.perf_counter() - started,
         allocated=torch.cuda.max_memory_allocated(device) if gpu else None,
         reserved=torch.cuda.max_memory_reserved(device) if gpu else None,
-        pinned=0 if offload is None else offload.arena.size,
+        pinned=0 if offload is None else offload.pool.size,
         predicted=predicted_memory(job, anatomy(job)),
     )
 
 
 def longest_batch(job: Job, text: Text, dtype: torch.dtype) -> tuple[Tensor, list[Text]]:
-    """Latents `[B, C, f, h, w]`, zeros, and captions of the greatest length and of one token less,
-    for lengths that differ within a batch take more. All clips of a run have one shape.
+    """Return zero latents `[B, C, f, h, w]` and the longest captions.
 
-    text: of any caption, for its widths.
+    The first caption has the greatest length and the others one token less, because a batch of
+    captions of different lengths takes more memory. text: any caption, for its widths.
     """
     embeds, batch = text["prompt_embeds"], job.config.train.batch
     longest = job.family.text.max_tokens
@@ -114,7 +114,7 @@ def longest_batch(job: Job, text: Text, dtype: torch.dtype) -> tuple[Tensor, lis
 
 
 @contextmanager
-def thrown_away(
+def state_restored(
     attention: SparseAttention,
     parameters: Collection[nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -122,18 +122,20 @@ def thrown_away(
     *,
     accumulating: bool,
 ) -> Iterator[None]:
-    """Around the forward and backward of a step: afterwards parameters have no gradients, and the
-    optimizer's state, the attention's plan and the random numbers to come are as they were.
+    """Wrap forward and backward of a step, and undo their effects.
 
-    Within it the device holds what it will in the run: the moments, which the first update would
-    allocate, and when `accumulating` the gradients of the batches before. The update itself is not
-    made; it needs less than the backward, whose activations are gone by then.
+    Afterwards parameters have no gradients; the optimizer's state, the attention's plan and the
+    random generators are as they were before.
+
+    Inside, the device holds what it will hold in the run: the moments, which the first update would
+    allocate, and if `accumulating` the gradients of earlier batches. The update itself is not made:
+    it needs less memory than the backward, whose activations are free by then.
     """
     try:
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             attention.using(attention.current),
-            moments_held(optimizer, parameters),
+            moments_allocated(optimizer, parameters),
         ):
             for parameter in parameters if accumulating else ():
                 parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""What the sparse attention gains at this run's shape, measured before the run."""
+"""Speedup of sparse attention over dense at the run's shape, measured before the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Speedup:
-    """Milliseconds of forward plus backward of one layer's attention, heads as probed."""
+    """Milliseconds of forward plus backward of one layer's attention, for the measured heads."""
 
     dense_ms: float
     sparse_ms: float
@@ -47,11 +47,11 @@ def measure_speedup(
     dtype: torch.dtype,
     repeats: int = 5,
 ) -> Speedup | str:
-    """Dense SDPA against one sparse layer, forward and backward, interleaved, medians.
+    """Time one sparse layer against dense SDPA, forward and backward, by turns; return medians.
 
-    Where there is nothing to measure, says so and why: on a CPU, which runs the oracle, or with
-    dense attention in every layer. Four heads fill the GPU at lengths that matter, and stand for
-    all where all follow one layout.
+    Returns a text if there is nothing to measure: on a CPU, which runs the oracle, or if all layers
+    are dense. If all heads share one layout, four of them are timed: at lengths that matter they
+    fill the GPU.
     """
     sparse_layer = next((i for i in range(layers) if not attention.is_dense(i)), None)
     if sparse_layer is None:
@@ -87,7 +87,7 @@ def measure_speedup(
 
 
 def milliseconds(function: Callable[[], Result]) -> tuple[float, Result]:
-    """How long the GPU takes for `function`, by CUDA events, and what it returns."""
+    """Return the GPU's milliseconds for `function`, by CUDA events, and its result."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     result = function()
@@ -103,11 +103,11 @@ def take_turns(
     repeats: int,
     seconds: float = 0.0,
 ) -> dict[Key, tuple[float, ...]]:
-    """Medians of the milliseconds that each step returns, one by one, the steps taking turns.
+    """Run steps by turns; return the medians of the milliseconds that each one returns.
 
-    A step is repeated `repeats` times after its warm-ups, and for as long as its times come to less
-    than `seconds`. The order of a turn is drawn anew: at its power limit a GPU is slower after a
-    step that heats it, so none may always follow the same one.
+    After its warm-ups a step is repeated at least `repeats` times, and until its times add up to
+    `seconds`. The order within a turn is random: at its power limit a GPU is slower after a step
+    that heats it, so no step may always follow the same one.
     """
     draw = random.Random(0)
     times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in steps}

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file and one JSON file, written whole or not at all."""
+"""Checkpoints: a safetensors file, a JSON file and the adapter, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,25 +17,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..adapter.lora import AdapterWriter
 from ..config.values import ConfigError
 from ..memory.optimizer import moments_of, restore_moments
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
 VERSION = 2  # of the two files
+ADAPTER = "lora"  # in TENSORS, begins the keys of the adapter; moments begin with their own names
 NAME = re.compile(r"step-\d+")
-NOT_SAVED = (OSError, SafetensorError)  # what a save raises that may succeed later
+NOT_SAVED = (OSError, SafetensorError)  # raised by a save that may succeed later
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """How far a run has come.
 
     step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it,
-        of the seed, and of the two below.
-    world_size: processes, of which those that share clips count as one. clips: `fingerprint` of
-        the training clips. drawn: clips that all processes together have trained on, of each
-        bucket (`SeededBatches.drawn_after`).
+        of the seed, and of `world_size` and `drawn`.
+    world_size: processes, where those that share clips count as one. clips: `fingerprint` of the
+        training clips. drawn: clips that all processes together have trained on, per bucket
+        (`SeededBatches.drawn_after`).
     """
 
     step: int
@@ -46,34 +48,38 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds of an adapter and its optimizer: whole tensors on the CPU, by
-    `lora.NAME` and `MOMENT.NAME`, and the updates that each parameter has had."""
+    """An adapter and its optimizer's state: whole tensors on the CPU, by the parameters' names.
 
-    tensors: dict[str, Tensor]
-    adam_steps: dict[str, float]
+    moments: for each parameter that has had updates, its moments by the names that the optimizer
+    gives them. adam_steps: the number of updates that each of these parameters has had.
+    """
 
-    @property
-    def adapter(self) -> dict[str, Tensor]:
-        """The adapter's tensors by the names of its parameters."""
-        return {name: tensor for kind, name, tensor in self._parts() if kind == "lora"}
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    adam_steps: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """By the names of parameters, those that have had updates."""
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.adam_steps}
-        for kind, name, tensor in self._parts():
-            if kind != "lora":
-                found[name][kind] = tensor
-        return found
+    def as_file(self) -> dict[str, Tensor]:
+        """Return the tensors by the keys of TENSORS: `lora.PARAMETER` and `MOMENT.PARAMETER`."""
+        tensors = {f"{ADAPTER}.{name}": tensor for name, tensor in self.adapter.items()}
+        for name, moments in self.moments.items():
+            tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
+        return tensors
 
-    def _parts(self) -> Iterator[tuple[str, str, Tensor]]:
-        for key, tensor in self.tensors.items():
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], adam_steps: dict[str, float]) -> State:
+        """Undo `as_file`."""
+        state = cls(moments={name: {} for name in adam_steps}, adam_steps=adam_steps)
+        for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
-            yield kind, name, tensor
+            if kind == ADAPTER:
+                state.adapter[name] = tensor
+            else:
+                state.moments[name][kind] = tensor
+        return state
 
 
 def fingerprint(ids: Iterable[str]) -> str:
-    """Twelve hex digits that name a list of clips."""
+    """Return twelve hex digits that identify a list of clips."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
 
 
@@ -83,15 +89,15 @@ def save(
     progress: Progress,
     *,
     keep_last: int,
-    extra: Callable[[Path], object] | None = None,
+    adapter: AdapterWriter | None = None,
 ) -> Path:
-    """Write `folder/step-N` and keep `keep_last` checkpoints, it and those whole ones before it.
+    """Write `folder/step-N`, and keep it and the `keep_last` - 1 readable checkpoints before it.
 
-    Everything goes to a temporary folder that is renamed when complete and on disk: a process that
-    dies at any moment leaves the checkpoints before it whole, and so does a disk that is full, on
-    which nothing of this one stays. Raises one of `NOT_SAVED` then.
+    All files go to a temporary folder, which is renamed once it is complete and on disk. So neither
+    a process that dies at any moment nor a full disk damages earlier checkpoints. A save that fails
+    leaves no files and raises one of `NOT_SAVED`.
 
-    extra: writes further files, such as the adapter, into the folder it is given.
+    adapter: writes the adapter beside the state; None for the state alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):
@@ -100,7 +106,7 @@ def save(
     temporary = folder / f".tmp-{target.name}"
     try:
         temporary.mkdir()
-        _write(temporary, state, progress, extra)
+        _write(temporary, state, progress, adapter)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
@@ -116,22 +122,23 @@ def save(
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint's name away first, so that a process that dies here leaves no part of one
-    under it; the next save clears what is left."""
+    """Delete a checkpoint, which is renamed first.
+
+    A process that dies here leaves no partial checkpoint under a checkpoint's name; the next save
+    deletes the rest.
+    """
     nameless = path.with_name(f".tmp-removed-{path.name}")
     os.rename(path, nameless)
     shutil.rmtree(nameless, ignore_errors=True)
 
 
-def _write(
-    folder: Path, state: State, progress: Progress, extra: Callable[[Path], object] | None
-) -> None:
-    save_file(state.tensors, folder / TENSORS)
+def _write(folder: Path, state: State, progress: Progress, adapter: AdapterWriter | None) -> None:
+    save_file(state.as_file(), folder / TENSORS)
     about = {"version": VERSION, "progress": asdict(progress), "adam_steps": state.adam_steps}
     (folder / STATE).write_text(json.dumps(about, indent=1))
-    if extra is not None:
-        extra(folder)
-    mode = (folder / STATE).stat().st_mode  # as the umask has it: safetensors' files are 0600
+    if adapter is not None:
+        adapter.write(folder, state.adapter)
+    mode = (folder / STATE).stat().st_mode  # set by the umask; safetensors creates files as 0600
     for file in folder.iterdir():
         file.chmod(mode)
         _sync(file)
@@ -139,55 +146,60 @@ def _write(
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that can be read, None if there is none."""
+    """Return the newest checkpoint that can be read; None if there is none."""
     return next((path for path in reversed(_by_age(folder)) if _readable(path)), None)
 
 
-def passed_over(newest: Path | None, folder: Path) -> list[Path]:
-    """The checkpoints of `folder` after `newest`, its `latest`: none of them can be read."""
+def unreadable_after(newest: Path | None, folder: Path) -> list[Path]:
+    """Return the checkpoints of `folder` that are newer than `newest`, its `latest`.
+
+    None of them can be read. Without `newest` these are all checkpoints.
+    """
     found = _by_age(folder)
     return found if newest is None else [path for path in found if _step(path) > _step(newest)]
 
 
 def load_progress(path: Path) -> Progress:
-    """Raises ConfigError for a checkpoint of another version of longreel."""
+    """Read a checkpoint's progress; raise ConfigError if another version of longreel wrote it."""
     about = json.loads((path / STATE).read_text())
     if about["version"] != VERSION:
         raise ConfigError(
-            f"{path} is a checkpoint of version {about['version']}, this longreel goes on with "
+            f"{path} is a checkpoint of version {about['version']}, this longreel resumes with "
             f"version {VERSION}: choose another run.dir, or the longreel that began the run."
         )
     return Progress(**about["progress"])
 
 
 def check_continues(path: Path, saved: Progress, now: Progress) -> str | None:
-    """What going on changes in the run, a sentence; None: nothing. Raises ConfigError where it
-    would silently be another run."""
+    """Return a sentence about what resuming changes in the run; None if it changes nothing.
+
+    Raises ConfigError if the clips are others: it would no longer be the same run.
+    """
     if saved.clips != now.clips:
         raise ConfigError(
-            f"{path} is of a run on other clips than data.path now gives: restore the folder, or "
-            "choose another run.dir."
+            f"{path} belongs to a run on other clips than data.path now gives: restore the folder, "
+            "or choose another run.dir."
         )
     if saved.world_size == now.world_size:
         return None
     return (
-        f"{path} is of a run on {saved.world_size} processes, and there are {now.world_size} "
-        "(those that share clips count as one): weights, moments and the place among the clips go "
-        f"on, but an update now learns from {now.world_size / saved.world_size:g} times as many "
-        "clips, under other noise than it would have been."
+        f"{path} was written by {saved.world_size} processes, and there are {now.world_size} "
+        "(those that share clips count as one): weights, moments and the place among the clips are "
+        f"kept, but an update now learns from {now.world_size / saved.world_size:g} times as many "
+        "clips, and under other noise."
     )
 
 
 def load(path: Path, parameters: Mapping[str, nn.Parameter]) -> State:
-    """What `path` holds; raises ConfigError unless it is of the parameters of these names."""
+    """Read a checkpoint; raise ConfigError unless it holds exactly the given parameters."""
     with safe_open(path / TENSORS, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    state = State(tensors, json.loads((path / STATE).read_text())["adam_steps"])
+    state = State.from_file(tensors, json.loads((path / STATE).read_text())["adam_steps"])
     if state.adapter.keys() != parameters.keys():
         differing = sorted(state.adapter.keys() ^ parameters.keys())
         raise ConfigError(
-            f"{path} holds other parameters than this run trains, {len(differing)} differ, such as "
-            f"{differing[0]}: lora.targets or the model has changed."
+            f"{path} holds other parameters than this run trains: {len(differing)} differ, such as "
+            f"{differing[0]}. lora.targets or the model has changed."
         )
     return state
 
@@ -195,44 +207,46 @@ def load(path: Path, parameters: Mapping[str, nn.Parameter]) -> State:
 def gather(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool = True
 ) -> State:
-    """The state of parameters and their optimizer. Where these are shards of FSDP2, all processes
-    call it. keep: the tensors; a process that does not write them need not."""
-    tensors: dict[str, Tensor] = {}
-    adam_steps: dict[str, float] = {}
+    """Return the state of parameters and their optimizer.
+
+    If these are shards of FSDP2, all processes must call it. keep: False to gather without keeping
+    the tensors, in processes that do not write them.
+    """
+    state = State()
+
+    def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        full = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+        return {name: x.cpu().contiguous() for name, x in full.items()} if keep else {}
+
     for name, parameter in parameters.items():
+        state.adapter.update(gathered({name: parameter}))
         moments = moments_of(optimizer, parameter)
-        found = {"lora": parameter.detach()}
         if moments is not None:
-            adam_steps[name] = moments[0]
-            found |= moments[1]
-        for kind, tensor in found.items():
-            full = whole(tensor.detach())
-            if keep:
-                tensors[f"{kind}.{name}"] = full.cpu().contiguous()
-    return State(tensors, adam_steps)
+            state.adam_steps[name], tensors = moments
+            state.moments[name] = gathered(tensors)
+    return state
 
 
 def scatter(
     state: State, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """The inverse of `gather`, in place. Raises ValueError for the moments of another optimizer."""
-    moments = state.moments
+    """Undo `gather`, in place. Raises ValueError for the moments of another optimizer."""
     with torch.no_grad():
         for name, tensor in state.adapter.items():
             parameter = parameters[name]
             parameter.copy_(_like(tensor, parameter))
             if name in state.adam_steps:
-                own = {kind: _like(x, parameter) for kind, x in moments[name].items()}
+                own = {kind: _like(x, parameter) for kind, x in state.moments[name].items()}
                 restore_moments(optimizer, parameter, state.adam_steps[name], own)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which this process may have a shard."""
+    """Return the whole of a tensor of which this process may hold a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor in shards as those of `parameter`, if that has shards."""
+    """Shard a whole tensor the way `parameter` is sharded, if it is."""
     if not isinstance(parameter, DTensor):
         return tensor
     return distribute_tensor(

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.csv always and wandb if it can, which never fails the run."""
+"""Metrics of a run: metrics.csv always, and wandb if it works; wandb never fails the run."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ MEASURED: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class AttentionCost:
-    """What a run's self-attention computes, over all layers, text and dense layers counted.
+    """The cost of self-attention over all layers, with text and dense layers included.
 
-    density: computed share of token pairs. layer_density: of one sparse layer. pflop,
-        dense_pflop: matrix products of one forward of one sample, and what they would be without
-        sparsity (4 x tokens^2 x heads x head_dim a layer).
+    density: computed share of token pairs. layer_density: the same of one sparse layer. pflop:
+        matrix products of one forward of one sample. dense_pflop: the same without sparsity
+        (4 x tokens^2 x heads x head_dim per layer).
     """
 
     density: float
@@ -74,13 +74,13 @@ class AttentionCost:
 
     @classmethod
     def sum(cls, costs: Sequence[AttentionCost]) -> AttentionCost:
-        """Of several forwards together; densities are means by their work."""
+        """Add up several forwards; densities are averaged, weighted by dense work."""
         pflop, dense = sum(cost.pflop for cost in costs), sum(cost.dense_pflop for cost in costs)
         layer = sum(cost.layer_density * cost.dense_pflop for cost in costs) / dense
         return cls(pflop / dense, layer, pflop, dense)
 
     def training(self, samples: int, *, recomputed: bool) -> AttentionCost:
-        """The same for an update over `samples`: backward takes 2.5 forwards, recomputation one."""
+        """Scale to an update over `samples`: backward costs 2.5 forwards, recomputation one."""
         passes = samples * (4.5 if recomputed else 3.5)
         return replace(self, pflop=passes * self.pflop, dense_pflop=passes * self.dense_pflop)
 
@@ -121,7 +121,7 @@ class Metrics:
             self._give_up(error)
 
     def _run_id(self) -> str:
-        """Kept in the run folder, so that a resumed run goes on in wandb and a new one does not."""
+        """Return the run's id in wandb, kept in its folder: a resumed run continues there."""
         file = self.run_dir / "wandb_id"
         if not (self._resumed and file.is_file()):
             with replacing(file) as temporary:
@@ -129,8 +129,10 @@ class Metrics:
         return file.read_text()
 
     def write(self, row: Row) -> None:
-        """One line of metrics.csv, and its numbers to wandb. Lines that the disk has no room for
-        are kept, and written with the first that it has."""
+        """Write a line of metrics.csv, and send its numbers to wandb.
+
+        Lines that do not fit on a full disk are kept in memory and written later, in order.
+        """
         first = not self._unwritten
         self._unwritten.append(row)
         size = self.path.stat().st_size
@@ -140,9 +142,9 @@ class Metrics:
                 writer.writerows(self._unwritten)
             self._unwritten = []
         except OSError as error:
-            os.truncate(self.path, size)  # the part of them that was written
+            os.truncate(self.path, size)  # removes lines that were written in part
             if first:
-                log.error(f"{self.path} cannot be written, and is kept in memory: {error}")
+                log.error(f"Cannot write {self.path}; its new lines are kept in memory: {error}")
         figures = {k: v for k, v in row.items() if isinstance(v, float)}
         self._to_wandb(lambda wandb: figures, row["step"])
 
@@ -155,11 +157,11 @@ class Metrics:
         )
 
     def rows(self) -> list[dict[str, str]]:
-        """What metrics.csv holds, as text."""
+        """Return the lines of metrics.csv by column, as text."""
         return read_rows(self.path)
 
     def column(self, name: str) -> dict[int, float]:
-        """The numbers of one column by step."""
+        """Return the numbers of one column by step."""
         return column(self.rows(), name)
 
     def close(self) -> None:
@@ -170,7 +172,7 @@ class Metrics:
                 self._give_up(error)
 
     def _to_wandb(self, values: Callable[[Any], dict[str, Any]], step: int) -> None:
-        """values: given the wandb module; making them copies files, which can fail as well."""
+        """Log to wandb. values: makes them, given the wandb module; it may fail too."""
         if self._wandb is not None:
             try:
                 import wandb
@@ -185,7 +187,7 @@ class Metrics:
 
 
 def _has_key() -> bool:
-    """Whether wandb can log in without asking."""
+    """Return whether wandb can log in without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2]
@@ -196,7 +198,7 @@ def _has_key() -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The lines of a metrics.csv by column; a last one that was cut off is left out."""
+    """Read the lines of a metrics.csv by column, without a last line that was cut off."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
@@ -204,12 +206,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def column(rows: Sequence[Mapping[str, str]], name: str) -> dict[int, float]:
-    """The numbers of one column of metrics.csv by step."""
+    """Return the numbers of one column of metrics.csv by step."""
     return {int(row["step"]): float(row[name]) for row in rows if row[name]}
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: allocated on the GPU, resident on a CPU."""
+    """Return this process's peak memory: allocated on the GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""The run as it goes by: a progress bar on a terminal, now and then a line elsewhere."""
+"""Progress of a run: a progress bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .metrics import Row
 
 log = logging.getLogger(__name__)
 
-LINES = 20  # in the log of a whole run that has no terminal
+LINES = 20  # progress lines in the log of a whole run without a terminal
 
 
 class StepProgress:
-    """Shows loss, seconds a step, tokens a second, density and the time left."""
+    """Shows loss, seconds per step, tokens per second, density and the time left."""
 
     def __init__(self, console: Console, start: int, steps: int, density: float) -> None:
         self._console = console
@@ -41,7 +41,7 @@ class StepProgress:
         self._bar.stop()
 
     def advance(self, step: int, row: Row) -> None:
-        """After update `step`; `row` is its line of metrics."""
+        """Show update `step`. row: its line of metrics."""
         figures = (
             f"loss {row['loss']:.4f}  {row['seconds_per_step']:.2f} s/step  "
             f"{row['tokens_per_second']:,.0f} tokens/s  density {self._density:.1%}"
@@ -58,7 +58,7 @@ class StepProgress:
 
 
 class StageLog:
-    """A line now and then while the cache is filled: at the end of a stage, and every 10 s."""
+    """Logs a line at the end of each stage of filling the cache, and every 10 s within it."""
 
     def __init__(self, seconds: float = 10) -> None:
         self._seconds = seconds
@@ -72,11 +72,14 @@ class StageLog:
 
 
 def open_console(main_process: bool) -> Console:
-    """The one place that prints; longreel's log goes there too. Other processes only log errors."""
+    """Open the one console that prints, and send longreel's log there.
+
+    Processes other than the main one log only errors.
+    """
     quiet_libraries()
     console = Console(quiet=not main_process)
     if not console.is_terminal:
-        console = Console(quiet=not main_process, width=120)  # a file need not break lines at 80
+        console = Console(quiet=not main_process, width=120)  # files need no line breaks at 80
     handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
     logger = logging.getLogger("longreel")
     logger.handlers[:] = [handler]
@@ -85,8 +88,11 @@ def open_console(main_process: bool) -> Console:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of diffusers and transformers for every file they read, and no warnings of
-    bitsandbytes about kernels of 4-bit layers, of which there are none here."""
+    """Silence progress bars and warnings of libraries.
+
+    diffusers and transformers show a bar for every file they read; bitsandbytes warns about kernels
+    of 4-bit layers, which longreel does not use.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers
     import transformers

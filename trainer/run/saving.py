@@ -1,4 +1,4 @@
-"""When a run saves, and how a save that fails loses nothing."""
+"""When a run saves, and what happens when a save fails."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from pathlib import Path
 
 from ...data.files import replacing
 from ..adapter import lora
+from ..adapter.lora import AdapterWriter
 from ..config.schema import Checkpoint
 from . import checkpoint
 from .checkpoint import Progress, State
 
 log = logging.getLogger(__name__)
 
-AGAIN = 60.0  # seconds until a save that failed is tried again
-REQUEST = "save"  # the file in the run's folder that asks for one
+RETRY_SECONDS = 60.0  # until a failed save is tried again
+REQUEST = "save"  # a file of this name in the run's folder asks for a save
 
 
 class Saver:
-    """The checkpoints of a run folder; of the main process.
+    """Writes the checkpoints of a run folder, in the main process.
 
-    adapter: writes the adapter of a state into a folder. wait: sleeps for some seconds.
+    adapter: writes the adapter beside each state. wait: sleeps for a number of seconds.
     """
 
     def __init__(
         self,
         run_dir: Path,
         config: Checkpoint,
-        adapter: Callable[[Path, State], object],
+        adapter: AdapterWriter,
         wait: Callable[[float], object] = time.sleep,
     ) -> None:
         self.run_dir, self.config = run_dir, config
         self.folder = run_dir / "checkpoints"
         self._adapter, self._wait = adapter, wait
-        self._last = time.monotonic()  # a save, or the start
-        self._failed: float | None = None  # when the newest one did, if it did
+        self._last = time.monotonic()  # time of the last save, or of the start
+        self._failed: float | None = None  # time of the last attempt, if it failed
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step`: by its number, the clock, or because someone asks."""
+        """Return whether to save after `step`: by its number, by the clock, or on request."""
         since = time.monotonic() - (self._last if self._failed is None else self._failed)
         if self._failed is not None:
-            return since >= AGAIN
+            return since >= RETRY_SECONDS
         minutes = self.config.every_minutes
         return (
             step % self.config.every == 0
@@ -52,15 +53,17 @@ class Saver:
         )
 
     def save(self, state: State, progress: Progress) -> bool:
-        """Whether the checkpoint, and its adapter in the run's folder, are written. If not, why is
-        logged, and the checkpoints before it stay."""
+        """Write a checkpoint and copy its adapter to the run's folder; return False if that fails.
+
+        A failure is logged with its reason, and leaves the earlier checkpoints as they are.
+        """
         try:
             folder = checkpoint.save(
                 self.folder,
                 state,
                 progress,
                 keep_last=self.config.keep_last,
-                extra=lambda folder: self._adapter(folder, state),
+                adapter=self._adapter,
             )
             self.publish(folder)
             (self.run_dir / REQUEST).unlink(missing_ok=True)
@@ -75,18 +78,18 @@ class Saver:
         self._last, self._failed = time.monotonic(), None
         return True
 
-    def insist(self, state: State, progress: Progress) -> bool:
-        """`save`, again and again for `retry_minutes`, while the state waits in memory."""
+    def save_with_retries(self, state: State, progress: Progress) -> bool:
+        """Call `save` until it succeeds, for at most `checkpoint.retry_minutes`."""
         deadline = time.monotonic() + 60 * self.config.retry_minutes
         while not self.save(state, progress):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            log.error(f"It is tried again for {left / 60:.0f} minutes.")
-            self._wait(min(left, AGAIN / 6))
+            log.error(f"Trying again for {left / 60:.0f} minutes.")
+            self._wait(min(left, RETRY_SECONDS / 6))
         return True
 
     def publish(self, newest: Path) -> None:
-        """The run folder holds the adapter of its newest checkpoint."""
+        """Copy the adapter of the newest checkpoint to the run's folder."""
         with replacing(self.run_dir / lora.WEIGHTS) as temporary:
             shutil.copyfile(newest / lora.WEIGHTS, temporary)

@@ -11,16 +11,16 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# EX_TEMPFAIL of sysexits.h: what failed now may succeed later. launch/slurm.sh requeues on it.
+# EX_TEMPFAIL of sysexits.h: a temporary failure. launch/slurm.sh requeues on it.
 REQUEUE = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGUSR1 are noted in `received` and do nothing else.
+    """Context in which SIGTERM and SIGUSR1 are recorded in `received` and do nothing else.
 
-    received: the name of the first signal. In a thread other than the main one, which Python lets
-    handle no signals, they do what they did before.
+    received: the name of the first signal. Outside of the main thread, where Python allows no
+    signal handlers, signals keep their effect.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""A thread beside training that ends a run which cannot go on, and says why.
+"""A thread beside training that ends a run which cannot continue, and says why.
 
-Collectives give no such answer: where one process of many is gone or stuck, the others wait in
-theirs, with NCCL for as long as the process group allows. Here every process tells the others, in
-the store that started the process group, that it lives and where it is; one that is silent, that
-failed, or that stays in one place too long ends the run on all of them.
+Collectives do not report that another process is gone or stuck: they wait, with NCCL for as long as
+the process group's timeout. So every process publishes, in the store that started the process
+group, that it is alive and what it is doing. A process that is silent, has failed or stays in one
+place for too long ends the run on all processes.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ FAILED = 1  # the exit code of a run that ends here
 
 @dataclass
 class Peer:
-    """What is known of another process: when it was last heard, and what it then said."""
+    """The last sign of life of another process: when it came, and what it said.
+
+    ended: None while the process runs; "" once it ended well, else the reason of its failure.
+    """
 
     heard: float
     beat: int = -1
     place: str = "its start"
     since: float = 0.0
-    ended: str | None = None  # "": as it should; else why it failed
+    ended: str | None = None
 
 
 class Watch:
-    """Of one process of a run; a context manager around all that the process does in it.
+    """Per-process watchdog. Use it as a context manager around the whole run.
 
-    limit: seconds that the process may spend in one place, unless that is entered as unlimited.
-    beat: seconds between signs of life. gone: of silence until a process counts as dead. grace:
-    that others have to fail for the same reason by themselves, once one has failed. end: what ends
-    the process, given an exit code.
+    limit: seconds that the process may spend in one place, unless that place is unlimited.
+    beat: seconds between signs of life. gone: seconds of silence after which a process counts as
+    dead. grace: seconds in which other processes may fail by themselves, with a message of their
+    own, after one has failed. end: ends the process with an exit code.
     """
 
     def __init__(
@@ -59,27 +62,28 @@ class Watch:
         self.limit, self.beat, self.gone, self.grace = limit, beat, gone, grace
         self._end = end
         self._place, self._since, self._limited = "the start", time.monotonic(), False
+        self.rank = 0
         self._stop = threading.Event()
         self._peers: dict[int, Peer] = {}
         self._store: Any = None
         self._thread: threading.Thread | None = None
 
     def enter(self, place: str, *, limited: bool = True) -> None:
-        """From here on the process is in `place`, as `step 3: backward`."""
+        """Record that the process is now in `place`, such as `step 3: backward`."""
         self._since, self._place, self._limited = time.monotonic(), place, limited
 
     def __enter__(self) -> Watch:
-        self.rank, size = 0, 1
+        size = 1
         if dist.is_initialized():
             self.rank, size = dist.get_rank(), dist.get_world_size()
         if size > 1:
-            # A connection of its own: PyTorch's blocks while it waits for another process.
+            # A separate connection, because PyTorch's blocks while it waits for another process.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()
             now = time.monotonic()
             self._peers = {rank: Peer(now) for rank in range(size) if rank != self.rank}
             self._tell(0)
-            on_gpu = dist.get_backend() == "nccl"  # which is to be told the device
+            on_gpu = dist.get_backend() == "nccl"  # whose barrier needs the device
             dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
         self._thread = threading.Thread(target=self._watch, name="longreel-watch", daemon=True)
         self._thread.start()
@@ -92,7 +96,7 @@ class Watch:
             self._finish("lost the others")
             where = f"process {self.rank} was in {self._place}"
             raise SystemExit(f"error: {cause or f'another process is gone: {error}'}; {where}.")
-        self._finish("" if error is None else _told(error))
+        self._finish("" if error is None else _reason(error))
 
     # In the thread
 
@@ -121,17 +125,18 @@ class Watch:
         self._store.set(_key(self.rank), json.dumps(said))
 
     def _listen(self) -> None:
-        told = self._store.multi_get([_key(rank) for rank in self._peers]) if self._peers else []
-        for peer, text in zip(self._peers.values(), told, strict=True):
+        keys = [_key(rank) for rank in self._peers]
+        texts = self._store.multi_get(keys) if keys else []
+        for peer, text in zip(self._peers.values(), texts, strict=True):
             said = json.loads(text)
             if said["beat"] != peer.beat or said["ended"] is not None:
                 now = time.monotonic()
-                peer.heard = now if peer.ended is None else peer.heard  # since when it has ended
+                peer.heard = now if peer.ended is None else peer.heard  # the time of its end
                 peer.beat, peer.place, peer.ended = said["beat"], said["place"], said["ended"]
                 peer.since = now - said["spent"]
 
     def _lost(self) -> str | None:
-        """What is wrong with another process, if that is certain by now."""
+        """Return what is wrong with another process, if that is certain by now."""
         now = time.monotonic()
         for rank, peer in self._peers.items():
             silent = now - peer.heard
@@ -164,13 +169,13 @@ class Watch:
         try:
             self._tell(-1, f"{problem}{where}")
         except (dist.DistError, RuntimeError):
-            log.debug("no one was left to be told")
+            log.debug("no other process is left to notify")
         self._end(FAILED)
 
     # At the end
 
     def _await_cause(self) -> str | None:
-        """Why the connection to another process broke, once that is known."""
+        """Wait for, and return, the reason why the connection to another process broke."""
         self._stop.set()
         assert self._thread is not None
         self._thread.join()
@@ -196,7 +201,7 @@ class Watch:
         try:
             self._tell(-1, ended)
         except (dist.DistError, RuntimeError):
-            log.debug("no one was left to be told")
+            log.debug("no other process is left to notify")
 
 
 def _key(rank: int) -> str:
@@ -204,15 +209,15 @@ def _key(rank: int) -> str:
 
 
 def _is_lost_connection(error: BaseException | None) -> bool:
-    """Whether an exception is of a collective whose other end is gone: gloo raises RuntimeError."""
+    """Return whether a collective lost its other end, for which gloo raises RuntimeError."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-def _told(error: BaseException) -> str:
-    reason = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+def _reason(error: BaseException) -> str:
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _minutes(seconds: float) -> str:

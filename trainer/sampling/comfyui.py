@@ -1,4 +1,4 @@
-"""Adapters as ComfyUI loads them: by the layer names of the published checkpoints."""
+"""Export of adapters to ComfyUI, under the layer names of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.files import read_tensors, replacing, save_tensors
-from ..adapter.lora import WEIGHTS, adapter_file, read_entry, read_updates, some
+from ..adapter.lora import WEIGHTS, adapter_file, first_names, read_entry, read_updates
 from ..config.schema import Cache
 from ..config.values import ConfigError
 from ..families import ModelFamily, RopePolicy, family_of
@@ -36,10 +36,10 @@ def export_comfyui(
 ) -> Path:
     """Write a run's adapter for ComfyUI, whole and read back or not at all; returns the file.
 
-    run: an adapter's folder or file. out: None for `NAME_comfyui.safetensors` beside it, NAME being
-    the folder's: ComfyUI lists adapters by file name. model_path: in place of the recorded base
-    model, of which only the config is read. dtype: fp32 is what was trained; bf16 halves the file
-    and rounds each number to 8 bits.
+    run: an adapter's folder or file. out: None for `NAME_comfyui.safetensors` beside it, where NAME
+    is the folder's name, because ComfyUI lists adapters by file name. model_path: replaces the
+    recorded base model, of which only the config is read. dtype: training uses fp32; bf16 halves
+    the file and rounds each number to 8 bits.
 
     Keys are `diffusion_model.<layer>.lora_A.weight` and `.lora_B.weight`. B contains alpha / rank
     (exact if that is a power of two), and there is no alpha: ComfyUI (comfy/lora.py) and diffusers'
@@ -58,7 +58,7 @@ def export_comfyui(
     updates = {name: (a.to(dtype), (b * scale).to(dtype)) for name, (a, b) in trained.items()}
     broken = [name for name, pair in updates.items() if not all(x.isfinite().all() for x in pair)]
     if broken:
-        raise ConfigError(f"{file} holds values that are not finite, in {some(broken)}.")
+        raise ConfigError(f"{file} holds values that are not finite, in {first_names(broken)}.")
     places = _find_places(family, transformer, file, updates)
     sizes = {
         name: transformer.get_submodule(name).out_features
@@ -88,7 +88,7 @@ def _check_name(out: Path, file: Path) -> None:
 def _find_places(
     family: ModelFamily, transformer: Any, file: Path, layers: Iterable[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The original layers that hold the given ones, each with all the layers it stacks, in order.
+    """Return the original layers that hold the given ones, each with all layers that it stacks.
 
     Raises ConfigError for layers that no original one holds.
     """
@@ -98,9 +98,9 @@ def _find_places(
         known = [part for parts in family.layers.original.values() for part in parts]
         raise ConfigError(
             f"{file} cannot be exported: the names in ComfyUI's model are not known for "
-            f"{some(homeless)}. Use it in diffusers, or train with other lora.targets, such as "
-            f"{' or '.join(family.layers.lora_targets)}. What can be exported: "
-            f"{some(known, len(known))}."
+            f"{first_names(homeless)}. Use it in diffusers, or train with other lora.targets, such "
+            f"as {' or '.join(family.layers.lora_targets)}. Layers that can be exported: "
+            f"{first_names(known, len(known))}."
         )
     modules = dict(transformer.named_modules())
     places: dict[str, tuple[str, ...]] = {}
@@ -132,7 +132,7 @@ def _key(original: str, matrix: str) -> str:
 def _stack(
     layers: tuple[str, ...], sizes: Mapping[str, int], updates: Updates
 ) -> tuple[Tensor, Tensor]:
-    """One A and B for layers that follow each other in the outputs and share their input.
+    """Return one A and B for layers whose outputs are consecutive and whose input is shared.
 
     The ranks add up and B is block-diagonal: its rows for a layer without an update are zeros.
     """
@@ -152,7 +152,7 @@ def _check_written(
 ) -> None:
     """Raise RuntimeError unless the file holds every layer's update bit by bit, and nothing else.
 
-    An update is the sum of its rank-one terms, so it suffices that those not zero are the same.
+    An update is the sum of its rank-one terms, so only terms that are not zero are compared.
     """
     tensors, _ = read_tensors(file)
     wrong = tensors.keys() ^ {_key(original, x) for original in places for x in "AB"}
@@ -172,12 +172,13 @@ def _check_written(
                 wrong.add(name)
     if wrong:
         raise RuntimeError(
-            f"What was written to {file.parent} is not the adapter; it differs in "
-            f"{some(sorted(wrong))}. It was removed. Either longreel has a bug or the disk fails."
+            f"The file written to {file.parent} is not the adapter; it differs in "
+            f"{first_names(sorted(wrong))}. It was removed. Either longreel has a bug or the disk "
+            "fails."
         )
 
 
 def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of A and columns of B that contribute to their product."""
+    """Return the rows of A and columns of B that contribute to their product."""
     used = b.ne(0).any(dim=0)
     return a[used], b[:, used]

@@ -47,10 +47,10 @@ def load_pipeline(
         pipe = load_pipeline("runs/x")
         frames = pipe(prompt="...", num_frames=161).frames[0]
 
-    run: an adapter's folder or file. model_path: in place of the recorded base model. dtype: None
-    for bf16 on a GPU and fp32 on a CPU. sparse: False for the model's own dense attention; RoPE is
-    the adapter's all the same.
-    text: False to leave out the text encoders, for prompts that `encode_captions` has encoded.
+    run: an adapter's folder or file. model_path: replaces the recorded base model. dtype: None for
+    bf16 on a GPU and fp32 on a CPU. sparse: False for the model's own dense attention; the RoPE is
+    the adapter's in both cases.
+    text: False to omit the text encoders, for prompts encoded by `encode_captions`.
     backend: of the block-sparse kernel. cache_dir: where a `tiny` base model is kept.
     """
     entry, file = lora.read_entry(run), lora.adapter_file(run)
@@ -81,10 +81,10 @@ def encode_captions(
     device: torch.device | str | None = None,
     cache_dir: str | Path = Cache.dir,
 ) -> list[Text]:
-    """What `generate` takes for prompts, by the base model's text encoders alone.
+    """Encode prompts for `generate`, by the base model's text encoders alone.
 
-    They are freed again: HunyuanVideo's take 16 GB, which the transformer and its activations can
-    use. Parameters as of `load_pipeline`.
+    The encoders are freed again: HunyuanVideo's take 16 GB, which the transformer and its
+    activations can use. Parameters are those of `load_pipeline`.
     """
     entry = lora.read_entry(run)
     family = family_of(entry)
@@ -108,7 +108,7 @@ def _device_and_dtype(
 def base_model(
     entry: dict[str, Any], model_path: str | None, cache_dir: str | Path
 ) -> tuple[str, str | None]:
-    """Folder or repository, and revision, of an adapter's base; `model_path` overrides both."""
+    """Return folder or repository, and revision, of the base; `model_path` overrides both."""
     path, revision = entry["model"]["path"], entry["model"]["revision"]
     if model_path is not None:
         path, revision = model_path, None
@@ -161,7 +161,7 @@ def apply_rope(pipe: Any, entry: dict[str, Any]) -> None:
 
 
 def _family_for(pipe: Any, entry: dict[str, Any]) -> ModelFamily:
-    """The family of both; ConfigError if the pipeline is another's."""
+    """Return the family of the adapter; raise ConfigError if the pipeline is of another."""
     family = family_of(entry)
     if type(pipe).__name__ != family.names.pipeline:
         raise ConfigError(
@@ -171,11 +171,11 @@ def _family_for(pipe: Any, entry: dict[str, Any]) -> ModelFamily:
 
 
 def _step_of(pipe: Any) -> Callable[[Tensor], Step]:
-    """Index of the diffusion step that a model's forward belongs to, and the number of steps.
+    """Return a function that tells the index of a forward's diffusion step, and their number.
 
-    As the scheduler counts, whose `step` ends a step however often guidance calls the model in it.
-    Not by the timestep: under a bf16 HunyuanVideo neighbours are rounded to the same value. Only a
-    scheduler that does not count leaves no other way.
+    The scheduler counts steps, and guidance may call the model several times in one. The timestep
+    is used only if the scheduler does not count: with a bf16 HunyuanVideo neighbouring timesteps
+    are rounded to the same value.
     """
 
     def step(timestep: Tensor) -> Step:
@@ -202,7 +202,7 @@ def generate(
     seed: int,
     progress: bool = False,
 ) -> Iterator[np.ndarray]:
-    """The frames of one video, uint8 `[height, width, 3]`, decoded as they are asked for.
+    """Yield the frames of one video, uint8 `[height, width, 3]`, decoded on demand.
 
     pipe: of one of the FAMILIES, with a VAE. prompt, negative: text, or what the family's
     `encode_text` gave when the pipeline has no text encoder.
@@ -250,7 +250,7 @@ def _encoded(pipe: Any, family: ModelFamily, text: str | Text) -> Text:
 
 @contextmanager
 def _sampling(pipe: Any, progress: bool) -> Iterator[None]:
-    """Evaluation mode, dense steps and a quiet pipeline; afterwards everything as it was."""
+    """Set evaluation mode, dense steps and a quiet pipeline; restore everything on exit."""
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     logger = logging.getLogger(type(pipe).__module__)
     level = logger.level
@@ -267,7 +267,7 @@ def _sampling(pipe: Any, progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _scheduled(attention: SparseAttention | None, pipe: Any) -> Iterator[None]:
-    """Let an installed attention know the diffusion step; its own plan and schedule come back."""
+    """Give an installed attention the diffusion step; restore its plan and schedule on exit."""
     if attention is None:
         yield
         return
@@ -281,7 +281,7 @@ def _scheduled(attention: SparseAttention | None, pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout inside; afterwards every submodule is in the mode it was in."""
+    """Set evaluation mode; restore the mode of every submodule on exit."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

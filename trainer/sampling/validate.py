@@ -1,4 +1,4 @@
-"""What a run is judged by: the loss of clips it never trains on, and sample videos."""
+"""Validation of a run: the loss on held-out clips, and sample videos."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Validator:
-    """Held-out loss and sample videos of a transformer in training, which it leaves as it was.
+    """Computes held-out losses and sample videos of a transformer in training, without changing it.
 
     texts: `encode_text` results of the prompts, and of "" for guidance. metrics: of the process
-    that writes; None in others, which compute the same because a forward takes all of them. wait:
-    for all processes, where they all validate; called when a video is written.
+    that writes; None in others, which compute the same because a forward needs all of them. wait:
+    waits for all processes, if they all validate; called when a video is written.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Validator:
         self._pipeline: Any = None  # of the samples, loaded when first needed
 
     def samples(self, step: int) -> list[Path]:
-        """Where the sample videos of a step are, one a prompt."""
+        """Return the paths of a step's sample videos, one per prompt."""
         folder = self.job.config.run_dir / "samples"
         return [
             folder / f"step-{step:06d}-{index}.mp4"
@@ -55,7 +55,7 @@ class Validator:
         ]
 
     def missing(self, step: int) -> bool:
-        """Whether a step is not validated yet, or not wholly; asked of the process that writes."""
+        """Return whether a step's validation is incomplete; only for the process that writes."""
         assert self.metrics is not None
         measured = step in self.metrics.column("heldout_loss_target") or not len(self.heldout)
         return not (measured and all(path.is_file() for path in self.samples(step)))
@@ -89,8 +89,10 @@ class Validator:
         self.metrics.write(row)
 
     def _sample(self, prompt: str, path: Path) -> bool:
-        """One video, and whether this process wrote it; the VAE is on the device for as long as it
-        takes. A disk that is full costs the run this video alone."""
+        """Sample a video; return whether this process wrote it.
+
+        The VAE is on the device only meanwhile. On a full disk only this video is lost.
+        """
         from ...data.write_video import write_video
         from .pipeline import generate
 
@@ -124,7 +126,7 @@ class Validator:
                 log.error(f"{path} could not be written: {error}")
         self._pipeline.vae.to("cpu")
         if self.wait is not None:
-            # DeepSpeed's own group, where the next forward would wait, allows ten minutes.
+            # The next forward would wait in DeepSpeed's own group, which allows ten minutes only.
             self.wait()
         return written
 
@@ -141,10 +143,10 @@ def heldout_loss(
     guidance: float | None,
     device: torch.device,
 ) -> float:
-    """Mean loss over clips and noise levels, always under the same noise: only weights move it.
+    """Return the mean loss over clips and noise levels.
 
-    latent_frames: how many of each clip are used, from its start: the VAEs are causal, so these
-        are the latents of the shorter clip.
+    The noise is always the same, so only the weights change the loss. latent_frames: of each clip,
+    counted from its start; the VAEs are causal, so these are the latents of a shorter clip.
     """
     losses = []
     with evaluating(transformer):

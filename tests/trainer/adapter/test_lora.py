@@ -189,7 +189,7 @@ def test_files_that_are_not_our_adapters(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match="not written by longreel"):
         lora.read_entry(tmp_path / "foreign.safetensors")
-    with pytest.raises(ConfigError, match="does not say its rank"):
+    with pytest.raises(ConfigError, match="does not record its rank"):
         lora.check_fits(tiny.load_transformer(WAN), tmp_path / "foreign.safetensors")
 
     newer = lora.save(tmp_path / "newer", adapted(), WAN, ENTRY | {"version": 3})

@@ -90,7 +90,7 @@ def test_offload_says_what_it_holds(arguments, monkeypatch, caplog):
     caplog.set_level("INFO")
     settings = ["memory.recompute=all_but_attention", "memory.offload=true", "memory.mlp_chunk=64"]
     trainer = train(arguments, *settings, "train.steps=2")
-    assert trainer.learner.offload is not None and trainer.learner.offload.arena.size > 2**16
+    assert trainer.learner.offload is not None and trainer.learner.offload.pool.size > 2**16
     assert len([m for m in caplog.messages if m.startswith("memory.offload holds")]) == 1
 
 
@@ -145,7 +145,7 @@ def test_guidance_is_a_setting_of_models_that_are_told_it(name, arguments):
         job = Job.from_config(changed)
         assert job.config.train.guidance == job.adapter_entry()["guidance"] == 3.5
     else:
-        with pytest.raises(ConfigError, match="train.guidance=3.5: this model is not told"):
+        with pytest.raises(ConfigError, match="train.guidance=3.5: this model takes no guidance"):
             Job.from_config(changed)
 
 
@@ -165,4 +165,4 @@ def test_the_tiny_recipe_lowers_the_heldout_loss(name, waves, cache, tmp_path):
     trainer = train(run, f"cache.dir={cache}", "log.wandb=false")
     heldout = list(column(trainer.metrics.rows(), "heldout_loss_target").values())
     assert heldout[-1] < 0.9 * heldout[0]
-    assert trainer.learner.cost.layer_density < 0.7
+    assert trainer.setup.cost.layer_density < 0.7

@@ -192,7 +192,7 @@ def stored(offload):
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
 @pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
-def test_the_last_blocks_stay_and_the_others_are_in_the_arena_alone(family, recompute, keep):
+def test_the_last_blocks_stay_and_the_others_are_in_the_pool_only(family, recompute, keep):
     memory = Memory(recompute=recompute, offload=True, offload_keep=keep)
     transformer, offload = build(family, memory)
     out = transformer(**make_inputs(family, texts=(3, 7))).sample
@@ -209,37 +209,37 @@ def test_the_last_blocks_stay_and_the_others_are_in_the_arena_alone(family, reco
     width = config["num_attention_heads"] * config["attention_head_dim"]
     video = 2 * 9 * 3 * 5 * width * 4
     least = (2 if recompute == "all_but_attention" else 1) * video * sent
-    used = offload.arena.size - len(offload.arena._free) * PAGE
+    used = offload.pool.size - len(offload.pool._free) * PAGE
     captions = 2 * 512 * width * 4 * sent if family.name == "wan" else 0
     assert least <= used <= 1.3 * least + captions
     del blocks
     out.sum().backward()
-    assert not stored(offload) and len(offload.arena._free) * PAGE == offload.arena.size
+    assert not stored(offload) and len(offload.pool._free) * PAGE == offload.pool.size
 
 
-def test_the_arena_grows_in_the_first_step_alone(family):
+def test_the_pool_grows_in_the_first_step_alone(family):
     transformer, offload = build(family, Memory(recompute="all_but_attention", offload=True))
     sizes = []
     for seed in range(3):
         forward_backward(transformer, make_inputs(family, texts=(3, 7), seed=seed))
-        sizes.append(offload.arena.size)
+        sizes.append(offload.pool.size)
     assert sizes[0] == sizes[1] == sizes[2] > 0
 
 
 def test_a_graph_without_a_backward_gives_its_memory_back(family):
     transformer, offload = build(family, Memory(recompute="all_but_attention", offload=True))
     out = transformer(**make_inputs(family))
-    assert stored(offload) and len(offload.arena._free) * PAGE < offload.arena.size
+    assert stored(offload) and len(offload.pool._free) * PAGE < offload.pool.size
     del out
     gc.collect()
-    assert not stored(offload) and len(offload.arena._free) * PAGE == offload.arena.size
+    assert not stored(offload) and len(offload.pool._free) * PAGE == offload.pool.size
 
 
 def test_a_forward_without_gradients_stores_nothing(family):
     transformer, offload = build(family, Memory(offload=True))
     with torch.no_grad():
         transformer(**make_inputs(family))
-    assert offload.arena.size == 0 and not stored(offload)
+    assert offload.pool.size == 0 and not stored(offload)
 
 
 def test_a_small_part_of_a_large_tensor_does_not_hold_it():
@@ -273,15 +273,15 @@ def test_any_layout_comes_back_as_it_was(dtype):
         assert back().stride() == view.clone().stride() or len(view) == 1
 
 
-def test_an_arena_that_cannot_grow_says_what_it_has(monkeypatch):
+def test_a_pool_that_cannot_grow_says_what_it_has(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     offload = Offload(CPU, keep=0, page=64)
-    offload.arena.take(1)
+    offload.pool.take(1)
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(MemoryError, match=r"memory.offload holds 0\.0 GiB .*CUDA error: out of"):
-        offload.arena.take(10**6)
+        offload.pool.take(10**6)
 
 
 # MLP chunks

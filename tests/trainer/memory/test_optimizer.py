@@ -15,7 +15,7 @@ from longreel.trainer.memory import optimizer
 from longreel.trainer.memory.optimizer import (
     build_optimizer,
     check_installed,
-    moments_held,
+    moments_allocated,
     moments_of,
 )
 from longreel.trainer.run import checkpoint
@@ -55,14 +55,14 @@ def test_moments_are_held_for_a_while(name):
     """Where there are none yet; an update after it is the one that would have been made."""
     held, plain = parameters(), parameters()
     first, second = (build_optimizer(name, own.values(), 1e-2, 0.1) for own in (held, plain))
-    with moments_held(first, held.values()):
+    with moments_allocated(first, held.values()):
         for parameter in held.values():
             updates, moments = moments_of(first, parameter) or (None, {})
             assert updates == 0 and len(moments) >= 2
     assert not first.state
     update(first, held, range(2))
     update(second, plain, range(2))
-    with moments_held(first, held.values()):
+    with moments_allocated(first, held.values()):
         pass
     assert all(moments_of(first, parameter) is not None for parameter in held.values())
     assert all(torch.equal(held[key], plain[key]) for key in plain)

@@ -8,12 +8,12 @@ from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job
 from longreel.trainer.plan import rates
 from longreel.trainer.plan.faster import Faster, faster
-from longreel.trainer.plan.predict import Plan, fits_surely, plan
+from longreel.trainer.plan.predict import ResourcePlan, fits_surely, plan
 
 
 def predicted(
     recipe: str, *settings: str, memory: float | None = None
-) -> tuple[Plan, Faster | None]:
+) -> tuple[ResourcePlan, Faster | None]:
     job = Job.from_config(load([f"recipe={recipe}", *settings]), published=True)
     made = plan(job, rates.GPUS["h200"], memory=memory)
     return made, faster(job, made, rates.GPUS["h200"])

@@ -17,7 +17,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
 
 
 def written(folder, step):
-    state = checkpoint.State({"lora.a": torch.ones(2)}, {})
+    state = checkpoint.State({"a": torch.ones(2)})
     progress = checkpoint.Progress(step, 1, "", [step])
     return checkpoint.save(folder, state, progress, keep_last=3)
 
@@ -30,15 +30,15 @@ def test_who_may_read_a_checkpoint_is_up_to_the_umask(tmp_path):
     assert {file.stat().st_mode for file in saved.iterdir()} == {plain.stat().st_mode}
 
 
-def test_checkpoints_that_cannot_be_read_are_passed_over_and_named(tmp_path):
+def test_checkpoints_that_cannot_be_read_are_skipped_and_named(tmp_path):
     first, second, third = (written(tmp_path, step) for step in (1, 2, 3))
     assert checkpoint.latest(tmp_path) == third
-    assert checkpoint.passed_over(third, tmp_path) == []
+    assert checkpoint.unreadable_after(third, tmp_path) == []
     for path, newest, unread in ((third, second, [third]), (second, first, [second, third])):
         content = (path / checkpoint.TENSORS).read_bytes()
         (path / checkpoint.TENSORS).write_bytes(content[:-3])
         assert checkpoint.latest(tmp_path) == newest
-        assert checkpoint.passed_over(newest, tmp_path) == unread
+        assert checkpoint.unreadable_after(newest, tmp_path) == unread
     (first / checkpoint.STATE).unlink()
     assert checkpoint.latest(tmp_path) is None
-    assert checkpoint.passed_over(None, tmp_path) == [first, second, third]
+    assert checkpoint.unreadable_after(None, tmp_path) == [first, second, third]

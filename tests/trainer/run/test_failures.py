@@ -13,7 +13,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from runs import rows, train
+from runs import rows, train, with_settings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,7 +22,7 @@ from longreel.trainer import loop
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.run import checkpoint, signals
+from longreel.trainer.run import checkpoint, resume, signals
 from longreel.trainer.run.metrics import Metrics
 from longreel.trainer.run.saving import Saver
 from longreel.trainer.step import Learner
@@ -57,11 +57,6 @@ def assert_same(one: Path, two: Path) -> None:
 
 def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
-
-
-def with_settings(arguments: list[str], *overrides: str) -> list[str]:
-    given = dict(argument.partition("=")[::2] for argument in [*arguments, *overrides])
-    return [f"{key}={value}" for key, value in given.items()]
 
 
 # Asked for from outside
@@ -188,7 +183,7 @@ def test_a_save_that_fails_is_tried_again_later(arguments, tmp_path, monkeypatch
             raise error
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    monkeypatch.setattr("longreel.trainer.run.saving.AGAIN", 0.0)
+    monkeypatch.setattr("longreel.trainer.run.saving.RETRY_SECONDS", 0.0)
     run_dir = train(arguments, "checkpoint.every=1", "checkpoint.keep_last=9").run_dir
     assert failed == [[".tmp-step-000001"], [".tmp-step-000002"]]
     assert saved_steps(run_dir) == [3, 4]
@@ -215,11 +210,11 @@ def test_processes_go_on_from_one_checkpoint(arguments, monkeypatch):
     own."""
     train(arguments, "train.steps=2")
     late = [None, "step-000002"]
-    monkeypatch.setattr(loop, "SHOWN_LATE", (0, 0.01))
-    monkeypatch.setattr(loop, "gather_object", lambda seen: [*seen, late.pop(0)])
+    monkeypatch.setattr(resume, "LOOK_AFTER", (0, 0.01))
+    monkeypatch.setattr(resume, "gather_object", lambda seen: [*seen, late.pop(0)])
     train(arguments, "train.steps=3")
     assert not late
-    monkeypatch.setattr(loop, "gather_object", lambda seen: [*seen, None])
+    monkeypatch.setattr(resume, "gather_object", lambda seen: [*seen, None])
     with pytest.raises(ConfigError, match="step-000003 on process 0, None on process 1. run.dir"):
         train(arguments)
 
@@ -242,7 +237,7 @@ def test_a_loss_that_is_not_finite_is_skipped(arguments, tmp_path, monkeypatch, 
     def watched(self, step, batches):
         row = update(self, step, batches)
         state = checkpoint.gather(self.parameters, self.optimizer)
-        seen[step] = [x.clone() for x in state.tensors.values()]
+        seen[step] = [x.clone() for x in state.as_file().values()]
         seen[step] += [torch.tensor(n) for n in state.adam_steps.values()]
         return row
 
@@ -280,7 +275,8 @@ def test_too_many_in_a_row_end_the_run(arguments, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Learner, "loss", loss)
     with pytest.raises(
-        SystemExit, match=r"(?s)step 5: loss nan.*\.mp4.*the 3th such step.*train\.max_skips=2"
+        SystemExit,
+        match=r"(?s)step 5: loss nan.*\.mp4.*3 consecutive bad steps exceed train\.max_skips=2",
     ):
         train(arguments, "train.steps=9", "train.max_skips=2", "checkpoint.every=2")
     newest = checkpoint.latest(tmp_path / "run/checkpoints")

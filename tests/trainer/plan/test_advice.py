@@ -13,7 +13,7 @@ from runs import train
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.schema import Memory
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.plan import predict
+from longreel.trainer.plan import advice
 from longreel.trainer.plan.anatomy import anatomy
 from longreel.trainer.plan.estimate import GIB, training_memory
 from longreel.trainer.run import checkpoint
@@ -25,7 +25,7 @@ def test_remedies_come_in_order_until_it_fits():
     model, tokens = anatomy(job), len(job.grid(job.frames))
 
     def found(gib):
-        return predict.remedies(job.config, model, tokens, gib * GIB)[0]
+        return advice.remedies(job.config, model, tokens, gib * GIB)[0]
 
     assert list(found(10_000)) == []
     assert list(found(140)) == ["memory.recompute=all_but_attention", "memory.offload=true"]
@@ -47,13 +47,13 @@ def test_advice_ends_with_a_length_that_then_fits():
     """Or says that none does which would train."""
     job = job_of("hunyuan_4x", memory=Memory())
     model, tokens = anatomy(job), len(job.grid(job.frames))
-    said = predict.advice(job, model, 75 * GIB)
+    said = advice.advice(job, model, 75 * GIB)
     frames = int(said.rpartition("frames=")[2].partition(",")[0])
-    _, knobs = predict.remedies(job.config, model, tokens, 75 * GIB)
+    _, knobs = advice.remedies(job.config, model, tokens, 75 * GIB)
     assert 125 <= frames < 509
     for length, fits in ((frames, True), (frames + 4, False)):
         assert (training_memory(model, len(job.grid(length)), knobs).peak <= 75 * GIB) == fits
-    assert predict.advice(job, model, 30 * GIB).endswith("not even the native 125 frames fit")
+    assert advice.advice(job, model, 30 * GIB).endswith("not even the native 125 frames fit")
 
 
 @pytest.mark.parametrize("given", [
@@ -64,7 +64,7 @@ def test_what_is_advised_loads(given):
     given = ["memory.offload=false", *given]
     job = job_of("hunyuan_2x", *given)
     settings = dict(setting.split("=") for setting in given)
-    for setting in predict.remedies(job.config, anatomy(job), len(job.grid(job.frames)), 0)[0]:
+    for setting in advice.remedies(job.config, anatomy(job), len(job.grid(job.frames)), 0)[0]:
         settings |= [setting.split("=")]
         load(["recipe=hunyuan_2x", *map("=".join, settings.items())])
     assert settings["memory.offload"] == "true"
@@ -75,7 +75,7 @@ def gpu(monkeypatch):
     """A device with so many GiB."""
 
     def of(gib):
-        monkeypatch.setattr(predict, "device_memory", lambda device: gib * GIB)
+        monkeypatch.setattr(advice, "device_memory", lambda device: gib * GIB)
         return torch.device("cpu")
 
     return of
@@ -83,16 +83,16 @@ def gpu(monkeypatch):
 
 def test_a_run_is_checked_before_it_loads(gpu):
     job = job_of("wan_14b_2x", memory=Memory())
-    assert predict.check_memory(job, gpu(200)) is None
-    warning = predict.check_memory(job, gpu(120))
+    assert advice.check_memory(job, gpu(200)) is None
+    warning = advice.check_memory(job, gpu(120))
     assert warning and "predicted to take 135" in warning and "has 120.0 GiB" in warning
     assert "memory.offload=true (" in warning
     with pytest.raises(ConfigError, match="adapter alone take 29.7 GiB, and the GPU has 24.0 GiB"):
-        predict.check_memory(job, gpu(24))
+        advice.check_memory(job, gpu(24))
 
 
 def test_a_cpu_is_not_checked():
-    assert predict.check_memory(job_of("hunyuan_4x"), torch.device("cpu")) is None
+    assert advice.check_memory(job_of("hunyuan_4x"), torch.device("cpu")) is None
 
 
 @pytest.fixture
@@ -108,29 +108,29 @@ def saved(tmp_path):
 def test_out_of_memory_on_a_gpu(gpu, saved):
     """What the run may take up comes first; the rest would be another run's, once one is saved."""
     job = job_of("wan_14b_2x", memory=Memory())
-    kept, predicted, change = predict.how_to_go_on(job, gpu(60), saved).splitlines()
-    assert kept == f"Step 7 is saved in {saved}: the same command goes on from there."
+    kept, predicted, change = advice.how_to_go_on(job, gpu(60), saved).splitlines()
+    assert kept == f"Step 7 is saved in {saved}: the same command continues from there."
     assert predicted.startswith("A step was predicted to take 135.")
     assert predicted.endswith("and the GPU has 60.0 GiB.")
     order = ["memory.offload=true (", "memory.mlp_chunk=16384 (", "in another run.dir, lora.comp"]
     assert [change.find(part) for part in order] == sorted(change.find(part) for part in order)
     assert all(part in change for part in order) and change.count("in another run.dir") == 1
 
-    begins, *_, change = predict.how_to_go_on(job, gpu(60), None).splitlines()
-    assert begins == "No step is saved yet: the same command begins the run again."
+    begins, *_, change = advice.how_to_go_on(job, gpu(60), None).splitlines()
+    assert begins == "No step is saved yet: the same command starts the run again."
     assert "lora.compute_dtype" in change and "another run.dir" not in change
 
 
 def test_out_of_memory_where_it_was_to_fit(gpu, saved):
     """The advice leaves less than what was predicted, and no greater length."""
     job = job_of("wan_14b_2x", memory=Memory())
-    *_, predicted, change = predict.how_to_go_on(job, gpu(200), saved).splitlines()
+    *_, predicted, change = advice.how_to_go_on(job, gpu(200), saved).splitlines()
     assert predicted.endswith("the GPU has 200.0 GiB: the prediction is too low.")
     assert "memory.offload=true (" in change and "frames=" not in change
     turned = "lora.compute_dtype=bfloat16", "train.optimizer=adamw8bit"
     memory = Memory(offload=True, offload_keep=0, mlp_chunk=16384, base_dtype="float8")
     least = job_of("wan_14b_2x", *turned, memory=memory)
-    *_, change = predict.how_to_go_on(least, gpu(200), saved).splitlines()
+    *_, change = advice.how_to_go_on(least, gpu(200), saved).splitlines()
     frames = int(change.rpartition("in another run.dir, frames=")[2].partition(",")[0])
     assert 81 <= frames < least.frames
 
@@ -138,14 +138,12 @@ def test_out_of_memory_where_it_was_to_fit(gpu, saved):
 def test_out_of_memory_where_nothing_is_planned(saved):
     """No peaks; and when no setting is left, what remains."""
     cpu = torch.device("cpu")
-    *_, change = predict.how_to_go_on(
-        job_of("wan_14b_2x", memory=Memory()), cpu, saved
-    ).splitlines()
+    *_, change = advice.how_to_go_on(job_of("wan_14b_2x", memory=Memory()), cpu, saved).splitlines()
     assert "memory.offload=true; then memory.offload_keep=0" in change and "GiB" not in change
     assert "train.optimizer" not in change
     least = job_of("wan_14b_2x", memory=Memory(offload=True, offload_keep=0, mlp_chunk=1))
-    *_, change = predict.how_to_go_on(least, cpu, saved).splitlines()
-    assert change.endswith(f"first: {predict.NO_SETTING}.")
+    *_, change = advice.how_to_go_on(least, cpu, saved).splitlines()
+    assert change.endswith(f"first: {advice.NO_SETTING}.")
 
 
 def test_a_run_warns_and_explains(arguments, gpu, monkeypatch, capsys):
@@ -157,7 +155,7 @@ def test_a_run_warns_and_explains(arguments, gpu, monkeypatch, capsys):
 
     monkeypatch.setattr(Learner, "update", fail)
     with pytest.raises(
-        SystemExit, match="(?s)CUDA out of memory.*predicted to take 2.5 GiB.*to change"
+        SystemExit, match="(?s)CUDA out of memory.*predicted to take 2.5 GiB.*Remedies"
     ):
         train(arguments)
     told = " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""What a run will take: its length and tokens, the longest that fits, GPUs, sampling, the cache."""
+"""What a run will take: its length and tokens, the longest that fits, GPUs, the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from plans import H200, job_of
 from longreel.launch.commands import main
 from longreel.trainer.config.recipe import recipe_names
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.plan import predict
+from longreel.trainer.plan import predict, sampling
 from longreel.trainer.plan.anatomy import anatomy
 from longreel.trainer.plan.estimate import GIB, Knobs, training_memory
 
@@ -66,11 +66,11 @@ def test_gpus_that_share_a_sample():
     # As many GPUs as share a sample, if not told; sampling is on one all the same.
     made = predict.plan(job_of("wan_14b_2x", "parallel.sequence=5"), H200)
     assert (made.gpus, made.samples) == (5, 8)
-    sampling = [
-        predict.plan_sampling(job_of("wan_14b_2x", *settings), H200)
+    samples = [
+        sampling.plan_sampling(job_of("wan_14b_2x", *settings), H200)
         for settings in ([], ["parallel.sequence=5"])
     ]
-    assert sampling[0] == sampling[1]
+    assert samples[0] == samples[1]
     with pytest.raises(ConfigError, match=r"40 heads and the number of processes, 6; .*: 1, 2\.$"):
         predict.plan(job_of("wan_14b_2x", "parallel.sequence=4"), H200, gpus=6)
 
@@ -110,22 +110,6 @@ def test_the_longest_length_ends_with_the_positions():
     job = job_of("wan_1_3b_2x")
     assert predict.longest_frames(job, lambda tokens: True) == 4 * 1023 + 1
     assert predict.longest_frames(job, lambda tokens: False) is None
-
-
-def test_sampling(tmp_path):
-    """Guidance is two forwards for Wan, one of two samples for Mochi, none for HunyuanVideo."""
-    made = {
-        name: predict.plan_sampling(job_of(f"{recipe}_2x"), H200)
-        for name, recipe in (("wan", "wan_1_3b"), ("mochi", "mochi"), ("hunyuan", "hunyuan"))
-    }
-    assert [(p.steps, p.forwards, p.samples) for p in made.values()] == [
-        (50, 100, 1), (64, 64, 2), (50, 50, 1)
-    ]  # fmt: skip
-    job = job_of("wan_1_3b_2x")
-    training = predict.plan(job, H200)
-    assert made["wan"].peak < training.memory.peak
-    dense = predict.plan_sampling(job_of("wan_1_3b_2x", "sparse.pattern.name=dense"), H200)
-    assert dense.seconds.attention > 2 * made["wan"].seconds.attention
 
 
 def test_cache_sizes_are_those_of_the_latents():
