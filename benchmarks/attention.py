@@ -15,11 +15,11 @@ import shlex
 from datetime import date
 from pathlib import Path
 
-import growth
 import torch
-from problem import BLOCK, DEFAULT, Kernel, Problem
-from report import RESULTS, dated, measured_on, resumed, with_sections, write
-from table import Row, table, verdict
+from lib import growth
+from lib.problem import BLOCK, DEFAULT, Kernel, Problem
+from lib.report import RESULTS, dated, measured_on, resumed, with_sections, write
+from lib.table import Row, table, verdict
 
 from longreel.sparse.grid import TokenGrid
 from longreel.trainer.run.attention_speedup import milliseconds, take_turns

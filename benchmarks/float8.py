@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import RESULTS, dated, measured_on, write
+from lib.report import RESULTS, dated, measured_on, write
 from torch import Tensor, nn
 
 from longreel.trainer.memory.float8 import Float8Linear, check_device, quantise

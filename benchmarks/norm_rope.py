@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import RESULTS, dated, measured_on, write
+from lib.report import RESULTS, dated, measured_on, write
 from torch import Tensor
 
 from longreel.kernels.norm_rope import norm_rope

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import RESULTS, dated, measured_on, write
+from lib.report import RESULTS, dated, measured_on, write
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 

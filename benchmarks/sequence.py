@@ -30,11 +30,11 @@ from typing import Literal
 import torch
 import training
 from accelerate.utils import gather_object
-from agreement import ROOM
-from blocks import count_blocks, describe, with_blocks
-from parts import PARTS
-from report import RESULTS, dated, from_command_line, resumed, short, with_sections, write
-from rows import Caption, Point, Row, Stepper
+from lib.agreement import ROOM
+from lib.blocks import count_blocks, describe, with_blocks
+from lib.parts import PARTS
+from lib.report import RESULTS, dated, from_command_line, resumed, short, with_sections, write
+from lib.rows import Caption, Point, Row, Stepper
 from step import free, job_of
 from torch import Tensor, nn
 from training import say

@@ -33,14 +33,13 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-import agreement
-import speedup
 import torch
 import training
-from blocks import count_blocks, describe, with_blocks
-from report import RESULTS, dated, from_command_line, short
-from rows import Caption, Point, Row, Stepper, rows_for
-from speedup import WHOLE, Record, Section
+from lib import agreement, speedup
+from lib.blocks import count_blocks, describe, with_blocks
+from lib.report import RESULTS, dated, from_command_line, short
+from lib.rows import Caption, Point, Row, Stepper, rows_for
+from lib.speedup import WHOLE, Record, Section
 from torch import nn
 from training import say
 

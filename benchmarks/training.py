@@ -27,7 +27,7 @@ import accelerate
 import diffusers
 import peft
 import torch
-from report import (
+from lib.report import (
     RESULTS,
     dated,
     from_command_line,
@@ -37,7 +37,7 @@ from report import (
     with_sections,
     write,
 )
-from untrained import random_batch, untrained
+from lib.untrained import random_batch, untrained
 
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.schema import Config

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
-from report import RESULTS, measured_on, write
+from lib.report import RESULTS, measured_on, write
 
 from longreel.trainer.config.values import ConfigError
 

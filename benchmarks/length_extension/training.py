@@ -68,6 +68,10 @@ class Record:
     seconds: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
 
+    def write(self, folder: Path, tensors: object) -> None:
+        """Write the record beside a checkpoint, as `checkpoint.ExtraFiles`."""
+        (folder / RECORD).write_text(json.dumps(vars(self)))
+
 
 def place(
     family: PixelWan,
@@ -157,13 +161,12 @@ class Training:
     def save(self) -> None:
         step = self.record.step
         progress = checkpoint.Progress(step, 1, "", [step * self.regime.batch])
-        record = json.dumps(vars(self.record))
         checkpoint.save(
             self.folder,
             checkpoint.gather(self.parameters, self.optimizer),
             progress,
             keep_last=1,
-            extra=lambda folder: (folder / RECORD).write_text(record),
+            extra=self.record,
         )
         self._saved = time.monotonic()
 

@@ -1,7 +1,7 @@
 """Few blocks, and the published depth from them."""
 
 import pytest
-from blocks import Design, count_blocks, describe, with_blocks
+from lib.blocks import Design, count_blocks, describe, with_blocks
 
 from longreel.trainer.config.recipe import load
 from longreel.trainer.job import Job

@@ -1,8 +1,8 @@
 """The oracle of the benchmark, and what it finds wrong."""
 
-import exact
 import pytest
 import torch
+from lib import exact
 from torch import Tensor
 
 BLOCK, TOKENS = 16, 150  # the last block is ragged

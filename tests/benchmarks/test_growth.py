@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from growth import Length, draw, exponent, table
+from lib.growth import Length, draw, exponent, table
 
 from longreel.sparse.grid import TokenGrid
 

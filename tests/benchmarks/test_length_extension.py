@@ -113,7 +113,7 @@ def test_pixels_are_latents_and_back():
 
 def test_the_model_is_of_the_size_that_the_experiment_names():
     with torch.device("meta"):
-        transformer = PixelWan(FULL).build(0)
+        transformer = PixelWan.at(FULL).build(0)
     count = sum(p.numel() for p in transformer.parameters())
     assert 10e6 < count < 15e6
     assert FULL.parameters == pytest.approx(count, rel=0.1)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from parts import COPIES, IDLE, Kernel, kernels_of, profiled, summary
+from lib.parts import COPIES, IDLE, Kernel, kernels_of, profiled, summary
 from torch.profiler import ProfilerActivity, profile
 
 BF16, FP32 = "c10::BFloat16", "float"

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from problem import BLOCK, Kernel, Problem, dense
+from lib.problem import BLOCK, Kernel, Problem, dense
 from torch.nn.attention import SDPBackend
 
 from longreel.sparse.grid import TokenGrid

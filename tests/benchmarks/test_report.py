@@ -1,7 +1,7 @@
 """Result files that a later run goes on with."""
 
 import pytest
-from report import resumed, split_sections, with_sections, write
+from lib.report import resumed, split_sections, with_sections, write
 
 HEAD = ["# Attention", "one machine, one setting", "ceiling"]
 SECTIONS = {"a": "12 tokens\n\n| x |\n|---|\n| 1 |\n\nCounts.", "b": "| x |\n|---|"}

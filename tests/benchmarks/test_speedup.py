@@ -1,10 +1,10 @@
 """Rows as tables, ratios and plots, from numbers that are known."""
 
 import pytest
-import speedup
-from parts import PARTS, Profile
-from rows import Point
-from speedup import Record, Results, Section
+from lib import speedup
+from lib.parts import PARTS, Profile
+from lib.rows import Point
+from lib.speedup import Record, Results, Section
 
 from longreel.trainer.plan.estimate import GIB
 

@@ -3,14 +3,13 @@
 from dataclasses import replace
 from importlib.util import find_spec
 
-import agreement
 import pytest
-import speedup
 import step
 import torch
 import training
-from blocks import STREAMS, count_blocks, with_blocks
-from rows import Caption, Point, Stepper, rows_for
+from lib import agreement, speedup
+from lib.blocks import STREAMS, count_blocks, with_blocks
+from lib.rows import Caption, Point, Stepper, rows_for
 
 from longreel.sparse.patterns import Radial
 from longreel.trainer.config.recipe import load

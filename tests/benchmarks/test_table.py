@@ -1,7 +1,7 @@
 """Figures of the benchmark's tables, by hand."""
 
 import pytest
-from table import Row, fastest, table, verdict
+from lib.table import Row, fastest, table, verdict
 
 # 1e12 operations forward: 1000 / ms TFLOP/s forward, 2500 / ms backward.
 ROWS = [

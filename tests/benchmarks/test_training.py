@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 import training
-from untrained import random_transformer, untrained
+from lib.untrained import random_transformer, untrained
 
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.values import ConfigError

@@ -21,7 +21,7 @@ from longreel.data.sources import list_videos
 from longreel.launch.demo import fetch_videos
 from longreel.trainer.families import FAMILIES
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1] / "helpers"
 
 
 def tensors(cache: Path) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 import processes  # noqa: E402
 import torch  # noqa: E402
@@ -73,7 +73,7 @@ def draw_kills(kills: int, steps: int, count: int, draw: random.Random) -> list[
 
 def start(count: int, arguments: list[str], folder: Path) -> list[subprocess.Popen]:
     folder.mkdir(exist_ok=True)
-    return processes.start(count, "tests/slow_saves.py", *arguments, folder=folder)
+    return processes.start(count, "tests/helpers/slow_saves.py", *arguments, folder=folder)
 
 
 def saving(run: Path, since: float) -> bool:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..adapter.lora import AdapterWriter
 from ..config.values import ConfigError
 from ..memory.optimizer import moments_of, restore_moments
 
@@ -78,6 +78,14 @@ class State:
         return state
 
 
+class ExtraFiles(Protocol):
+    """Writes files beside the state of a checkpoint."""
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> object:
+        """Write them into `folder`. tensors: the adapter's, by the names of its parameters."""
+        ...
+
+
 def fingerprint(ids: Iterable[str]) -> str:
     """Return twelve hex digits that identify a list of clips."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
@@ -89,7 +97,7 @@ def save(
     progress: Progress,
     *,
     keep_last: int,
-    adapter: AdapterWriter | None = None,
+    extra: ExtraFiles | None = None,
 ) -> Path:
     """Write `folder/step-N`, and keep it and the `keep_last` - 1 readable checkpoints before it.
 
@@ -97,7 +105,7 @@ def save(
     a process that dies at any moment nor a full disk damages earlier checkpoints. A save that fails
     leaves no files and raises one of `NOT_SAVED`.
 
-    adapter: writes the adapter beside the state; None for the state alone.
+    extra: writes further files beside the state, such as the adapter; None for the state alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):
@@ -106,7 +114,7 @@ def save(
     temporary = folder / f".tmp-{target.name}"
     try:
         temporary.mkdir()
-        _write(temporary, state, progress, adapter)
+        _write(temporary, state, progress, extra)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
@@ -132,12 +140,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(nameless, ignore_errors=True)
 
 
-def _write(folder: Path, state: State, progress: Progress, adapter: AdapterWriter | None) -> None:
+def _write(folder: Path, state: State, progress: Progress, extra: ExtraFiles | None) -> None:
     save_file(state.as_file(), folder / TENSORS)
     about = {"version": VERSION, "progress": asdict(progress), "adam_steps": state.adam_steps}
     (folder / STATE).write_text(json.dumps(about, indent=1))
-    if adapter is not None:
-        adapter.write(folder, state.adapter)
+    if extra is not None:
+        extra.write(folder, state.adapter)
     mode = (folder / STATE).stat().st_mode  # set by the umask; safetensors creates files as 0600
     for file in folder.iterdir():
         file.chmod(mode)

@@ -63,7 +63,7 @@ class Saver:
                 state,
                 progress,
                 keep_last=self.config.keep_last,
-                adapter=self._adapter,
+                extra=self._adapter,
             )
             self.publish(folder)
             (self.run_dir / REQUEST).unlink(missing_ok=True)

@@ -34,7 +34,7 @@ def torchrun(processes: int, *arguments: str, zero: bool = False) -> None:
     """A script of ours on so many processes over gloo. zero: under DeepSpeed, which accelerate has
     on a CPU if it is not told that it is one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")])
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     environment |= {"DS_ACCELERATOR": "cpu"} if zero else {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
@@ -50,7 +50,13 @@ def torchrun(processes: int, *arguments: str, zero: bool = False) -> None:
 
 def updates_together(processes: int, cases: list[Case], file: Path) -> dict[str, torch.Tensor]:
     given = json.dumps([asdict(case) for case in cases])
-    torchrun(processes, "tests/parallel_cases.py", str(file), given, zero="zero" in cases[0].engine)
+    torchrun(
+        processes,
+        "tests/helpers/parallel_cases.py",
+        str(file),
+        given,
+        zero="zero" in cases[0].engine,
+    )
     return load_file(file)
 
 
@@ -176,7 +182,7 @@ def test_parts_are_even_and_in_order(size, tokens):
 
 def launch(processes: int, *runs: list[str]) -> None:
     """Training runs one after another on the same processes."""
-    torchrun(processes, "tests/train_runs.py", json.dumps(runs))
+    torchrun(processes, "tests/helpers/train_runs.py", json.dumps(runs))
 
 
 @pytest.mark.slow
@@ -243,7 +249,7 @@ def test_four_processes_in_two_pairs_are_two(name, videos, cache, tmp_path):
 @pytest.mark.slow
 def test_every_family_is_sampled_together(tmp_path):
     file = tmp_path / "videos.npz"
-    ended = processes.finish(processes.start(2, "tests/sampled_together.py", str(file)))
+    ended = processes.finish(processes.start(2, "tests/helpers/sampled_together.py", str(file)))
     assert [code for code, _ in ended] == [0, 0], ended
     together = np.load(file)
     alone = sampled_together.videos(SequenceGroup())
@@ -324,7 +330,9 @@ def test_deepspeed_without_gpus_is_refused(arguments, monkeypatch, told):
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run = json.dumps([[*arguments, "parallel.engine=zero2"]])
-    started = processes.start(2, "tests/train_runs.py", run, settings={"ACCELERATE_USE_CPU": told})
+    started = processes.start(
+        2, "tests/helpers/train_runs.py", run, settings={"ACCELERATE_USE_CPU": told}
+    )
     for code, said in processes.finish(started):
         assert code == 1 and "GPUs" in said and "fsdp2" in said.splitlines()[-1], said
 

@@ -26,9 +26,9 @@ def launch(file: str, processes: int, *runs: list[str]) -> None:
     """Training runs one after another under a launch file."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", f"launch/{file}", "--num_processes", str(processes)]
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "tests/train_runs.py", json.dumps(runs)],
+        [*command, "tests/helpers/train_runs.py", json.dumps(runs)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,

@@ -307,7 +307,7 @@ def test_two_processes_agree(arguments, tmp_path):
         with_settings(settings, f"run.dir={tmp_path / 'data'}", "train.steps=6"),
     ]
     failure = json.dumps({"kind": "signal", "rank": 1, "step": 5})
-    started = processes.start(2, "tests/failing_runs.py", failure, json.dumps(runs))
+    started = processes.start(2, "tests/helpers/failing_runs.py", failure, json.dumps(runs))
     ended = processes.finish(started)
     assert [code for code, _ in ended] == [signals.REQUEUE] * 2, ended
     for name in ("data", "shared"):
@@ -333,7 +333,7 @@ def test_a_run_with_a_lost_process_ends_within_a_minute(arguments, tmp_path, kin
     """The limit of a run that hangs is its parallel.timeout, of 6 seconds here."""
     run = with_settings(arguments, "parallel.timeout=0.1", "checkpoint.every=1")
     failure = json.dumps({"kind": kind, "rank": 1, "step": 3})
-    started = processes.start(2, "tests/failing_runs.py", failure, json.dumps([run]))
+    started = processes.start(2, "tests/helpers/failing_runs.py", failure, json.dumps([run]))
     checkpoints = tmp_path / "run/checkpoints"
     while not (checkpoints / "step-000002").exists():
         time.sleep(0.1)
@@ -354,7 +354,7 @@ def test_others_may_wait_for_a_slow_validation_or_disk(arguments, tmp_path):
     failure = json.dumps({"kind": "slow", "rank": 0, "step": 2})
     run = with_settings(arguments, *settings)
     ended = processes.finish(
-        processes.start(2, "tests/failing_runs.py", failure, json.dumps([run]))
+        processes.start(2, "tests/helpers/failing_runs.py", failure, json.dumps([run]))
     )
     assert [code for code, _ in ended] == [0, 0], ended
     assert saved_steps(tmp_path / "run") == [2, 4]

@@ -16,7 +16,10 @@ def ended(tmp_path_factory) -> tuple[dict[str, tuple[int, float]], Path]:
     """Exit code and seconds of each process, by case and rank, and the folder of what they said."""
     folder = tmp_path_factory.mktemp("watched")
     subprocess.run(
-        [sys.executable, "tests/watched.py", str(folder), *CASES], cwd=ROOT, check=True, timeout=90
+        [sys.executable, "tests/helpers/watched.py", str(folder), *CASES],
+        cwd=ROOT,
+        check=True,
+        timeout=90,
     )
     return json.loads((folder / "codes.json").read_text()), folder
 

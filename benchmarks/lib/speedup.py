@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from blocks import Counts, Design, describe
 from matplotlib.figure import Figure
-from parts import BUSY, COPIES, IDLE, PARTS, Profile
-from report import short, with_sections, write
-from rows import Point
 
 from longreel.data.files import replacing
 from longreel.trainer.plan.estimate import GIB
+
+from .blocks import Counts, Design, describe
+from .parts import BUSY, COPIES, IDLE, PARTS, Profile
+from .report import short, with_sections, write
+from .rows import Point
 
 # Seconds a step that earlier runs have found on this GPU, by recipe and row. A run in which they
 # come out otherwise compares our rows with something else.

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from blocks import count_blocks, with_blocks
-from rows import Caption, Stepper
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,6 +15,9 @@ from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import SparsePattern
 from longreel.trainer.job import Job
 from longreel.trainer.memory.device import fastest_dense
+
+from .blocks import count_blocks, with_blocks
+from .rows import Caption, Stepper
 
 OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kernel, for the budget
 # How many times further apart than two dense kernels: the products of ours are split otherwise, and

@@ -11,7 +11,7 @@ import torch
 from longreel.data.files import replacing
 from longreel.trainer.config.values import ConfigError
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def measured_on() -> str:

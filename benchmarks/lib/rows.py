@@ -11,10 +11,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from blocks import Counts
-from parts import Profile, profiled
 from torch import Tensor, nn
-from untrained import random_batch, untrained
 
 from longreel.sparse.grid import TokenGrid
 from longreel.trainer import flow
@@ -29,6 +26,10 @@ from longreel.trainer.job import Job
 from longreel.trainer.plan.advice import as_argument
 from longreel.trainer.run.progress import open_console
 from longreel.trainer.step import Learner, LoadedModel, Setup
+
+from .blocks import Counts
+from .parts import Profile, profiled
+from .untrained import random_batch, untrained
 
 DENSE = ("sparse.pattern.name=dense",)
 # As diffusers and PEFT train: blocks are checkpointed whole, the adapter computes in fp32, and

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from exact import Expected, expect
-from table import CUDNN, FLEX
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,6 +23,9 @@ from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout
 from longreel.sparse.patterns import Radial
 from longreel.trainer.run.attention_speedup import milliseconds
+
+from .exact import Expected, expect
+from .table import CUDNN, FLEX
 
 BLOCK = 128
 # Our kernels: launchers with the signatures of those in forward.py and backward.py.
