@@ -8,7 +8,6 @@ import tiny
 from runs import rows, train
 from tiny import WAN
 
-from longreel.data import decode
 from longreel.launch.commands import main
 from longreel.sparse.patterns import PATTERNS, pattern_name
 from longreel.trainer.adapter import lora
@@ -46,7 +45,10 @@ def sampled(cache, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "load_pipeline", load_pipeline)
-            patch.setattr(decode, "write_video", lambda path, video, fps: frames.extend(video))
+            patch.setattr(
+                "longreel.data.write_video.write_video",
+                lambda path, video, fps: frames.extend(video),
+            )
             given = [f"lora={run_dir}", "prompt=waves", "steps=3", f"out={tmp_path / 'a.mp4'}"]
             main(["sample", *given, f"cache={cache}", "device=cpu", *options])
         return pipes[0], np.stack(frames)

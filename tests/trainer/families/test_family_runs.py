@@ -91,7 +91,7 @@ def test_offload_says_what_it_holds(arguments, monkeypatch, caplog):
     settings = ["memory.recompute=all_but_attention", "memory.offload=true", "memory.mlp_chunk=64"]
     trainer = train(arguments, *settings, "train.steps=2")
     assert trainer.learner.offload is not None and trainer.learner.offload.pool.size > 2**16
-    assert len([m for m in caplog.messages if m.startswith("memory.offload holds")]) == 1
+    assert len([m for m in caplog.messages if m.startswith("memory.offload now holds")]) == 1
 
 
 def test_samples_within_a_run_leave_training_alone(arguments, tmp_path):

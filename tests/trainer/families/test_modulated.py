@@ -89,5 +89,5 @@ def test_wan_refuses_a_noise_level_a_token():
     inputs = tiny.make_inputs(WAN, frames=3)
     inputs["timestep"] = inputs["timestep"][:, None].expand(-1, 3 * 3 * 5)
     tiny.load_transformer(WAN)(**inputs)
-    with pytest.raises(ValueError, match=r"one noise level a sample.*memory\.fused_modulation"):
+    with pytest.raises(ValueError, match=r"one noise level a sample.*speed\.fused_modulation"):
         load(WAN)(**inputs)

@@ -189,7 +189,7 @@ def test_tiny_frames_follow_the_vae_s_chunks_of_four():
     assert geometry.latent_shape(49, 160, 192) == (4, 49, 20, 24)
     with pytest.raises(ConfigError, match="49 and 53"):
         geometry.check_frames(50)
-    dropped = WAN.vae.encode(tiny.load_pipeline(WAN), moving_squares(frames=10))
+    dropped = WAN.vae.encode(tiny.load_pipeline(WAN).vae, moving_squares(frames=10))
     assert dropped.shape[1] == 9
 
 

@@ -23,7 +23,7 @@ from longreel.trainer.config.recipe import load
 from longreel.trainer.config.values import ConfigError
 from longreel.trainer.families import FAMILIES
 from longreel.trainer.job import Job
-from longreel.trainer.parallel import engine, sequence
+from longreel.trainer.parallel import sequence
 from longreel.trainer.parallel.sequence import SequenceGroup
 from longreel.trainer.run import checkpoint
 
@@ -312,7 +312,7 @@ def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
         load([*arguments, "parallel.engine=fsdp2", "train.optimizer=adamw8bit"])
     with pytest.raises(ConfigError, match="zero3 does not support float8 weights: use fsdp2"):
         load([*arguments, "parallel.engine=zero3", "memory.base_dtype=float8"])
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr("longreel.trainer.parallel.open.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"zero2 needs the package deepspeed.*longreel\[deepspe"):
         train(arguments, "parallel.engine=zero2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

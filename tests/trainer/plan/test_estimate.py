@@ -39,7 +39,7 @@ def test_knobs_are_read():
 
 def fuse_modulation(monkeypatch):
     """Through the custom ops, which decide what is saved, with the eager twins for kernels."""
-    monkeypatch.setattr(op, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(op, "resolve_fused", lambda *_: "triton")
     monkeypatch.setattr(kernel, "norm", reference.modulated_norm)
     monkeypatch.setattr(kernel, "gate", reference.gated_add)
 

@@ -144,7 +144,7 @@ def test_every_forward_of_a_step_is_planned_as_that_step(family, dense_steps, mo
 def test_true_guidance_of_hunyuan_calls_the_model_twice_a_step(monkeypatch):
     hunyuan = FAMILIES["hunyuan"]
     text, negative = (tiny.make_text(hunyuan, seed=seed) for seed in (0, 1))
-    inputs = hunyuan.pipeline_inputs(text, negative, 2.0)
+    inputs = hunyuan.text.pipeline_inputs(text, negative, 2.0)
     assert inputs["true_cfg_scale"] == 2.0
     plans, batches = stock_run(hunyuan, monkeypatch, dense_steps=[0, -1], steps=3, **inputs)
     assert plans == [((step, 3), step != 1) for step in (0, 0, 1, 1, 2, 2)]
