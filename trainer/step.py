@@ -31,7 +31,7 @@ from .memory import float8
 from .memory.checkpointing import block_checkpoint
 from .memory.device import fastest_dense, grow_segments
 from .memory.offload import Offload
-from .memory.optimizer import build_optimizer, check_installed
+from .optimizer import build_optimizer, check_installed, lr_factor
 from .parallel.engine import Engine
 from .parallel.open import Processes, open_processes
 from .plan.advice import check_memory
@@ -346,18 +346,6 @@ class Learner:
         family, guidance = self.job.family, self.config.train.guidance
         text = {key: value.to(self.device) for key, value in family.text.collate(texts).items()}
         return flow.flow_matching_loss(family, self.model, clean, text, sigma, noise, guidance)
-
-
-def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:
-    """Return the share of the peak learning rate at update `step`, counted from 1.
-
-    A linear warm-up, then constant or half a cosine, which would reach 0 one step after the last.
-    """
-    if step <= warmup:
-        return step / warmup
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps + 1 - warmup)))
 
 
 def _check_backend(config: Config, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:

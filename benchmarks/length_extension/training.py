@@ -28,9 +28,8 @@ from longreel.trainer import flow
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.schema import Rope, RopeName, Sigma
 from longreel.trainer.families.rope import RopePolicy
-from longreel.trainer.memory.optimizer import build_optimizer
+from longreel.trainer.optimizer import build_optimizer, lr_factor
 from longreel.trainer.run import checkpoint
-from longreel.trainer.step import lr_factor
 
 from .cells import Cell, solved
 from .clips import Bank

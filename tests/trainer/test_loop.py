@@ -29,7 +29,7 @@ from longreel.trainer.job import Job
 from longreel.trainer.run import checkpoint, metrics
 from longreel.trainer.run.saving import Saver
 from longreel.trainer.sampling.validate import Validator
-from longreel.trainer.step import Learner, lr_factor
+from longreel.trainer.step import Learner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -478,11 +478,3 @@ def test_fused_kernels_are_the_recipe_s_choice(arguments, tmp_path):
     for block in trainer.learner.transformer.blocks:
         assert isinstance(block, WanTransformerBlock) and block.attn1.processor.fused_norms
     assert losses(trainer.run_dir) == pytest.approx(stock, rel=1e-4) and len(stock) == 4
-
-
-def test_lr_factor():
-    assert [lr_factor(s, 4, 10, "constant") for s in (1, 4, 5, 10)] == [0.25, 1, 1, 1]
-    cosine = [lr_factor(s, 2, 10, "cosine") for s in range(1, 11)]
-    assert cosine[:2] == [0.5, 1.0] and cosine[-1] > 0
-    assert all(a > b for a, b in zip(cosine[1:], cosine[2:], strict=False))
-    assert lr_factor(1, 0, 5, "constant") == 1

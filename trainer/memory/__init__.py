@@ -1,1 +1,1 @@
-"""What trades time for GPU memory: recomputation, offload, float8, optimizer states."""
+"""Trade time for GPU memory: recomputation, offload, float8 weights, allocator settings."""

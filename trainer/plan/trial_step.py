@@ -16,7 +16,7 @@ from ..config.schema import Memory
 from ..families.text import Text
 from ..job import Job
 from ..memory.offload import Offload
-from ..memory.optimizer import moments_allocated
+from ..optimizer import moments_allocated
 from .anatomy import anatomy
 from .estimate import GIB, MemoryUse
 from .predict import predicted_memory

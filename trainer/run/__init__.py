@@ -1,1 +1,1 @@
-"""What keeps a run alive and visible: checkpoints, metrics, progress, signals, the watchdog."""
+"""Keep a run alive and visible: checkpoints, metrics, progress, signals, the watchdog."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config.values import ConfigError
-from ..memory.optimizer import moments_of, restore_moments
+from ..optimizer import moments_of, restore_moments
 
 TENSORS = "state.safetensors"
 STATE = "state.json"

@@ -1,4 +1,4 @@
-"""AdamW over the adapter, with moments in fp32 or in 8 bits, and their form in checkpoints.
+"""AdamW over the adapter, its learning-rate schedule, and the form of its moments in checkpoints.
 
 The 8-bit moments are those of bitsandbytes (Dettmers et al., 2022, arXiv 2110.02861): blocks of 256
 moments share an fp32 maximum. A checkpoint holds the bytes and the maxima, so a resumed run is
@@ -8,6 +8,7 @@ of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,7 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.values import ConfigError
+from .config.values import ConfigError
+
+
+def lr_factor(step: int, warmup: int, steps: int, schedule: str) -> float:
+    """Return the share of the peak learning rate at update `step`, counted from 1.
+
+    A linear warm-up, then constant or half a cosine, which would reach 0 one step after the last.
+    """
+    if step <= warmup:
+        return step / warmup
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps + 1 - warmup)))
 
 
 def check_installed(name: str) -> None:

@@ -8,13 +8,14 @@ from runs import Interrupted, rows, stop_at, train
 from safetensors.torch import load_file
 from torch import nn
 
+from longreel.trainer import optimizer
 from longreel.trainer.adapter import lora
 from longreel.trainer.config.recipe import load
 from longreel.trainer.config.values import ConfigError
-from longreel.trainer.memory import optimizer
-from longreel.trainer.memory.optimizer import (
+from longreel.trainer.optimizer import (
     build_optimizer,
     check_installed,
+    lr_factor,
     moments_allocated,
     moments_of,
 )
@@ -137,3 +138,11 @@ def test_a_missing_library_is_named(monkeypatch):
 def test_an_unknown_optimizer_is_refused(arguments):
     with pytest.raises(ConfigError, match="train.optimizer"):
         load([*arguments, "train.optimizer=lion"])
+
+
+def test_lr_factor():
+    assert [lr_factor(s, 4, 10, "constant") for s in (1, 4, 5, 10)] == [0.25, 1, 1, 1]
+    cosine = [lr_factor(s, 2, 10, "cosine") for s in range(1, 11)]
+    assert cosine[:2] == [0.5, 1.0] and cosine[-1] > 0
+    assert all(a > b for a, b in zip(cosine[1:], cosine[2:], strict=False))
+    assert lr_factor(1, 0, 5, "constant") == 1
