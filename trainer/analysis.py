@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Observation:
-    """What is looked at.
+    """The part of a model and its clips that an analysis looks at.
 
     adapter: a run whose adapter is merged into the model; None for the base model. sigmas: noise
     levels. layers: indices; empty for all. clips: how many, the first of the data. rows: queries of

@@ -106,7 +106,7 @@ def _rows(name: str, modulation: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _fits(modulation: Tensor, batch: int, channels: int) -> bool:
-    """Whether it is [C], [B or 1, C] or [B or 1, 1, C].
+    """Return whether the shape is [C], [B or 1, C] or [B or 1, 1, C].
 
     Sizes are compared one by one: looked up in a tuple of lists, the same sizes are not found under
     torch.compile of torch 2.11.

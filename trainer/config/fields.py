@@ -1,4 +1,4 @@
-"""How a setting is declared: its default, one sentence of documentation, and its range."""
+"""Declare settings: each with its default, its range and one sentence of documentation."""
 
 from __future__ import annotations
 

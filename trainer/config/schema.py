@@ -204,7 +204,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Cache:
-    """What is kept between runs."""
+    """The cache, which is kept between runs."""
 
     dir: str = setting("cache", "Folder of latents, text embeddings and tiny models.")
 
@@ -299,7 +299,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Memory:
-    """What trades time for GPU memory (docs/memory.md has figures)."""
+    """Methods that trade time for GPU memory (docs/memory.md has figures)."""
 
     recompute: Literal["none", "all", "all_but_attention"] = setting(
         "all",

@@ -1,4 +1,4 @@
-"""Where a run's clips come from, when that is not a folder of the user's."""
+"""Check `data.source`: folders, data sets, and clips that are drawn for the run."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def parse_text(key: str, text: str, hint: Any) -> Any:
-    """What an argument's text means for a field of type `hint`, as `read_yaml` would give it.
+    """Return the value of an argument's text for a field of type `hint`, as `read_yaml` would.
 
     `null` (or `None`) unsets what is not a text. A list is written `[a, b]`; any other text is its
     one item, so that a prompt needs no quotes. `Any` is a text or a list, as written.

@@ -1,4 +1,4 @@
-"""What a recipe may leave open: lengths and rates of training, settings of the sampler."""
+"""Fill in what a recipe leaves open: lengths and rates of training, settings of the sampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a family and its published model are called."""
+"""Name a family and its published model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is asked about noisy latents: its timestep, its target, its prediction."""
+"""Ask a model about noisy latents: its timestep, its target, its prediction."""
 
 from __future__ import annotations
 

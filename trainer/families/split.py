@@ -1,4 +1,4 @@
-"""Where sequence parallelism cuts a transformer's sequence into one part per rank."""
+"""Say where sequence parallelism cuts a transformer's sequence into one part per rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tiny models share: random weights that behave like trained ones where tests need it."""
+"""Help to build tiny models: random weights that behave like trained ones where tests need it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the processes of a run hold a model and update it: whole in each, or in shards.
+"""Engines hold and update a model among the processes of a run: whole in each, or in shards.
 
 All engines let gradients be checked before an update is made, and gather whole tensors for
 checkpoints, whatever the number of processes.

@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit: before it starts, and when it ran out of memory."""
+"""Advise what to change in a run that does not fit, or that ran out of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transformer's blocks hold, keep and compute, read off its modules on the meta device.
+"""Read off a transformer on the meta device what its blocks hold, keep and compute.
 
 Counts are per block and token; nothing here knows a length. Embeddings, the token refiner and the
 output layer are in `params` alone: together they are under 1 % of a step.
@@ -77,7 +77,10 @@ class Anatomy:
 
 
 def anatomy(job: Job) -> Anatomy:
-    """Of the job's model and adapter; raises ConfigError for model files that are missing."""
+    """Return the anatomy of the job's model and adapter.
+
+    Raises ConfigError for model files that are missing.
+    """
     config, geometry = job.config, job.geometry
     model = blank_transformer(job.family, job.model_path, config.model.revision)
     layers = job.family.layers

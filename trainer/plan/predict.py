@@ -1,4 +1,4 @@
-"""What a training run will take, before anything is loaded: no GPU, no weights."""
+"""Predict what a training run takes, before anything is loaded: no GPU, no weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast GPUs are, as data: what was measured, on what, and what is scaled from datasheets.
+"""Speed figures of GPUs: measured ones with their source, others scaled from datasheets.
 
 An H200 was measured (2026-11-23: bf16, heads of 128, one process). Other GPUs take its rates times
 the ratio of their datasheets' dense bf16 peak or memory bandwidth to the H200's.
@@ -110,7 +110,7 @@ def gpu_named(name: str) -> Gpu:
 
 
 def note(gpu: Gpu) -> str:
-    """Where the rates of `gpu` come from, in one sentence."""
+    """Say in one sentence where the rates of `gpu` come from."""
     if gpu is MEASURED:
         return "attention and matrix product rates measured on an H200"
     return (
@@ -120,7 +120,7 @@ def note(gpu: Gpu) -> str:
 
 
 def attention_rate(gpu: Gpu, kernel: str, tokens: int) -> AttentionRate:
-    """Of the measured length nearest to `tokens` by ratio, for one of ATTENTION's kernels."""
+    """Return an attention kernel's rate at the measured length nearest to `tokens` by ratio."""
     rates: Sequence[AttentionRate] = ATTENTION[kernel]
     nearest = min(rates, key=lambda rate: abs(math.log(rate.tokens / tokens)))
     scale = gpu.bf16 / MEASURED.bf16

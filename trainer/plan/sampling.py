@@ -1,4 +1,4 @@
-"""What a sample video will take: memory by stage, and the seconds of its forwards."""
+"""Predict what a sample video takes: memory by stage, and the seconds of its forwards."""
 
 from __future__ import annotations
 

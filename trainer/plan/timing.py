@@ -67,7 +67,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a step computes a block's forward, its backward and its attention's forward."""
+    """Counts how often a step computes a block's forward, its backward and its attention."""
 
     forward: float
     backward: float

@@ -31,7 +31,7 @@ NOT_SAVED = (OSError, SafetensorError)  # raised by a save that may succeed late
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """Holds how far a run has come.
 
     step: optimizer updates done. Noise, sigmas, data order and learning rate are functions of it,
         of the seed, and of `world_size` and `drawn`.

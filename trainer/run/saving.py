@@ -1,4 +1,4 @@
-"""When a run saves, and what happens when a save fails."""
+"""Decide when a run saves, and go on when a save fails."""
 
 from __future__ import annotations
 

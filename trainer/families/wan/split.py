@@ -1,4 +1,4 @@
-"""Where sequence parallelism cuts Wan."""
+"""Say where sequence parallelism cuts Wan."""
 
 from __future__ import annotations
 
