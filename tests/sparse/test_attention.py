@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.toys import Scattered, Slashes
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.checkpoint import checkpoint as plain_checkpoint
+from toys import Scattered, Slashes
 
 from longreel.kernels.block_sparse import block_sparse_attention
 from longreel.sparse.attention import SparseAttention

@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.toys import Scattered, Slashes
+from toys import Scattered, Slashes
 
 from longreel.sparse.density import layer_density, nearest_density, with_density
 from longreel.sparse.grid import TokenGrid

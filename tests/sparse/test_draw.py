@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.toys import Scattered, Slashes
+from toys import Scattered, Slashes
 
 from longreel.sparse.draw import MOST_LAYOUTS, MOST_PIXELS, draw_pattern, frame_density
 from longreel.sparse.grid import TokenGrid

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.toys import Scattered, Slashes
+from toys import Scattered, Slashes
 
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import BlockLayout, build_layout, kept_blocks, token_densities

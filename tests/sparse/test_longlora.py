@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.oracles import any_pair, in_order, layouts
+from oracles import any_pair, in_order, layouts
 
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.patterns import LongLora

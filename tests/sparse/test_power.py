@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.oracles import any_pair, in_order
+from oracles import any_pair, in_order
 
 from longreel.sparse.grid import TokenGrid
 from longreel.sparse.layout import build_layout

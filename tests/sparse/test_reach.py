@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.toys import Scattered, Slashes
+from toys import Scattered, Slashes
 
 from longreel.sparse import reach
 from longreel.sparse.grid import TokenGrid
