@@ -273,11 +273,11 @@ def _same_shape(seen: Track) -> float:
 
 def _nearest_shape(contrast: np.ndarray, centre: np.ndarray, radius: float) -> int:
     """Return the shape that, drawn at `centre` with full contrast, is nearest to the object."""
-    reach = math.ceil(1.3 * radius)
-    left, top = np.round(centre).astype(int) - reach
+    half_width = math.ceil(1.3 * radius)
+    left, top = np.round(centre).astype(int) - half_width
     height, width = contrast.shape
-    rows = slice(max(top, 0), min(top + 2 * reach + 1, height))
-    columns = slice(max(left, 0), min(left + 2 * reach + 1, width))
+    rows = slice(max(top, 0), min(top + 2 * half_width + 1, height))
+    columns = slice(max(left, 0), min(left + 2 * half_width + 1, width))
     patch = contrast[rows, columns]
     patch = patch / max(float(patch.max()), 1e-6)
     y, x = np.mgrid[rows, columns]

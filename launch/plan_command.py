@@ -45,8 +45,7 @@ def plan(argv: list[str]) -> None:
     config = load(rest)
 
     from ..trainer.job import Job
-    from ..trainer.plan import rates
-    from ..trainer.plan.predict import plan
+    from ..trainer.plan import predict, rates
     from ..trainer.plan.sampling import plan_sampling
     from ..trainer.run.progress import quiet_libraries
 
@@ -58,7 +57,7 @@ def plan(argv: list[str]) -> None:
         )
     quiet_libraries()
     job = Job.from_config(config, published=True)
-    made = plan(job, gpu, gpus=options.gpus, memory=options.memory)
+    made = predict.plan(job, gpu, gpus=options.gpus, memory=options.memory)
     rows = [
         *_work(job, made),
         *_memory(job, made, gpu),

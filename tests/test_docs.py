@@ -122,3 +122,13 @@ def test_pages_give_settings_by_the_names_of_today():
         text = (ROOT / page).read_text(encoding="utf-8")
         old = {key for key in KEYS if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text)}
         assert not old, page
+
+
+def test_imports_that_documents_gave_before_still_work():
+    """README and docs/rope.md of 69929e4 gave these; adapters are loaded by scripts that have them."""
+    from longreel.trainer import adapter, sampling
+    from longreel.trainer.adapter.lora import read_entry
+    from longreel.trainer.lora import read_entry as read_entry_of_before
+
+    assert read_entry_of_before is read_entry is adapter.read_entry
+    assert callable(sampling.load_pipeline) and callable(sampling.apply_rope)

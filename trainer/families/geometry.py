@@ -67,8 +67,8 @@ class Geometry(ABC):
                 f"and {below + step}."
             )
         positions, rows = self.positions(frames), self.max_positions
-        if rows is not None and positions > rope.reach(rows):
-            most = (rope.reach(rows) * self.patch[0] - 1) * self.temporal
+        if rows is not None and positions > rope.most_positions(rows):
+            most = (rope.most_positions(rows) * self.patch[0] - 1) * self.temporal
             raise ConfigError(
                 f"frames={frames} is {positions} latent frames, but the model's RoPE table ends at "
                 f"{rows}: at most {most // step * step + 1} frames under rope.policy={rope.policy}."

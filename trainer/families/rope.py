@@ -98,7 +98,7 @@ class RopePolicy:
         """
         return self.native / self.target if self.policy == "interpolate" else 1.0
 
-    def reach(self, rows: int) -> int:
+    def most_positions(self, rows: int) -> int:
         """Return how many latent frames have positions within a table of `rows` rows."""
         return (rows - 1) * self.target // self.native + 1 if self.policy == "interpolate" else rows
 

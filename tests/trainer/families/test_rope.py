@@ -308,9 +308,9 @@ def test_interpolated_positions_stay_inside_wan_s_table(job):
             job("wan", *long, f"rope.policy={policy}")
     assert job("wan", *long, "rope.policy=interpolate").grid(1029).frames == 1029
     geometry = WanGeometry("wan", 4, 8, (1, 2, 2), 16, 30, 12, 128, max_positions=1024)
-    assert RopePolicy("interpolate", 21, 41).reach(1024) == 1998  # 7989 frames
+    assert RopePolicy("interpolate", 21, 41).most_positions(1024) == 1998  # 7989 frames
     half = RopePolicy("interpolate", 21, 42)
-    assert half.reach(1024) == 2047  # the last position is 1023
+    assert half.most_positions(1024) == 2047  # the last position is 1023
     geometry.check_frames(4 * 2046 + 1, half)
     with pytest.raises(ConfigError, match="2048 latent frames.*at most 8185 frames"):
         geometry.check_frames(4 * 2047 + 1, half)

@@ -69,16 +69,16 @@ class ContinuedConv(nn.Module):
     def __init__(self, stock: Any) -> None:
         super().__init__()
         self.conv = stock.conv
-        self.reach = stock.time_pad  # frames before an output's own
+        self.frames_before = stock.time_pad  # frames before an output's own
         self.step = stock.conv.stride[0]
         self.space = (stock.width_pad, stock.width_pad, stock.height_pad, stock.height_pad)
         self.past: Tensor | None = None
 
     def forward(self, inputs: Tensor, conv_cache: None = None) -> tuple[Tensor, None]:
         if self.past is None:
-            self.past = inputs[:, :, :1].expand(-1, -1, self.reach, -1, -1)
+            self.past = inputs[:, :, :1].expand(-1, -1, self.frames_before, -1, -1)
         inputs = torch.cat([self.past, inputs], dim=2)
-        outputs = (inputs.shape[2] - self.reach - 1) // self.step + 1
+        outputs = (inputs.shape[2] - self.frames_before - 1) // self.step + 1
         self.past = inputs[:, :, outputs * self.step :].clone()
         inputs = F.pad(inputs, (*self.space, 0, 0), mode="replicate")
         return self.conv(inputs), None
