@@ -125,7 +125,7 @@ def test_pages_give_settings_by_the_names_of_today():
 
 
 def test_imports_that_documents_gave_before_still_work():
-    """README and docs/rope.md of 69929e4 gave these; adapters are loaded by scripts that have them."""
+    """Scripts have them from README and docs/rope.md of 69929e4."""
     from longreel.trainer import adapter, sampling
     from longreel.trainer.adapter.lora import read_entry
     from longreel.trainer.lora import read_entry as read_entry_of_before
