@@ -139,7 +139,7 @@ def ceiling() -> str:
 
 
 def setup(args: argparse.Namespace) -> str:
-    """What must be alike in all that one file holds."""
+    """Return what must be alike in all that one file holds."""
     return (
         f"{measured_on()}; bf16, batch 1, {args.heads} heads of {args.head_dim}, Radial(), block "
         f"{BLOCK}; medians of at least {REPEATS} repeats and {args.seconds:g} s a row, dense "
@@ -148,7 +148,7 @@ def setup(args: argparse.Namespace) -> str:
 
 
 def command(args: argparse.Namespace, *rest: str) -> str:
-    """What makes the file in one go."""
+    """Return the command that makes the file in one go."""
     settings = f"--heads {args.heads} --head-dim {args.head_dim} --seconds {args.seconds:g}"
     dense = f"--dense-tokens {args.dense_tokens}"
     if args.kernels:

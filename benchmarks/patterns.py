@@ -99,7 +99,7 @@ def width_rows() -> Iterator[str]:
 
 
 def reach(pattern: SparsePattern) -> int | str:
-    """At HunyuanVideo's twice the length."""
+    """Return the reach at twice HunyuanVideo's length."""
     return layers_to_full_reach(pattern, TIMED, BLOCK, HUNYUAN.heads) or "never"
 
 

@@ -163,7 +163,7 @@ def compare(alone: Way, shared: Way) -> str:
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of all gradients together."""
+    """Return the distance of all gradients together."""
     squares = sum((found[n].double() - g.double()).square().sum() for n, g in expected.items())
     norm = sum(g.double().square().sum() for g in expected.values())
     return float((squares / norm) ** 0.5)

@@ -170,7 +170,7 @@ def plan_rows(
 
 
 def job_of(row: Row, overrides: Sequence[str], folder: str) -> Job:
-    """Of a row, without files: an empty folder stands for its videos."""
+    """Return the job of a row, without files: an empty folder stands for its videos."""
     config: Config = row.config(overrides)
     places = {"data": replace(config.data, path=folder), "run": replace(config.run, dir=folder)}
     return Job.from_config(replace(config, **places), published=True)
@@ -255,7 +255,7 @@ def attempt(task: Task, function: Callable[[], None]) -> None:
 
 
 def free() -> None:
-    """What is no longer needed; hooks and graphs refer to models in circles."""
+    """Free what is no longer needed; hooks and graphs refer to models in circles."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -266,7 +266,7 @@ def told(record: Record) -> bool:
 
 
 def command(overrides: Sequence[str], options: Options, row: str) -> str:
-    """What makes the row alone."""
+    """Return the command that makes the row alone."""
     chosen = [f"rows={row}", f"blocks={options.blocks}", f"repeats={options.repeats}"]
     if options.warmup != "full":
         chosen.append(f"warmup={options.warmup}")

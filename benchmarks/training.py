@@ -254,7 +254,8 @@ def gpu_found(device: torch.device) -> rates.Gpu | None:
 
 
 def predicted_gib(made: ResourcePlan) -> dict[str, float]:
-    """By moment, what torch should have allocated: the plan's parts that exist then, in GiB."""
+    """Return by moment what torch should have allocated: the plan's parts that exist then, in
+    GiB."""
     parts = made.memory.gpu
     between = parts["frozen base"] + parts["LoRA, gradients, moments"] - 4 * made.model.lora
     kept = sum(parts.get(x, 0.0) for x in ("block inputs", "kept by blocks", "positions"))
@@ -366,7 +367,7 @@ def off(expected: float | None, was: float | None) -> str:
 
 
 def setup() -> str:
-    """What must be alike in all that one file holds. The allocator's settings first: CUDA reads
+    """Return what must be alike in one file. The allocator's settings first: CUDA reads
     them as it starts, which asking for the GPU's name makes it do."""
     grow_segments()
     libraries = ", ".join(f"{x.__name__} {x.__version__}" for x in (diffusers, peft, accelerate))
@@ -380,14 +381,14 @@ def name_of(recipe: str, overrides: list[str]) -> str:
 
 
 def command(overrides: list[str], steps: int) -> str:
-    """What makes the row, environment included where it decides how memory is taken."""
+    """Return the command of the row, environment included where it decides how memory is taken."""
     chosen = [f"{x}={shlex.quote(environ[x])}" for x in ALLOCATOR if x in environ]
     called = shlex.join([x for x in overrides if not x.startswith(PLACES)])
     return f"`{' '.join([*chosen, 'python benchmarks/training.py', called, f'steps={steps}'])}`"
 
 
 def commit_here() -> str | None:
-    """Of the working tree; ends in `-dirty` where that has changes of its own."""
+    """Return the commit of the working tree; ends in `-dirty` where that has changes of its own."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         run = subprocess.run(describe, cwd=RESULTS, capture_output=True, text=True)

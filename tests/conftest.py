@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in its interpreter: chosen before triton is imported."""
+"""Choose Triton's interpreter where there is no GPU, before triton is imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the documents say of the code, where a test can tell."""
+"""Hold documents to the code, where a test can tell."""
 
 import ast
 import dataclasses
@@ -73,7 +73,7 @@ def test_the_examples_of_the_python_api_without_a_model_run():
 
 @pytest.mark.slow
 def test_all_examples_of_the_python_api_run(tmp_path):
-    """In a process of their own, as a reader's, in an empty folder."""
+    """They run in a process of their own, as a reader's, in an empty folder."""
     done = subprocess.run(
         [sys.executable, "-c", python_blocks("python.md")],
         cwd=tmp_path,

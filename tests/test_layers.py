@@ -288,3 +288,18 @@ load(["recipe=tiny_wan"])
 print(*({"diffusers", "transformers", "peft", "accelerate", "av", "triton"} & set(sys.modules)))
 """
     assert python(script) == ""
+
+
+# First words of sentences that have no subject and no verb.
+FRAGMENTS = {"What", "Of", "Whether", "As", "How", "By", "For", "From", "Where", "Without"}
+
+
+def test_docstrings_begin_with_a_sentence():
+    """A docstring's first sentence has a subject and a verb, or is an imperative (CONTRIBUTING)."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    folders = [*MAY_IMPORT, "longreel", "tests", "benchmarks"]
+    for path in (p for folder in folders for p in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, kinds)):
+            first = (ast.get_docstring(node) or "-").split()[0]
+            assert first not in FRAGMENTS, f"{path}:{getattr(node, 'lineno', 1)}"

@@ -1,4 +1,4 @@
-"""What `pip install` delivers."""
+"""Hold what `pip install` delivers."""
 
 import re
 import shutil
@@ -64,7 +64,7 @@ def test_the_wheel_says_what_pyproject_says(wheel):
 
 
 def test_every_module_imports_from_the_wheel(wheel, tmp_path):
-    """From the unpacked wheel alone, in a folder where no checkout is in reach."""
+    """The unpacked wheel alone is imported, in a folder where no checkout is in reach."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     modules = [
         ".".join(["longreel", *path.with_suffix("").parts])

@@ -1,4 +1,4 @@
-"""How the attention of the experiment's own trained models decays, and what masks leave of it."""
+"""Measure how attention of the experiment's trained models decays, and what masks keep of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compared: a cell is one model, tuned in one way at one length, and measured."""
+"""Define what is compared: a cell is one model, tuned in one way at one length, and measured."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its files; what tells it apart from all others."""
+        """Name its files, apart from those of all other cells."""
         parts = [self.row, f"{self.factor}x", f"seed{self.seed}"]
         return "-".join(parts + ["seconds"] * (self.mark == "seconds"))
 
@@ -86,7 +86,7 @@ def pattern_of(row: str) -> SparsePattern:
 
 
 def control_cells() -> Iterator[Cell]:
-    """What must hold before any row is believed, and the base beside which rows stand."""
+    """Return the controls, which must hold first, and the base that rows are compared with."""
     yield Cell("base", 1, method="none")
     yield Cell("base-other-captions", 1, method="none", other_captions=True)
     for factor in (4, 2):
@@ -117,7 +117,7 @@ def pattern_cells() -> Iterator[Cell]:
 
 
 def question_cells() -> Iterator[Cell]:
-    """What else recipes choose: all weights, RoPE, dense layers, density."""
+    """Return the other choices of recipes: all weights, RoPE, dense layers, density."""
     for factor in (4, 2):
         for row in ("radial", "dense"):
             yield Cell(f"{row}-full", factor, method="full", pattern=pattern_of(row))

@@ -1,4 +1,4 @@
-"""What must hold before any row is believed."""
+"""Check what must hold before any row is believed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _window_at_chance(store: Store, scale: Scale) -> Check:
 
 
 def _captions_tell_nothing(scale: Scale) -> Check:
-    """By counting: given the caption, every colour is as likely as the others."""
+    """Count colours: given the caption, every colour is as likely as the others."""
     source, clips = ClipSet("mix", scale.arena(1)), 600 * len(SETS)
     counts: Counter[tuple[str, int]] = Counter()
     for index in range(0, clips, len(SETS)):  # `bounce` alone has a colour in every clip

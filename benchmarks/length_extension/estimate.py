@@ -1,4 +1,4 @@
-"""What the experiment will take on one H200, before it is run.
+"""Estimate what the experiment takes on one H200, before it is run.
 
 Rates are assumed, and low: products of a model this narrow are bound by memory, sparse blocks of 64
 are half of what the kernels are tuned for, and element-wise passes take as long as products.
@@ -62,7 +62,7 @@ def step_flop(parts: tuple[float, float, float, float], backward: float) -> floa
 
 
 def cost(cell: Cell, scale: Scale) -> Cost:
-    """Of a cell by itself. One marked `seconds` shares the training of its run."""
+    """Return the cost of a cell by itself. One marked `seconds` shares the training of its run."""
     tokens, density = len(scale.grid(cell.factor)), solved(cell, scale)[1]
     flop = train = 0.0
     if cell.method != "none" and cell.mark == "steps":

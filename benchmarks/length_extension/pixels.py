@@ -89,7 +89,8 @@ class PixelWan(ModelFamily):
             )
 
     def save_base(self, transformer: Any, folder: Path) -> None:
-        """In bf16, as frozen bases are, in files of at most 12 MB. Rounds the transformer too."""
+        """Save in bf16, as frozen bases are, in files of at most 12 MB; rounds the transformer
+        too."""
         # Past diffusers' own `to`, which warns of modules that it keeps in fp32 when loading.
         nn.Module.to(transformer, torch.bfloat16)
         transformer.save_pretrained(folder, max_shard_size="12MB")

@@ -1,4 +1,4 @@
-"""What cells measured, and how sure it is."""
+"""Hold what cells measured, and how sure it is."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Result:
         return set(SET_NAMES) <= self.sets.keys()
 
     def values(self, name: str, metric: str) -> np.ndarray:
-        """Of each clip of a set, NaN for what cannot be told."""
+        """Return a value for each clip of a set, NaN for what cannot be told."""
         rows = self.sets.get(name, [])
         values = [row.get(metric) for row in rows]
         return np.array([math.nan if v is None else v for v in values], float)
@@ -88,7 +88,7 @@ class Interval:
 
 
 def interval(results: list[Result], name: str, metric: str) -> Interval | None:
-    """Of a metric over the clips of a set, of all seeds: seeds are drawn, then clips of each.
+    """Return the interval of a metric over seeds and clips: draws seeds, then clips of each.
 
     With one seed the interval is of clips alone, and says nothing of how training varies. None if
     it can be told of no clip.
@@ -130,7 +130,7 @@ def difference(
 
 
 def _plain(row: dict[str, Any]) -> dict[str, float | None]:
-    """For JSON, which has no NaN; a result that goes on has None there already."""
+    """Convert for JSON, which has no NaN; a result that goes on has None there already."""
     return {
         key: None if value is None or math.isnan(value) else round(value, 5)
         for key, value in row.items()

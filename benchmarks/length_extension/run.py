@@ -51,7 +51,7 @@ class Options:
 
 
 def run(options: Options) -> bool:
-    """Whether all cells that were asked for are done. Raises ConfigError for what cannot be."""
+    """Return whether all requested cells are done. Raises ConfigError for what cannot be."""
     scale, out = SCALES[options.scale], Path(options.out)
     if not all(text.strip().isdigit() for text in options.seeds.split(",")):
         raise ConfigError(f"seeds={options.seeds} must be numbers with commas between.")
@@ -127,7 +127,7 @@ class Experiment:
                 time.sleep(WAIT)
 
     def _try(self, cell: Cell, base: Path, cells: list[Cell]) -> bool:
-        """Whether the cell is done, rather than waiting for another call."""
+        """Return whether the cell is done; False if it waits for another call."""
         started = time.monotonic()
         try:
             with self._lock(cell.run):

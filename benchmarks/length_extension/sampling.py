@@ -21,7 +21,7 @@ SHOWN_CLIPS, SHOWN_FRAMES = 2, 12  # of a strip
 
 
 def captions_of(source: ClipSet, count: int, *, other: bool) -> list[str]:
-    """Of the first clips of a set; other: each time the set's other caption."""
+    """Return captions of the first clips of a set; other: the set's other caption each time."""
     captions = [source.caption(index) for index in range(count)]
     if not other:
         return captions

@@ -68,7 +68,7 @@ class Scale:
 
     @property
     def parameters(self) -> int:
-        """Of the blocks, which are nearly all: attention twice, and the MLP."""
+        """Count those of the blocks, which are nearly all: attention twice, and the MLP."""
         return self.layers * (8 * self.dim**2 + 2 * self.dim * self.ffn)
 
 

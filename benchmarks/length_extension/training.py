@@ -47,7 +47,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Regime:
-    """How a model is trained. steps: None to go on until its marks say so."""
+    """Holds how a model is trained. steps: None to go on until its marks say so."""
 
     method: Literal["lora", "full"]
     batch: int
@@ -60,7 +60,7 @@ class Regime:
 
 @dataclass
 class Record:
-    """Where a training stands. seconds: of its steps alone, the device waited for. losses: (step,
+    """Holds where a training stands. seconds: of its steps alone, synchronised. losses: (step,
     mean since the one before)."""
 
     step: int = 0
@@ -105,7 +105,7 @@ def model_of(cell: Cell, family: PixelWan, base: Path, device: torch.device) -> 
 
 
 def trainable(transformer: Any, family: PixelWan, regime: Regime) -> dict[str, nn.Parameter]:
-    """By name; of a LoRA, once it is attached."""
+    """Return the trainable parameters by name; of a LoRA, once it is attached."""
     if regime.method == "full":
         transformer.requires_grad_(True)
         return dict(transformer.named_parameters())
@@ -257,7 +257,7 @@ def regime_of(cell: Cell, scale: Scale) -> Regime:
 
 
 class Snapshots:
-    """What a cell's run had learnt at its marks: trained parameters, and the record beside them."""
+    """Holds a cell's run at its marks: trained parameters, and the record beside them."""
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "adapters"
@@ -325,7 +325,7 @@ def tuned(
 
 
 def _is_past(cell: Cell, folder: Path, steps: int, budget: float | None) -> bool:
-    """Whether a run went by a cell's mark when nobody asked for it: it must begin anew."""
+    """Return whether a run went by a cell's mark when nobody asked for it: it must begin anew."""
     newest = checkpoint.latest(folder)
     if newest is None:
         return False

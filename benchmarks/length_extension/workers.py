@@ -20,7 +20,7 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class Workers:
-    """As many processes as there are processors, started when first needed and kept.
+    """Keeps one process a processor, started when first needed.
 
     Spawned: a process that has used a GPU must not be forked.
     """

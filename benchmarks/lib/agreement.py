@@ -1,4 +1,4 @@
-"""Whether the sparse step computes what the dense one does, where its pattern keeps all blocks."""
+"""Check that a sparse step whose pattern keeps all blocks computes what the dense one does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AllBlocks(SparsePattern):
 
 
 class Result(NamedTuple):
-    """Of one forward and backward: the model's output, and the adapter's gradients by name."""
+    """Holds one forward and backward: the model's output, and the adapter's gradients by name."""
 
     output: Tensor
     gradients: dict[str, Tensor]

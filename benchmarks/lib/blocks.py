@@ -44,20 +44,21 @@ class Design:
         return [base, *(base | {kind: self.high} for kind in self.whole)]
 
     def per_block(self, values: Sequence[float]) -> dict[str, float]:
-        """By kind, of one more block; values: of the points. Empty for a whole model."""
+        """Return what one more block takes, by kind; values: of the points. Empty for a whole
+        model."""
         base, *more = values
         more = dict(zip(self.whole, more, strict=True)) if self.high else {}
         return {kind: (value - base) / (self.high - self.low) for kind, value in more.items()}
 
     def total(self, values: Sequence[float]) -> float:
-        """Of the whole model."""
+        """Return the value for the whole model."""
         rest = {kind: count - self.low for kind, count in self.whole.items()}
         each = self.per_block(values)
         return values[0] + sum(rest[kind] * value for kind, value in each.items())
 
 
 def count_blocks(job: Job) -> Counts:
-    """Of the job's model at its own depth."""
+    """Count the blocks of the job's model at its own depth."""
     model = blank_transformer(job.family, job.model_path, job.config.model.revision)
     attention, counts, layer = job.attention(), {}, 0
     for stack, blocks in _stacks(model).items():

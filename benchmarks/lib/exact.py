@@ -64,7 +64,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a kernel must return at the sampled tokens, `[sampled, heads or 1, head_dim]`."""
+    """Holds what a kernel must return at the sampled tokens, `[sampled, heads or 1, head_dim]`."""
 
     tokens: Tensor
     out: Tensor
@@ -73,7 +73,7 @@ class Expected:
     dv: Tensor
 
     def complaint(self, out: Tensor, grads: Sequence[Tensor]) -> str:
-        """What is wrong with these `[1, tokens, heads, head_dim]`; empty if nothing is."""
+        """Say what is wrong with these `[1, tokens, heads, head_dim]`; empty if nothing is."""
         return "; ".join(self._complaints(out, *grads))
 
     def _complaints(self, *results: Tensor) -> Iterator[str]:
@@ -90,7 +90,8 @@ class Expected:
 def expect(
     qkv: Sequence[Tensor], grad: Tensor, kept: Tensor | None, block: int, samples: int = 64
 ) -> Expected:
-    """For inputs `[1, tokens, heads, head_dim]`; the first and the last token are in the sample."""
+    """Compute it for inputs `[1, tokens, heads, head_dim]`; the first and the last token are in the
+    sample."""
     q, k, v, grad = (x.detach()[0] for x in (*qkv, grad))
     tokens = torch.randperm(len(q), device=q.device)[:samples]
     tokens[0], tokens[-1] = 0, len(q) - 1

@@ -1,4 +1,4 @@
-"""How time grows with length: a table, the exponents of fitted power laws, and a plot."""
+"""Show how time grows with length: a table, the exponents of fitted power laws, and a plot."""
 
 import math
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def table(lengths: Sequence[Length]) -> str:
 
 
 def draw(lengths: Sequence[Length], path: Path) -> None:
-    """As SVG, both axes logarithmic."""
+    """Draw an SVG, both axes logarithmic."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     tokens = [len(length.grid) for length in lengths]

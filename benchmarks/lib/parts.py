@@ -1,4 +1,5 @@
-"""Where a step's time goes: the kernels of a profiler's trace, each in the part it belongs to."""
+"""Find where a step's time goes: the kernels of a profiler's trace, each in the part it belongs
+to."""
 
 from __future__ import annotations
 
@@ -60,21 +61,21 @@ class Kernel(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What runs of the same work share: kernel, op and inputs."""
+        """Return what runs of the same work share: kernel, op and inputs."""
         name = self.name.removeprefix("void ").replace("at::native::", "")
         return f"{name[:70]} | {self.op.removeprefix('aten::')} | {self.inputs}"
 
 
 class Profile(NamedTuple):
-    """Of one step. parts: seconds by PARTS. kernels: by label, the part, runs and their seconds, of
-    those that take LEAST."""
+    """Holds one step. parts: seconds by PARTS. kernels: by label, the part, runs and their seconds,
+    of those that take LEAST."""
 
     parts: dict[str, float]
     kernels: dict[str, tuple[str, int, float]]
 
 
 def profiled(function: Callable[[], float]) -> tuple[float, Profile]:
-    """What `function` returns, its seconds on the host's clock; and where they went on the GPU."""
+    """Return `function`'s result, its seconds on the host, and where they went on the GPU."""
     # Shapes and types are of each op's inputs, which say more than a kernel's name.
     both = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
     with profile(activities=both, record_shapes=True) as watching:
@@ -87,7 +88,7 @@ def profiled(function: Callable[[], float]) -> tuple[float, Profile]:
 
 
 def kernels_of(events: Sequence[Mapping[str, Any]]) -> list[Kernel]:
-    """Of a trace in Chrome's format, whose times are microseconds."""
+    """Read the kernels of a trace in Chrome's format, whose times are microseconds."""
     ops = {e["args"]["External id"]: e for e in events if e.get("cat") == "cpu_op"}
     found = []
     for event in events:

@@ -90,7 +90,7 @@ class Problem:
         return len(self.layout.row_indices)
 
     def flops(self, dense: bool) -> float:
-        """Of the forward pass: two matrix products over the kept blocks, or over all pairs."""
+        """Count the forward pass: two matrix products over the kept blocks, or over all pairs."""
         _, tokens, heads, head_dim = self.grad.shape
         pairs = tokens**2 if dense else self.kept_blocks * BLOCK**2
         return 4.0 * heads * head_dim * pairs

@@ -1,4 +1,5 @@
-"""What the benchmarks' results share: what they were measured on, and where and how they lie."""
+"""Share what benchmarks' results have in common: what they were measured on, and where and how they
+lie."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ def measured_on() -> str:
 
 
 def dated(folder: Path, benchmark: str, *details: str) -> Path:
-    """Of today's result on this GPU, or `cpu`."""
+    """Name today's result on this GPU, or `cpu`."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     gpu = gpu.removeprefix("NVIDIA ").replace(" ", "-").lower()
     return folder / ("-".join([str(date.today()), benchmark, gpu, *details]) + ".md")
@@ -51,7 +52,7 @@ def with_sections(head: Sequence[str], sections: Mapping[str, str]) -> str:
 
 
 def split_sections(text: str) -> tuple[list[str], dict[str, str]]:
-    """What `with_sections` put together."""
+    """Take apart what `with_sections` put together."""
     head, *rest = text.rstrip("\n").split("\n\n## ")
     parts = (section.partition("\n\n") for section in rest)
     return head.split("\n\n"), {name: body for name, _, body in parts}

@@ -60,7 +60,7 @@ class Row:
     stock: bool = False
 
     def config(self, overrides: Sequence[str]) -> Config:
-        """Of the recipe and settings in `overrides`, with the row's own."""
+        """Return the config of the recipe and settings in `overrides`, with the row's own."""
         given, own = split_arguments(overrides), split_arguments(self.settings)
         if "sparse.pattern.name" in own:  # another pattern's settings do not fit it
             of_pattern = ("sparse.pattern.", "sparse.density")
@@ -71,7 +71,8 @@ class Row:
 
 
 def rows_for(config: Config) -> dict[str, Row]:
-    """By name. config: the recipe's, of which each memory option is also turned, alone."""
+    """Return the rows by name. config: the recipe's, of which each memory option is also turned,
+    alone."""
     memory, speed, optimizer = config.memory, config.speed, config.train.optimizer
     keeps_attention = memory.recompute == "all_but_attention"
     fp32 = config.lora.compute_dtype == "float32"
@@ -156,7 +157,7 @@ class Stepper:
 
     @property
     def grid(self) -> TokenGrid:
-        """Of the last step."""
+        """Return the grid of the last step."""
         current = self.learner.attention.current
         assert current is not None
         return current.grid
@@ -185,8 +186,8 @@ class Stepper:
             point.peak = max(point.peak, point.held + taken)
 
     def gradients(self, kernels: AbstractContextManager[object]) -> dict[str, Tensor]:
-        """Of the adapter, no half of which is zero, for one clip at one noise level, the same in
-        all processes. kernels: that dense attention runs under."""
+        """Return those of the adapter, no half of which is zero, for one clip at one noise level,
+        the same in all processes. kernels: that dense attention runs under."""
         learner, generator = self.learner, torch.Generator().manual_seed(1)
         for parameter in learner.parameters.values():
             parameter.data.copy_(SCALE * torch.randn(parameter.shape, generator=generator))

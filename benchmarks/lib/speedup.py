@@ -129,7 +129,7 @@ class Record:
 
 @dataclass
 class Section:
-    """What one recipe gave. check: of correctness, in words. rows: by name."""
+    """Holds the results of one recipe. check: of correctness, in words. rows: by name."""
 
     check: str = ""
     rows: dict[str, Record] = field(default_factory=dict)
@@ -144,7 +144,7 @@ class Results:
 
 
 def read(path: Path, setup: str) -> Results:
-    """What is to go on with: an empty result if there is none yet.
+    """Read a result to continue: an empty result if there is none yet.
 
     Raises:
         SystemExit: if it is of another setup.
@@ -209,7 +209,7 @@ def line(name: str, row: Record) -> str:
 
 
 def made(row: Record) -> str:
-    """How much of a row was measured."""
+    """Say how much of a row was measured."""
     design = f"the model whole, {describe(row.whole)}"
     if row.high:
         design = f"extrapolated from {row.low} and {row.high} of each to {describe(row.whole)}"
@@ -223,7 +223,7 @@ def longest(row: Record) -> str:
 
 
 def ratios(rows: Mapping[str, Record]) -> str:
-    """Of steps, and of blocks that differ in attention alone."""
+    """Return ratios of steps, and of blocks that differ in attention alone."""
     found = []
     for ending in ("", WHOLE):
         for fast, slow in OVERS:
@@ -251,7 +251,7 @@ def ratios(rows: Mapping[str, Record]) -> str:
 
 
 def verdict(recipe: str, rows: Mapping[str, Record], setup: str) -> str:
-    """Whether the dense rows are as fast as they are known to be; empty where that is not known."""
+    """Say whether dense rows are as fast as is known; empty where nothing is known."""
     if not setup.startswith(KNOWN_ON):
         return ""
     found = []

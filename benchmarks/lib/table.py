@@ -48,7 +48,7 @@ class Row:
 
 
 def fastest(rows: Sequence[Row], name: str) -> Row | None:
-    """Of the rows whose names begin so, each pass by whichever is best at it; None if none was
+    """Take of the rows whose names begin so, each pass by whichever is best at it; None if none was
     timed."""
     timed = [row for row in rows if row.kernel.startswith(name) and not row.complaint]
     if not timed:
@@ -83,7 +83,7 @@ def table(rows: Sequence[Row], density: float) -> str:
 
 
 def _over(base: Row | None, row: Row) -> list[float]:
-    """How many times faster than `base` the row is; empty without one."""
+    """Say how many times faster than `base` the row is; empty without one."""
     if base is None:
         return []
     return [b / ms for b, ms in zip(base.milliseconds, row.milliseconds, strict=True)]
@@ -94,7 +94,7 @@ def _cell(values: Iterable[float], form: str) -> str:
 
 
 def verdict(grid: str, device: str, head_dim: int, rows: Sequence[Row]) -> str:
-    """Whether flex and cuDNN run as fast as they are known to; empty where that is not known of
+    """Say whether flex and cuDNN run as fast as they are known to; empty where that is not known of
     the grid."""
     if (device, head_dim) != ANCHORED:
         return f"No anchors for {device} at head_dim {head_dim}: flex and cuDNN stand unchecked."

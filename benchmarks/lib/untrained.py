@@ -1,4 +1,4 @@
-"""What a training step needs, without files: random weights, latents and text."""
+"""Make what a training step needs, without files: random weights, latents and text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def random_transformer(
     device: torch.device,
     shared: dict[str, nn.Parameter] | None = None,
 ) -> Any:
-    """As `Loader.load_transformer` gives it, on `device`, always with the same weights.
+    """Return a transformer as `Loader.load_transformer` does, on `device`, always with the same
+    weights.
 
     Each parameter is made in its place and dtype: no more is ever held than the model itself.
     shared: as `untrained` takes it; what is in it already is taken from there.
@@ -78,8 +79,8 @@ def random_transformer(
 def random_batch(
     job: Job, dtype: torch.dtype, part: tuple[int, int] = (0, 1), frames: int | None = None
 ) -> dict[str, Any]:
-    """What the trainer's data loader gives, on the CPU: noise for latents, captions of the greatest
-    length. part: as `LatentDataset` takes it. frames: latent ones, None for the job's."""
+    """Return what the trainer's data loader gives, on the CPU: noise for latents, captions of the
+    greatest length. part: as `LatentDataset` takes it. frames: latent ones, None for the job's."""
     config = job.config
     transformer = blank_transformer(job.family, job.model_path, config.model.revision)
     sizes, inputs = transformer.config, inspect.signature(transformer.forward).parameters

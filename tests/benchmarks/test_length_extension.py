@@ -83,7 +83,7 @@ def test_rows_are_at_radials_density():
 
 
 def test_the_narrow_window_cannot_reach_across_the_gap():
-    """By walking over its blocks, at the sizes of the real experiment: the control's own bound."""
+    """Its blocks are walked over, at the sizes of the real experiment: the control's own bound."""
     (cell,) = plan([0], "window-of-1")
     pattern, _ = solved(cell, FULL)
     grid = FULL.grid(4)
@@ -230,7 +230,7 @@ def test_a_measured_cell_is_not_measured_again(tmp_path, monkeypatch, capsys):
 
 
 def test_calls_share_the_cells(tmp_path, monkeypatch):
-    """What another call is at is left to it, and what rests on that waits."""
+    """A call leaves cells to the call that is at them, and waits with what rests on these."""
     monkeypatch.setattr("length_extension.run.SCALES", {"tiny": MICRO})
 
     def nobody_waits(seconds):

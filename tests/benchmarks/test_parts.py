@@ -59,7 +59,7 @@ def test_part_of_a_kernel(name, op, inputs, part):
 
 
 def test_kernels_know_what_launched_them():
-    """By the id that a trace gives to both; copies and kernels without one are kept."""
+    """A trace gives both the same id; copies and kernels without one are kept."""
     types, sizes = [BF16, FP32, "Scalar", "TensorList"], [[1, 8], [8, 4], [], [[2], [2]]]
     of_op = {"External id": 3, "Input type": types, "Input Dims": sizes}
     events = [

@@ -31,7 +31,7 @@ def test_flops(problem):
 
 
 def test_launchers():
-    """In fp16: Triton's interpreter gets products of bf16 wrong."""
+    """They run in fp16: Triton's interpreter gets products of bf16 wrong."""
     torch.manual_seed(0)
     problem = Problem(TokenGrid(4, 15, 17), heads=1, head_dim=16, device=DEVICE)
     problem.qkv = tuple(x.half() for x in problem.qkv)

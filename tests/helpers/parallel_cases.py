@@ -92,7 +92,7 @@ def build(case: Case, group: SequenceGroup):
 
 
 def loss_of(case: Case, family, model, data_rank: int, micro: int) -> Tensor:
-    """Of the clips that a data-parallel process takes in one batch of an update."""
+    """Return the loss of the clips that a data-parallel process takes in one batch of an update."""
     seed = 10 * data_rank + micro
     texts = [tiny.make_text(family, n + seed % 7, seed=seed + i) for i, n in enumerate(case.texts)]
     clean = tiny.make_inputs(family, frames=case.frames, texts=case.texts, seed=seed)
@@ -123,7 +123,7 @@ def result(before: State, after: State, losses: list[Tensor], norms: list[Tensor
 
 
 def update_alone(case: Case, data_size: int) -> dict[str, Tensor]:
-    """What one process learns from the clips of all, in plain PyTorch."""
+    """Return what one process learns from the clips of all, in plain PyTorch."""
     family, transformer = build(case, SequenceGroup())
     named = trainable(transformer)
     optimizer = make_optimizer(named.values())

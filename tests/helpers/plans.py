@@ -19,7 +19,7 @@ AS_MEASURED = {"lora.compute_dtype": "float32", "speed.fused_norms": "false"}
 def job_of(
     recipe: str, *settings: str, memory: Memory | None = None, cache: Path | None = None
 ) -> Job:
-    """Of a published model, without its files. memory: in place of the recipe's."""
+    """Return a job of a published model, without its files. memory: in place of the recipe's."""
     where = [] if cache is None else [f"cache.dir={cache}"]
     given = AS_MEASURED | dict(setting.split("=") for setting in settings)
     config = load([f"recipe={recipe}", *where, *(f"{k}={v}" for k, v in given.items())])

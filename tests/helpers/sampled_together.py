@@ -19,7 +19,8 @@ SIZE = {"height": 48, "width": 48, "steps": 3, "guidance": 4.0, "seed": 3}
 
 
 def videos(group: SequenceGroup) -> dict[str, np.ndarray]:
-    """Of each family, sparse and dense, with guidance; empty in all but the group's first."""
+    """Return videos of each family, sparse and dense, with guidance; empty in all but the group's
+    first."""
     found = {}
     for family in FAMILIES.values():
         for attention in ("sparse", "dense"):

@@ -81,7 +81,7 @@ def make_latents(family: ModelFamily, frames=2, height=4, width=6, seed=0):
 
 
 def make_text(family: ModelFamily, tokens=7, seed=0):
-    """As `encode_text` gives it."""
+    """Return a caption as `text.encode` gives it."""
     generator = torch.Generator().manual_seed(seed)
     config = load_config(family)
     width = config.get("text_dim") or config["text_embed_dim"]

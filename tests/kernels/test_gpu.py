@@ -359,7 +359,8 @@ def test_past_two_to_the_31(attend):
 
 
 def test_random_layouts_are_as_near_as_flex():
-    """To fp64, with layouts of each head: an independent compiled implementation is the measure."""
+    """They are as near to fp64, with layouts of each head: an independent compiled implementation
+    is the measure."""
     lists = random_lists(5000, 128, [0, 1, 2], density=0.3, device="cuda")
     qkv = torch.randn(2, 5000, 3, 3, 128, device="cuda", dtype=BF16).unbind(2)
     valid = torch.tensor([4900, 3001], dtype=torch.int32, device="cuda")

@@ -70,7 +70,7 @@ def test_sample_writes_what_the_adapter_was_trained_for(sample, capsys):
 
 
 def test_sample_takes_another_length_and_the_same_seed(sample):
-    """As near as x264 brings it, which does not encode equal frames to equal bits every time."""
+    """Equal seeds give equal videos, as near as x264 encodes equal frames alike."""
     size = {"start": 0, "frames": 9, "fps": 16, "height": 64, "width": 48}
 
     def video(*options: str) -> np.ndarray:
@@ -89,7 +89,7 @@ def test_dense_sampling_differs(sample):
 
 
 def test_two_processes_sample_one_video(sample, run, tmp_path):
-    """By the command, the first of them writes it; as near to one process's as one that samples
+    """The first of them writes it, as near to one process's as one that samples
     twice is to itself, for x264 does not encode equal frames alike."""
     size = {"start": 0, "frames": 9, "fps": 16, "height": 64, "width": 48}
     settings = ["frames=9", "steps=2", "seed=1", "prompt=a cat: #1, on = a mat"]

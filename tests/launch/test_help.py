@@ -1,4 +1,4 @@
-"""What `longreel` says of itself, and how soon."""
+"""Hold what `longreel` says of itself, and how soon."""
 
 import importlib
 import subprocess

@@ -157,7 +157,7 @@ def test_raster_orders_copy_nothing():
 
 
 def test_orders_compile():
-    """Under `torch.compile` the permutation is part of the graph and its gradients are right."""
+    """The permutation is part of the graph of `torch.compile`, and its gradients are right."""
     attention = SparseAttention(Slashes(), block=16, backend="reference")
     attention.plan(SMALL)
     *tensors, out_grad = inputs(len(SMALL), heads=4, dtype=torch.float64)

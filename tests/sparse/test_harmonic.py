@@ -67,7 +67,7 @@ def test_windows_fall_as_the_series():
 
 
 def test_density_beside_radials():
-    """Where a frame's tokens are a power of two, s / d is never above s / 2^r."""
+    """s / d is never above s / 2^r where a frame's tokens are a power of two."""
     grid = TokenGrid(32, 32, 32)
     harmonic, radial = (build_layout(p, grid, 16).density for p in (Harmonic(), Radial()))
     assert harmonic < radial

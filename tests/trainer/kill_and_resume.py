@@ -77,7 +77,8 @@ def start(count: int, arguments: list[str], folder: Path) -> list[subprocess.Pop
 
 
 def saving(run: Path, since: float) -> bool:
-    """Whether a save is under way; a folder from before `since` is what an earlier kill left."""
+    """Return whether a save is under way; a folder from before `since` is what an earlier kill
+    left."""
     for path in (run / "checkpoints").glob(".tmp-*"):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime > since:

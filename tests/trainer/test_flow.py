@@ -60,7 +60,8 @@ def test_noise_runs_from_clean_to_noise_for_each_sample():
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_loss_is_zero_for_the_true_velocity(family):
-    """At the noise level that was asked for: no pipeline, so no scheduler, has a say in it."""
+    """It is at the noise level that was asked for: no pipeline, so no scheduler, has a say in
+    it."""
     channels = tiny.load_config(family)["in_channels"]
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 1, channels, 5, 4, 6, generator=generator)

@@ -174,7 +174,7 @@ def test_a_density_resumes_as_it_was_asked_for(arguments):
 
 
 def test_another_solved_width_does_not_resume(arguments, monkeypatch):
-    """As after a change of the solver: the run would go on under another mask."""
+    """A change of the solver gives one: the run would go on under another mask."""
     settings = ["sparse.pattern.name=spatial", "sparse.density=0.7"]
     train(arguments, *settings, "train.steps=2")
     monkeypatch.setattr(job, "with_density", lambda *_: (Spatial(half_width=1.0), 0.3))
@@ -440,7 +440,7 @@ def test_main_prints_the_message_alone(arguments):
 
 
 def test_wandb_offline_and_out_of_order(arguments, tmp_path, monkeypatch):
-    """Without a key it logs offline; if it breaks, the run does not."""
+    """It logs offline without a key; if it breaks, the run does not."""
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", os.devnull)
@@ -466,7 +466,7 @@ def test_wandb_offline_and_out_of_order(arguments, tmp_path, monkeypatch):
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Of the training steps."""
+    """Return the losses of the training steps."""
     return [float(row["loss"]) for row in rows(run_dir) if row["loss"]]
 
 

@@ -53,7 +53,8 @@ def update(optimizer, own: dict[str, nn.Parameter], steps: range) -> None:
 
 
 def test_moments_are_held_for_a_while(name):
-    """Where there are none yet; an update after it is the one that would have been made."""
+    """They are there where none were yet; an update after it is the one that would have been
+    made."""
     held, plain = parameters(), parameters()
     first, second = (build_optimizer(name, own.values(), 1e-2, 0.1) for own in (held, plain))
     with moments_allocated(first, held.values()):

@@ -57,7 +57,7 @@ def sampled(cache, tmp_path, monkeypatch):
 
 
 def video_of(trainer):
-    """What the transformer in training samples, as `sampled` does from its adapter."""
+    """Return what the transformer in training samples, as `sampled` does from its adapter."""
     pipe = tiny.load_pipeline(WAN, trainer.learner.transformer)
     size = {"frames": trainer.job.frames, "height": 96, "width": 96}
     return np.stack(list(pipeline.generate(pipe, prompt="waves", steps=3, seed=0, **size)))
@@ -126,7 +126,7 @@ def test_a_density_sets_the_width_that_is_trained_recorded_and_sampled(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE)
 def test_the_tiny_recipe_lowers_the_heldout_loss_under_a_pattern(name, waves, cache, tmp_path):
-    """As it ships, by at least a tenth at the target length."""
+    """It does as it ships, by at least a tenth at the target length."""
     run = ["recipe=tiny_wan", f"data.path={waves}", f"run.dir={tmp_path / 'run'}"]
     pattern = f"sparse.pattern.name={name}"
     trainer = train(run, pattern, f"cache.dir={cache}", "log.wandb=false")

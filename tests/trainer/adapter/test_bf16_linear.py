@@ -67,7 +67,7 @@ def test_error_is_that_of_bf16(bias, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_are_summed_in_fp32(device):
-    """Of 65,536 tokens; a sum in bf16 would stop growing at 256 ones."""
+    """65,536 tokens are summed; a sum in bf16 would stop growing at 256 ones."""
     model = adapted().to(device)
     use_bf16_products(model)
     ones = torch.ones(1, 2**16, 80, device=device)

@@ -1,4 +1,4 @@
-"""What `load` promises: precedence, verbatim texts, and one clear message for each mistake."""
+"""Hold what `load` promises: precedence, verbatim texts, and one clear message for each mistake."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What holds for every model family, against its stock diffusers model and pipeline."""
+"""Hold every model family to its contract, against its stock diffusers model and pipeline."""
 
 import filecmp
 import functools
@@ -135,7 +135,8 @@ def test_fused_kernels_train_an_adapter_in_triton(family, interpreted, monkeypat
 
 
 def test_fused_kernels_are_taken_back(family):
-    """By installing again, with what came between them kept: adapters, chunks and weights."""
+    """Installing again takes them back, and keeps what came between: adapters, chunks and
+    weights."""
     transformer = tiny.load_transformer(family)
     kinds = [type(module) for module in transformer.modules()]
     family.install(transformer, SparseAttention(Dense()), **tiny.fusions(family))
@@ -242,7 +243,7 @@ def test_two_forwards_before_one_backward_with_checkpointing(family):
 
 @pytest.mark.parametrize("name", ["hunyuan", "mochi"])
 def test_padding_on_the_left_is_refused(name):
-    """Of what remained of it by its length, most would be padding."""
+    """Cut by its length, most of what remained would be padding."""
     pipe = tiny.load_pipeline(FAMILIES[name], vae=False)
     assert len(FAMILIES[name].text.encode(pipe, "a cat")["prompt_embeds"]) < 10
     pipe.tokenizer.padding_side = "left"
@@ -339,7 +340,7 @@ def test_encoding_in_chunks_equals_encoding_at_once(family):
 
 
 def test_captions_are_cut_where_the_text_encoder_stops_reading(family):
-    """What comes after `caption_tokens` changes nothing, what comes before it does."""
+    """Words after `caption_tokens` change nothing, words before it do."""
     pipe = tiny.load_pipeline(family)
     tokenizer = family.loader.caption_tokenizer(tiny.folder(family), None)
     caption = "a red fox runs " * 60

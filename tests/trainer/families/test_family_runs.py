@@ -66,7 +66,8 @@ def test_resumed_equals_uninterrupted(name, arguments, cache, tmp_path, monkeypa
 
 
 def test_what_saves_memory_leaves_training_alone(arguments, tmp_path, monkeypatch):
-    """To the bit where the operations are the same; a run may change these settings as it goes."""
+    """Runs are equal to the bit where the operations are the same; a run may change these settings
+    as it goes."""
     monkeypatch.setattr(offload, "PAGE", 1024)
     plain = train(arguments, "memory.recompute=none", f"run.dir={tmp_path / 'plain'}")
     saving = ["memory.recompute=all_but_attention", "memory.offload=true", "lora.dropout=0"]
@@ -160,7 +161,7 @@ def test_modulation_is_fused_in_families_that_have_it(name, arguments):
 
 @pytest.mark.slow
 def test_the_tiny_recipe_lowers_the_heldout_loss(name, waves, cache, tmp_path):
-    """As it ships, on moving waves: by at least a tenth at the target length."""
+    """It does as it ships, on moving waves, by at least a tenth at the target length."""
     run = [f"recipe=tiny_{name}", f"data.path={waves}", f"run.dir={tmp_path / 'run'}"]
     trainer = train(run, f"cache.dir={cache}", "log.wandb=false")
     heldout = list(column(trainer.metrics.rows(), "heldout_loss_target").values())

@@ -243,7 +243,7 @@ def test_cached_text_is_bit_equal_to_what_the_pipeline_feeds(pipe, caption):
 
 
 def test_captions_reach_the_model(pipe):
-    """With a template longer than the pipeline cuts off, all captions would begin alike."""
+    """All captions would begin alike with a template longer than the pipeline cuts off."""
     one, other = (HUNYUAN.text.encode(pipe, text) for text in ("a cat", "the sea"))
     assert not torch.allclose(one["prompt_embeds"][0], other["prompt_embeds"][0], atol=1e-3)
     assert not torch.allclose(one["pooled_prompt_embeds"], other["pooled_prompt_embeds"], atol=1e-3)
@@ -340,7 +340,8 @@ def test_the_pipeline_with_a_bf16_transformer_rounds_its_timesteps(steps=50):
 
 
 def test_a_model_without_guidance_embeds_leads_away_from_a_negative_prompt():
-    """As FastVideo's and other undistilled variants: two forwards a step, each with its text."""
+    """FastVideo's and other undistilled variants are such: two forwards a step, each with its
+    text."""
     pipe = tiny.load_pipeline(HUNYUAN, vae=False, text=False)
     config = dict(pipe.transformer.config, guidance_embeds=False)
     pipe.transformer = type(pipe.transformer).from_config(config).eval()
@@ -384,7 +385,7 @@ def test_decode_chunks_equal_decode(tiled, frames):
 
 
 def test_encoding_is_tiled_in_time_and_space():
-    """As long clips need it: 17 frames of 256 x 256 at a time; of 32 x 32 here."""
+    """Long clips need it: 17 frames of 256 x 256 at a time; of 32 x 32 here."""
     vae, seen = tiny.load_pipeline(HUNYUAN, text=False).vae, []
     assert (vae.tile_sample_min_num_frames, vae.tile_sample_min_height) == (16, 256)
     vae.tile_sample_min_height = vae.tile_sample_min_width = 32

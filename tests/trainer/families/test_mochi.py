@@ -41,7 +41,7 @@ def oracle(transformer, answer):
 
 
 def arguments(latents, **changes):
-    """Of a call of the stock pipeline from `latents` to latents."""
+    """Return the arguments of a call of the stock pipeline from `latents` to latents."""
     size = {"height": latents.shape[3] * 8, "width": latents.shape[4] * 8}
     return {"latents": latents, "num_inference_steps": 2, "output_type": "latent"} | size | changes
 
@@ -146,7 +146,7 @@ def test_without_frequencies_rope_is_the_identity():
 
 
 def test_rope_is_the_stock_one_without_its_warning_on_a_cpu():
-    """Where an autocast to fp32 does not exist; other warnings still come through."""
+    """An autocast to fp32 does not exist there; other warnings still come through."""
     stock, (ours, attention) = tiny.load_transformer(MOCHI), dense_transformer()
     sizes = {"num_frames": 3, "height": 4, "width": 5, "dtype": torch.float32}
     with pytest.warns(UserWarning, match="In CPU autocast"):

@@ -14,7 +14,7 @@ MOCHI = FAMILIES["mochi"]
 
 
 def deep_vae(**options):
-    """With a residual block at every resolution, as the real one."""
+    """Return a VAE with a residual block at every resolution, as the real one."""
     torch.manual_seed(0)
     channels = {f"{part}_block_out_channels": (32,) * 4 for part in ("encoder", "decoder")}
     return AutoencoderKLMochi(**channels, layers_per_block=(1,) * 5, **options).eval()
@@ -100,8 +100,8 @@ class Largest(TorchDispatchMode):
 
 @torch.no_grad()
 def test_no_layer_sees_a_whole_clip_at_its_full_size():
-    """In all frames at once 32 channels of each pixel; in parts, those of half the height and width
-    are the most that there is of a whole clip."""
+    """A layer sees in all frames at once 32 channels of each pixel; in parts, those of half the
+    height and width are the most that there is of a whole clip."""
     vae, pixels = deep_vae(), clip(61, 16, 16)
     with Largest() as at_once:
         vae.encode(scale_pixels(vae, pixels))
@@ -114,7 +114,7 @@ def test_no_layer_sees_a_whole_clip_at_its_full_size():
 @pytest.mark.gpu
 @pytest.mark.parametrize("frames", [331, 667])
 def test_a_tile_of_the_longest_clips_is_encoded(frames):
-    """By the encoder of the published widths, in fp32."""
+    """The encoder of the published widths encodes it, in fp32."""
     with torch.device("cuda"):
         vae = AutoencoderKLMochi().eval()
     pixels = clip(frames, 256, 256)

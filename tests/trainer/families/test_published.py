@@ -16,7 +16,8 @@ from longreel.trainer.families.published import PUBLISHED, blank_encoders, blank
     ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", (1.42, 0.127, 5.68)),
 ])  # fmt: skip
 def test_parameters_are_those_published(path, billions):
-    """Of transformer, VAE and text encoders; Llama counts without its head, T5 its encoder."""
+    """Transformer, VAE and text encoders are counted; Llama counts without its head, T5 its
+    encoder."""
     family = next(f for n, f in FAMILIES.items() if n in path.lower().replace("2.1", ""))
     vae, texts = blank_encoders(family, path, None)
     models = [[blank_transformer(family, path, None)], [vae], texts]

@@ -189,7 +189,7 @@ def with_rope(family, policy, dtype=torch.float32):
 
 
 def first_queries_and_keys(transformer, inputs, monkeypatch):
-    """What enters the first layer's attention, video alone: `[2, frames, tokens, H, D]`."""
+    """Return what enters the first layer's attention, video alone: `[2, frames, tokens, H, D]`."""
     attention, seen = installed_attention(transformer), []
     compute = attention.attention
 

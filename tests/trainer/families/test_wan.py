@@ -184,7 +184,7 @@ def test_frames_that_do_not_fit(tmp_path, frames, message):
 
 
 def test_tiny_frames_follow_the_vae_s_chunks_of_four():
-    """Without temporal compression every length has latents, but the VAE still drops a rest."""
+    """Every length has latents without temporal compression, but the VAE still drops a rest."""
     geometry = WAN.read_geometry(tiny.folder(WAN))
     assert geometry.latent_shape(49, 160, 192) == (4, 49, 20, 24)
     with pytest.raises(ConfigError, match="49 and 53"):

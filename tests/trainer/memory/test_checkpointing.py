@@ -1,4 +1,4 @@
-"""What saves memory changes nothing else: each method against the plain model."""
+"""Methods that save memory change nothing else: each method against the plain model."""
 
 import gc
 import itertools
@@ -99,7 +99,7 @@ def shown(memory):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("memory", CHECKPOINTS, ids=shown)
 def test_checkpointing_and_offload_are_bit_equal(family, memory, dtype):
-    """With LoRA and its dropout, whose random numbers are drawn again as they were."""
+    """They are with LoRA and its dropout, whose random numbers are drawn again as they were."""
     assert_bit_equal(run(family, memory, dtype=dtype), run(family, PLAIN, dtype=dtype))
 
 
@@ -341,7 +341,7 @@ def test_dropout_within_chunks_is_drawn_again_as_it_was(family, fused):
 
 @pytest.mark.parametrize("recompute", ["none", "all", "all_but_attention"])
 def test_the_inside_of_an_mlp_is_never_longer_than_a_chunk(family, recompute):
-    """In no pass: activations between projections, and the inputs of the last of them."""
+    """It is so in no pass: activations between projections, and the inputs of the last of them."""
     inside = re.compile(r"\w*blocks\.\d+\.(ffn?\.net\.[02]|act_mlp|proj_out)")
 
     def longest(chunk):
@@ -366,7 +366,7 @@ def test_the_inside_of_an_mlp_is_never_longer_than_a_chunk(family, recompute):
 
 
 def test_chunks_hold_less_for_backward(family):
-    """Without checkpointing of blocks: of an MLP, its input in place of its inside."""
+    """Blocks without recomputation keep an MLP's input in place of its inside."""
 
     def held(chunk):
         transformer, _ = build(family, replace(PLAIN, mlp_chunk=chunk), dropout=0)

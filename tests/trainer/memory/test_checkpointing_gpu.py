@@ -1,4 +1,4 @@
-"""What saves memory, on a GPU: bit-equal at full width, less at the peak, no waiting host.
+"""Methods that save memory on a GPU: bit-equal at full width, less at the peak, no waiting host.
 
 Runs ask for deterministic algorithms and take no others, so equal means equal to the bit: asked
 with a warning only, torch's own attention goes on adding up in varying order.
@@ -69,7 +69,7 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Run:
-    """Of the second of two steps. peak: bytes. size: of a block's input, in bytes."""
+    """Holds the second of two steps. peak: bytes. size: of a block's input, in bytes."""
 
     grads: dict[str, Tensor]
     peak: int
@@ -272,7 +272,7 @@ def test_copies_may_come_late(case: Case, folder: Path, name: str, monkeypatch: 
 
 
 def distance(got: Run, expected: Run) -> float:
-    """Of all gradients together, relative."""
+    """Return the relative distance of all gradients together."""
     pairs = [(got.grads[name].double(), g.double()) for name, g in expected.grads.items()]
     of = sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
     return float(of) ** 0.5
@@ -313,7 +313,8 @@ def test_dense_layers_keep_what_sdpa_returned(case: Case, folder: Path, flash: R
 def test_dense_layers_keep_what_inexact_sdpa_returned(
     case: Case, folder: Path, flash: Run, backend: SDPBackend, name: str
 ):
-    """Of these no backward is deterministic: nearer to a plain run than that is to flash."""
+    """No backward of these is deterministic: they are nearer to a plain run than that is to
+    flash."""
     plain = run_dense(case, folder, FULL, backend, exact=False)
     got = run_dense(case, folder, METHODS[name], backend, exact=False)
     budget, difference = distance(plain, flash), distance(got, plain)

@@ -1,4 +1,4 @@
-"""What PyTorch is told of a GPU."""
+"""Hold what PyTorch is told of a GPU."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ else:
 
 
 def told(**settings: str) -> str:
-    """By a process of its own: torch reads its environment once."""
+    """Ask a process of its own: torch reads its environment once."""
     environment = {name: x for name, x in os.environ.items() if name not in ALLOCATOR} | settings
     run = [sys.executable, "-c", TELL]
     return subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout

@@ -115,7 +115,7 @@ def test_blocks_are_quantised_and_what_steers_them_is_not(family):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_peft_wraps_the_layers_as_any_others(family, when):
-    """Whether it comes before or after: the adapter is fp32 and has stock names."""
+    """It may come before or after: the adapter is fp32 and has stock names."""
     stock = lora.attach(tiny.load_transformer(family, BF16), family, rank=4)
     transformer = tiny.load_transformer(family, BF16)
     layers = family.layers.float8

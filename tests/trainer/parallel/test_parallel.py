@@ -94,7 +94,7 @@ PAIRWISE = [
 
 
 def test_two_processes_that_share_clips_update_as_one(tmp_path):
-    """In one launch, for it takes longer than all that runs in it."""
+    """They run in one launch, which takes longer than all that runs in it."""
     together = updates_together(2, PAIRWISE, tmp_path / "updates.safetensors")
     for case in PAIRWISE:
         print(f"{check(case, 2, together):.1e}: {case}")
@@ -187,8 +187,8 @@ def launch(processes: int, *runs: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_that_share_clips(arguments, tmp_path):
-    """As of one process, samples included, with a base that is whole in each and one in shards;
-    resumed, by either number of them, as if never stopped.
+    """It equals that of one process, samples included, with a base that is whole in each and one in
+    shards; resumed, by either number of them, as if never stopped.
 
     153 tokens; captions dropped and noise drawn alike in both processes; each run tries a step.
     """
@@ -301,7 +301,7 @@ def test_a_run_under_fsdp2_is_a_run(arguments, tmp_path):
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(arguments, monkeypatch):
-    """As under torchrun on a machine without a GPU: each would write the same folder."""
+    """torchrun on a machine without a GPU starts such: each would write the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes were started and accelerate knows of 1"):
         train(arguments)
@@ -326,7 +326,7 @@ def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("told", ["true", "false"])
 def test_deepspeed_without_gpus_is_refused(arguments, monkeypatch, told):
-    """Whether or not accelerate is told that there are none."""
+    """It is so whether or not accelerate is told that there are none."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run = json.dumps([[*arguments, "parallel.engine=zero2"]])

@@ -40,8 +40,8 @@ def launch(file: str, processes: int, *runs: list[str]) -> None:
 
 @pytest.fixture(scope="module", params=["wan", "hunyuan"])
 def settings(request, videos: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Of a run, beside which those of `alone`, one process, and `apart`, two with clips of their
-    own, have been made."""
+    """Return the settings of a run, beside those of `alone`, one process, and `apart`, two with
+    clips of their own, have been made."""
     assert torch.cuda.device_count() > 1, "these tests need two GPUs"
     folder = tmp_path_factory.mktemp(request.param)
     settings = with_settings(

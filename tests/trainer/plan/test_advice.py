@@ -1,4 +1,4 @@
-"""What is advised to a run that will not fit, and to one that was out of memory."""
+"""Test the advice to a run that will not fit, and to one that was out of memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_advice_ends_with_a_length_that_then_fits():
     [], ["memory.recompute=none"], ["memory.recompute=none", "sparse.backend=flex"],
 ])  # fmt: skip
 def test_what_is_advised_loads(given):
-    """As far as one goes: each is added to those before it."""
+    """Each setting is added to those before it, as far as one goes."""
     given = ["memory.offload=false", *given]
     job = job_of("hunyuan_2x", *given)
     settings = dict(setting.split("=") for setting in given)
@@ -106,7 +106,8 @@ def saved(tmp_path):
 
 
 def test_out_of_memory_on_a_gpu(gpu, saved):
-    """What the run may take up comes first; the rest would be another run's, once one is saved."""
+    """Settings that the run may take up come first; the rest would be another run's, once one is
+    saved."""
     job = job_of("wan_14b_2x", memory=Memory())
     kept, predicted, change = advice.how_to_go_on(job, gpu(60), saved).splitlines()
     assert kept == f"Step 7 is saved in {saved}: the same command continues from there."

@@ -1,4 +1,5 @@
-"""What would make a run faster: each setting helps, all go together, and the run still fits."""
+"""Test what would make a run faster: each setting helps, all go together, and the run still
+fits."""
 
 from __future__ import annotations
 

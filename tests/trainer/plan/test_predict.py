@@ -1,4 +1,5 @@
-"""What a run will take: its length and tokens, the longest that fits, GPUs, the cache."""
+"""Test what a run is predicted to take: its length and tokens, the longest that fits, GPUs, the
+cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sample video will take."""
+"""Test what a sample video is predicted to take."""
 
 from __future__ import annotations
 

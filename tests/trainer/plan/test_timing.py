@@ -51,7 +51,8 @@ def test_attention_counts_the_pairs_of_the_layout(recipe):
 
 @pytest.mark.parametrize("keeping", ["none", "all", "all_but_attention"])
 def test_what_is_exchanged_is_what_is_counted(keeping, monkeypatch):
-    """By the buffers of a tiny model's forward and backward; the result does not matter here."""
+    """The buffers are those of a tiny model's forward and backward; the result does not matter
+    here."""
     sent = []
 
     def pretend(x, group, to, received):

@@ -109,7 +109,7 @@ def same(one, two) -> bool:
 
 
 def test_it_leaves_no_trace(arguments, monkeypatch):
-    """Of a new run, and of one that goes on and has moments."""
+    """A new run is as it was, and so is one that goes on and has moments."""
     seen = watch(monkeypatch)
     train(arguments, TRIAL, "lora.dropout=0.1", "train.steps=2")
     train(arguments, TRIAL, "lora.dropout=0.1", "train.steps=3")
@@ -121,7 +121,7 @@ def test_it_leaves_no_trace(arguments, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_leaves_no_trace_on_a_gpu(family, videos, cache, tmp_path, monkeypatch, capsys):
-    """By default, dropout and offload included."""
+    """It is tried by default, dropout and offload included."""
     seen = watch(monkeypatch)
     given = arguments_of(family, videos, cache, tmp_path / "run")
     train(given, *EVERYTHING, "memory.base_dtype=bfloat16", "train.steps=2")
@@ -132,7 +132,7 @@ def test_it_leaves_no_trace_on_a_gpu(family, videos, cache, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_a_step_of_the_longest_shape(family, videos, cache, tmp_path, monkeypatch):
-    """With the moments held, and the gradients of batches before."""
+    """The moments are held then, and the gradients of batches before."""
 
     def during(learner):
         state = learner.optimizer.state

@@ -1,4 +1,4 @@
-"""What a run survives, and how it ends where it cannot: nothing that it has learnt is lost."""
+"""Test what a run survives, and how it ends where it cannot: nothing that it has learnt is lost."""
 
 import errno
 import json
@@ -206,7 +206,7 @@ def test_lines_wait_for_room_in_order(tmp_path, small_disk):
 
 
 def test_processes_go_on_from_one_checkpoint(arguments, monkeypatch):
-    """What another process sees comes late, or never, as where each machine has a disk of its
+    """Another process sees files late, or never, as where each machine has a disk of its
     own."""
     train(arguments, "train.steps=2")
     late = [None, "step-000002"]
@@ -223,7 +223,7 @@ def test_processes_go_on_from_one_checkpoint(arguments, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_skipped(arguments, tmp_path, monkeypatch, caplog):
-    """As if the step had never been, but for the clips and noise that it used up."""
+    """It is as if the step had never been, but for the clips and noise that it used up."""
     real = Learner.loss
 
     def loss(self, batch, step, micro):
@@ -349,7 +349,7 @@ def test_a_run_with_a_lost_process_ends_within_a_minute(arguments, tmp_path, kin
 
 @pytest.mark.slow
 def test_others_may_wait_for_a_slow_validation_or_disk(arguments, tmp_path):
-    """For 8 seconds each, where a part of a step may take 6."""
+    """They wait for 8 seconds each, where a part of a step may take 6."""
     settings = ["parallel.timeout=0.1", "checkpoint.every=2", "validate.every=2"]
     failure = json.dumps({"kind": "slow", "rank": 0, "step": 2})
     run = with_settings(arguments, *settings)

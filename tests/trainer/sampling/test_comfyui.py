@@ -43,7 +43,7 @@ def trained(family, folder, *, rank=4, alpha=8, targets=None, transformer=None, 
 
 
 def updates(transformer):
-    """What PEFT would add to each adapted weight."""
+    """Return what PEFT would add to each adapted weight."""
     return {
         name: module.get_delta_weight("default").detach()
         for name, module in transformer.named_modules()
