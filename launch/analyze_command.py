@@ -74,7 +74,7 @@ def analyze(argv: list[str]) -> None:
 
 
 def describe(figures: dict[str, Any]) -> list[str]:
-    """The figures over all layers and heads, a line each."""
+    """Return the figures over all layers and heads, a line each."""
     lines = []
     for kind, found in figures["decay"].items():
         lines.append(

@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
 
 
 def show(run_dir: Path, out: Path, training: float, sampling: float, total: float) -> None:
-    """The run in a few lines, from its metrics.csv."""
+    """Print the run in a few lines, from its metrics.csv."""
     rows = read_rows(run_dir / "metrics.csv")
     step = next(row for row in reversed(rows) if row["loss"])
     heldout = list(column(rows, "heldout_loss_target").values())

@@ -54,7 +54,7 @@ def at_density(job: Job, names: Sequence[str]) -> dict[str, tuple[SparsePattern,
 def observe(
     job: Job, options: Observation, masks: dict[str, tuple[SparsePattern, float]]
 ) -> dict[str, Any]:
-    """`analyze.summary` of the job's model on its own clips, one forward a clip and noise level."""
+    """Return `analyze.summary` of the model on its clips, a forward a clip and noise level."""
     from accelerate import Accelerator
 
     from ..data.dataset import LatentDataset

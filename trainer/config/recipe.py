@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def load(argv: list[str]) -> Config:
-    """Config from `recipe=NAME_OR_PATH key.path=value ...`.
+    """Return the config of `recipe=NAME_OR_PATH key.path=value ...`.
 
     A value is everything after the first `=`, taken verbatim where the setting is a text: a path or
     caption may hold `#`, `:`, `=` or commas. Raises ConfigError, naming the key and what was meant,
@@ -82,7 +82,7 @@ def recipe_names() -> list[str]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain containers; the pattern is `{"name": ..., parameters}`."""
+    """Return plain containers; the pattern is `{"name": ..., parameters}`."""
     plain = dataclasses.asdict(config)
     pattern = config.sparse.pattern
     plain["sparse"]["pattern"] = pattern_to_dict(pattern)
@@ -94,7 +94,7 @@ def pattern_to_dict(pattern: SparsePattern) -> dict[str, Any]:
 
 
 def pattern_from_dict(plain: dict[str, Any]) -> SparsePattern:
-    """The inverse of `pattern_to_dict`; raises ConfigError for unknown names, keys and types."""
+    """Undo `pattern_to_dict`; raise ConfigError for unknown names, keys and types."""
     parameters = dict(plain)
     cls = _pattern_class(parameters.pop("name", DEFAULT_PATTERN))
     hints = leaf_types(cls)
@@ -118,13 +118,13 @@ def save(config: Config, path: Path) -> None:
 
 
 def config_hash(config: Config) -> str:
-    """Twelve hex digits that name a resolved config."""
+    """Return twelve hex digits that identify a resolved config."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _recipe_path(recipe: str) -> Path:
-    """A name in `recipes/`, or a path to a YAML file anywhere."""
+    """Find a recipe by its name in `recipes/`, or by the path of a YAML file anywhere."""
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
         if not Path(recipe).is_file():
             raise ConfigError(
@@ -137,7 +137,7 @@ def _recipe_path(recipe: str) -> Path:
 
 
 def _merge(recipe: dict[str, Any], arguments: dict[str, str]) -> Config:
-    """Defaults < the recipe's settings < arguments; all by dotted key."""
+    """Merge defaults < the recipe's settings < arguments; all by dotted key."""
     name_key = PATTERN + "name"
     name = recipe.get(name_key, DEFAULT_PATTERN)
     if arguments.get(name_key, name) != name:
@@ -165,7 +165,7 @@ def _merge(recipe: dict[str, Any], arguments: dict[str, str]) -> Config:
 
 
 def _first_or_listed(key: str, value: Any) -> int | list[int]:
-    """A number as it is; indices ascending, each once."""
+    """Return a number as it is, and indices in ascending order, each once."""
     try:
         return sorted({int(item) for item in value}) if isinstance(value, list) else int(value)
     except (TypeError, ValueError):

@@ -25,11 +25,11 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's: commands print the message alone and end."""
+    """Reports a mistake of the user's: commands print the message alone and end."""
 
 
 def split_arguments(arguments: Iterable[str]) -> dict[str, str]:
-    """`["a.b=c", ...]` as key and text; the text is all that follows the first `=`."""
+    """Split `["a.b=c", ...]` into keys and texts; a text is all that follows the first `=`."""
     given: dict[str, str] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -57,7 +57,7 @@ def parse(schema: type[T], argv: Iterable[str]) -> T:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file by dotted key; scalars are text, `null` is None."""
+    """Read the settings of a YAML file by dotted key; scalars are text, `null` is None."""
     try:
         with path.open(encoding="utf-8") as file:
             tree = yaml.load(file, _TextLoader)
@@ -71,12 +71,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_yaml(tree: dict[str, Any]) -> str:
-    """YAML that `read_yaml` gives back as the same text."""
+    """Return YAML that `read_yaml` gives back as the same text."""
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key."""
+    """Return the leaves of a tree by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -87,14 +87,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def not_finite(flat: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each number among the values that is NaN or infinite."""
+    """Yield a sentence for each number among the values that is NaN or infinite."""
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}={value} is not a finite number."
 
 
 def leaf_types(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Type of every leaf of a tree of dataclasses, by dotted key."""
+    """Return the type of every leaf of a tree of dataclasses, by dotted key."""
     hints, types = get_type_hints(schema), {}
     for item in dataclasses.fields(schema):
         key = prefix + item.name
@@ -123,7 +123,7 @@ def check_known(
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """A sentence with the nearest option, or with all of them."""
+    """Return a sentence with the nearest option, or with all of them."""
     options = list(options)
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(options)}."
@@ -151,7 +151,7 @@ def parse_text(key: str, text: str, hint: Any) -> Any:
 
 
 def build(schema: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
-    """An instance of `schema` from known dotted keys; ConfigError names a value of a wrong type.
+    """Build an instance of `schema` from known dotted keys; ConfigError names a wrong type.
 
     prefix: how the keys begin for the user, when `schema` is a part of a larger tree.
     """
@@ -237,7 +237,7 @@ def shown(value: Any) -> str:
 
 
 def _literal(value: Any) -> Any:
-    r"""The same, where OmegaConf would see an interpolation: `${a}` is written `\${a}` for it."""
+    r"""Escape what OmegaConf would take for an interpolation: `${a}` becomes `\${a}`."""
     if isinstance(value, list):
         return [_literal(item) for item in value]
     if not isinstance(value, str) or "${" not in value:
@@ -246,7 +246,7 @@ def _literal(value: Any) -> Any:
 
 
 class _TextLoader(yaml.BaseLoader):
-    """YAML whose scalars stay text, but for `null`; a key that stands twice is an error."""
+    """Loads YAML with scalars as text, except `null`; a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=True)

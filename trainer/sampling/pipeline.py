@@ -42,7 +42,7 @@ def load_pipeline(
     backend: Backend = "auto",
     cache_dir: str | Path = Cache.dir,
 ) -> Any:
-    """The stock diffusers pipeline with the adapter, under the attention and RoPE of its training.
+    """Load the stock diffusers pipeline with the adapter, its attention and its RoPE.
 
         pipe = load_pipeline("runs/x")
         frames = pipe(prompt="...", num_frames=161).frames[0]
