@@ -150,5 +150,5 @@ def plan(seeds: list[int], only: str = "*") -> list[Cell]:
     chosen = [c for c in cells if any(fnmatch(c.name, w) or fnmatch(c.row, w) for w in wanted)]
     if not chosen:
         rows = ", ".join(dict.fromkeys(cell.row for cell in cells))
-        raise ConfigError(f"only={only} fits no cell. Rows: {rows}.")
+        raise ConfigError(f"only={only} matches no cell. Rows: {rows}.")
     return chosen

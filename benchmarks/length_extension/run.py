@@ -56,7 +56,7 @@ def run(options: Options) -> bool:
     if not all(text.strip().isdigit() for text in options.seeds.split(",")):
         raise ConfigError(f"seeds={options.seeds} must be numbers with commas between.")
     if options.seconds < 0:
-        raise ConfigError(f"seconds={options.seconds} must not be negative; 0 is without an end.")
+        raise ConfigError(f"seconds={options.seconds} must not be negative; 0 means no limit.")
     cells = plan([int(text) for text in options.seeds.split(",")], options.only)
     if options.dry:
         print(estimate.table(cells, scale))
@@ -102,10 +102,10 @@ class Experiment:
             left = cells
             while left := [cell for cell in left if not self._try(cell, base, cells)]:
                 if time.monotonic() > self.deadline:
-                    raise OutOfTime(f"other calls are at {', '.join(c.name for c in left)}")
+                    raise OutOfTime(f"other calls are working on {', '.join(c.name for c in left)}")
                 time.sleep(WAIT)
         except OutOfTime as stopped:
-            print(f"time is up: {stopped}; the same command goes on.")
+            print(f"time is up: {stopped}; run the same command to resume.")
             return False
         return True
 
@@ -123,7 +123,7 @@ class Experiment:
                     )
             except Timeout:
                 if time.monotonic() > self.deadline:
-                    raise OutOfTime("another call is at the base") from None
+                    raise OutOfTime("another call is training the base") from None
                 time.sleep(WAIT)
 
     def _try(self, cell: Cell, base: Path, cells: list[Cell]) -> bool:
@@ -151,7 +151,7 @@ class Experiment:
         if result is not None and result.complete:
             return False
         if time.monotonic() > self.deadline:
-            raise OutOfTime(f"{cell.name} is not begun")
+            raise OutOfTime(f"{cell.name} is not started")
         model, record = tuned(
             cell,
             self.family,
@@ -173,7 +173,7 @@ class Experiment:
             if name in result.sets:
                 continue
             if time.monotonic() > self.deadline:
-                raise OutOfTime(f"{cell.name} is trained, and {name} not sampled")
+                raise OutOfTime(f"{cell.name} is trained, but {name} is not sampled")
             self._measure(cell, model, name, result)
         return True
 

@@ -68,7 +68,7 @@ def resumed(path: Path, setup: str) -> tuple[list[str], dict[str, str]]:
     head, sections = split_sections(path.read_text(encoding="utf-8"))
     if head[1] != setup:
         raise SystemExit(
-            f"error: {path} was measured otherwise, and --resume would mix the two.\n"
+            f"error: {path} was measured with another setup, and --resume would mix the two.\n"
             f"there: {head[1]}\nhere:  {setup}"
         )
     return head, sections

@@ -154,7 +154,8 @@ def read(path: Path, setup: str) -> Results:
     held = json.loads(path.read_text(encoding="utf-8"))
     if held["setup"] != setup:
         raise SystemExit(
-            f"error: {path} was measured otherwise.\nthere: {held['setup']}\nhere:  {setup}"
+            f"error: {path} was measured with another setup.\n"
+            f"there: {held['setup']}\nhere:  {setup}"
         )
     sections = {
         name: Section(section["check"], {k: _record(row) for k, row in section["rows"].items()})
