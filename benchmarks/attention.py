@@ -3,11 +3,11 @@
     python benchmarks/attention.py [--head-dim 64] [--grids hunyuan-3600x64 ...] [--resume]
     python benchmarks/attention.py --growth [--heads 8]
 
-One process on one GPU. On each grid every kernel is first held to fp32, output and gradients; one
-that is wrong is written down as wrong and not timed. The others take turns, a forward and a
-backward pass each: medians by CUDA events, after two runs that do not count. The result file is
-replaced after each grid; --resume goes on with the one of its name, if it was measured on the same
-machine with the same settings. --growth measures time against length instead.
+One process on one GPU. On each grid the output and gradients of every kernel are first compared
+with fp32; a kernel that fails is reported as wrong and not timed. The others take turns, a forward
+and a backward pass each; times are medians by CUDA events, after two uncounted runs. The result
+file is replaced after each grid; --resume continues the file of the same name, if it was measured
+on the same machine with the same settings. --growth measures time against length instead.
 """
 
 import argparse
@@ -59,12 +59,12 @@ def compare(args: argparse.Namespace) -> None:
         head = [f"# Attention, {date.today()}", alike, top, made_by, NOTES]
         write(path, with_sections(head, in_order))
         torch.cuda.empty_cache()
-        torch.compiler.reset()  # FlexAttention compiles anew for every grid, up to a limit
+        torch.compiler.reset()  # FlexAttention recompiles for every grid, up to a limit
     print(f"\nwritten to {path}")
 
 
 def section(name: str, args: argparse.Namespace) -> str:
-    """One grid's table, and whether it counts."""
+    """Return one grid's table and the verdict on whether its numbers count."""
     grid = GRIDS[name]
     problem = Problem(grid, args.heads, args.head_dim)
     density = problem.layout.density
@@ -77,7 +77,7 @@ def section(name: str, args: argparse.Namespace) -> str:
 def measure(
     problem: Problem, with_dense: bool, seconds: float, chosen: list[str] | None
 ) -> list[Row]:
-    """Every kernel, or the chosen ones, on one grid."""
+    """Measure every kernel, or the chosen ones, on one grid."""
     groups = {False: problem.sparse_kernels()}
     if with_dense:
         groups[True] = problem.dense_kernels()
@@ -99,7 +99,7 @@ def measure(
 
 
 def grow(args: argparse.Namespace) -> None:
-    """Time against latent frames, of our default kernels."""
+    """Measure the time of our default kernels against the number of latent frames."""
     alike = setup(args)
     print(alike, flush=True)
     problems = [Problem(grid, args.heads, args.head_dim) for grid in GROWTH_GRIDS]
@@ -126,7 +126,7 @@ def grow(args: argparse.Namespace) -> None:
 
 
 def ceiling() -> str:
-    """The rate of a large matrix product, in words."""
+    """Measure the rate of a large matrix product and describe it in words."""
     size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
@@ -139,7 +139,7 @@ def ceiling() -> str:
 
 
 def setup(args: argparse.Namespace) -> str:
-    """Return what must be alike in all that one file holds."""
+    """Describe the setup, which must be the same for everything in one result file."""
     return (
         f"{measured_on()}; bf16, batch 1, {args.heads} heads of {args.head_dim}, Radial(), block "
         f"{BLOCK}; medians of at least {REPEATS} repeats and {args.seconds:g} s a row, dense "
@@ -148,7 +148,7 @@ def setup(args: argparse.Namespace) -> str:
 
 
 def command(args: argparse.Namespace, *rest: str) -> str:
-    """Return the command that makes the file in one go."""
+    """Return the command that produces the whole result file."""
     settings = f"--heads {args.heads} --head-dim {args.head_dim} --seconds {args.seconds:g}"
     dense = f"--dense-tokens {args.dense_tokens}"
     if args.kernels:

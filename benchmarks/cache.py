@@ -1,8 +1,8 @@
-"""The cache at scale, on this machine: python benchmarks/cache.py [--write]
+"""Measure the cache at scale on this machine: python benchmarks/cache.py [--write]
 
 1. Start-up with a full cache of 100,000 clips: seconds and memory of listing and looking up.
 2. The loader with latents of HunyuanVideo at 4x (16 x 128 x 90 x 160 bf16, 59 MB) from a disk
-   whose cached pages are dropped: against reading the bytes alone, and what a step of 2 s waits.
+   whose cached pages are dropped: compared with reading the bytes alone, and the wait per 2 s step.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def start_up(folder: Path, clips: int) -> list[str]:
     videos, cache = folder / "videos", folder / "cache"
     fill(videos, cache, clips)
     command = [sys.executable, __file__, "--open", str(videos), str(cache)]
-    # The first writes the manifest; the others are what every further start takes.
+    # The first start writes the manifest; the others show what every later start takes.
     runs = [json.loads(subprocess.check_output(command)) for _ in range(4)]
     shutil.rmtree(videos)
     shutil.rmtree(cache)
@@ -116,7 +116,7 @@ def start_up(folder: Path, clips: int) -> list[str]:
 
 
 def fill(videos: Path, cache: Path, clips: int) -> None:
-    """Videos that hold their number, and a cache that knows them as of nine frames."""
+    """Write videos that hold their number, and a cache that lists each with nine frames."""
     videos.mkdir(parents=True)
     ledger = Ledger(cache)
     one = torch.zeros(1, 1, 1, 1)
@@ -144,7 +144,7 @@ def fill(videos: Path, cache: Path, clips: int) -> None:
 
 
 def open_cache(videos: Path, cache: Path) -> dict[str, float]:
-    """Seconds and MB that a start takes beyond its imports."""
+    """Return the seconds and MB that a start takes beyond its imports."""
 
     def never() -> Encoders:
         raise AssertionError("everything is there")
@@ -206,7 +206,7 @@ def make(folder: Path, index: int) -> Entry:
 
 
 def measure(entries: list[Entry], workers: int, *, raw: bool = False) -> tuple[float]:
-    """Seconds a clip, all of them once."""
+    """Return the seconds per clip when every clip is read once."""
     with dropped(entries):
         began = time.perf_counter()
         if raw:
@@ -243,7 +243,7 @@ def order(entries: list[Entry]) -> SeededBatches:
 
 @contextmanager
 def dropped(entries: list[Entry]) -> Iterator[None]:
-    """The files' pages out of memory, so that they are read from the disk."""
+    """Drop the files' pages from the page cache, so that they are read from the disk."""
     for entry in entries:
         with entry.latents.open("rb") as file:
             os.fsync(file.fileno())

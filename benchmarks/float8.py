@@ -3,8 +3,8 @@
     python benchmarks/float8.py [--tokens 75600] [--seconds 1]
 
 One process on one GPU, random normal inputs. Each layer of a block at its published width is first
-held to what its rounded numbers give in fp64, on a slice of tokens; one that is wrong is written
-down as wrong and not timed. The rows take turns: medians by CUDA events.
+compared, on a slice of tokens, with the fp64 product of its rounded values; a layer that fails is
+reported as wrong and not timed. The rows take turns; times are medians by CUDA events.
 """
 
 import argparse
@@ -40,14 +40,14 @@ NOTES = (
 
 
 def step(layer: nn.Linear, x: Tensor, grad: Tensor) -> tuple[float, float]:
-    """Milliseconds of each pass."""
+    """Return the milliseconds of each pass."""
     forward, out = milliseconds(lambda: layer(x))
     backward, _ = milliseconds(lambda: torch.autograd.grad(out, x, grad))
     return forward, backward
 
 
 def complaint(layer: Float8Linear, x: Tensor) -> str:
-    """Why its times would mean nothing; empty if it multiplies what it rounded."""
+    """Return why its times would mean nothing; empty if it multiplies the rounded values."""
     values, scale = quantise(x)
     exact = values.double() * scale.double() @ layer.dequantised(torch.float64).T
     error = ((layer(x).double() - exact).norm() / exact.norm()).item()
@@ -59,7 +59,7 @@ def megabytes(*tensors: Tensor) -> str:
 
 
 def row(name: str, tokens: int, seconds: float) -> str:
-    """A layer's line of the table."""
+    """Return a layer's line of the table."""
     inputs, outputs = LAYERS[name]
     bf16 = nn.Linear(inputs, outputs, bias=False, device="cuda", dtype=torch.bfloat16)
     bf16.requires_grad_(False)

@@ -2,10 +2,10 @@
 
     python benchmarks/norm_rope.py [--cases "hunyuan, one stream" ...] [--seconds 2]
 
-One process on one GPU, bf16, batch 1, at the shapes of the published models. Every row is first
-held to fp64 at an eighth of the length, output and gradients, within twice the error of the eager
-row; one that is wrong is written down as wrong and not timed. The others take turns, a forward and
-a backward pass each: medians by CUDA events.
+One process on one GPU, bf16, batch 1, at the shapes of the published models. The output and
+gradients of every row are first compared with fp64 at an eighth of the length; their error may be
+twice that of the eager row. A row that fails is reported as wrong and not timed. The others take
+turns, a forward and a backward pass each; times are medians by CUDA events.
 """
 
 import argparse
@@ -33,7 +33,11 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Case:
-    """tokens of the video; own_text: that follow it in its projection; text: in one of its own."""
+    """Holds a case's numbers of tokens.
+
+    tokens: of the video. own_text: text tokens that follow the video in the same projection. text:
+    text tokens that have a projection of their own.
+    """
 
     tokens: int
     heads: int
@@ -55,7 +59,7 @@ CASES = {
 
 
 class Problem:
-    """Random normal inputs of a case, as projections leave them."""
+    """Draw random normal inputs of a case, laid out as projections leave them."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -84,7 +88,7 @@ class Problem:
         return torch.randn(shape, device="cuda").bfloat16()
 
     def forward(self, compute: Callable, dtype: torch.dtype = torch.bfloat16) -> tuple:
-        """The output, and the leaves that its gradients are of."""
+        """Return the output and the leaves for which gradients are taken."""
         leaves = self.leaves
         rest = self.rest
         if dtype != torch.bfloat16:
@@ -94,32 +98,32 @@ class Problem:
         return compute(leaves[0], text=text, **rest, **self.options), leaves
 
     def results(self, compute: Callable, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-        """Output and gradients."""
+        """Return the output and the gradients."""
         out, leaves = self.forward(compute, dtype)
         return [out.detach(), *torch.autograd.grad(out, leaves, self.grad.to(dtype))]
 
     def step(self, compute: Callable) -> tuple[float, float]:
-        """Milliseconds of each pass."""
+        """Return the milliseconds of each pass."""
         forward, (out, leaves) = milliseconds(lambda: self.forward(compute))
         backward, _ = milliseconds(lambda: torch.autograd.grad(out, leaves, self.grad))
         return forward, backward
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """That each pass must move."""
+        """Return the bytes that each pass must move."""
         tokens = 2 * self.grad.numel()
         tables = 8 * self.rest["cos"].numel()
         return 2 * tokens + tables, 3 * tokens + tables
 
 
 def errors(got: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """The largest of each tensor, over the largest element."""
+    """Return each tensor's largest error, relative to its largest element."""
     pairs = zip(got, exact, strict=True)
     return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
 
 
 def rows(name: str, seconds: float) -> list[str]:
-    """A case's lines of the table."""
+    """Return a case's lines of the table."""
     case = CASES[name]
     eager = partial(norm_rope, backend="reference")
     kernels = {

@@ -4,8 +4,9 @@
     python benchmarks/patterns.py [--write]                on a GPU, a minute and a half
 
 Times are of one layer's attention as a model calls it, heads' token orders included, and of the
-kernel alone. First each pattern is held to the oracle on a small grid, forward and gradients; then
-all take turns, and medians by CUDA events are printed. --write also fills docs/patterns.md.
+kernel alone. Each pattern's forward and gradients are first compared with the oracle on a small
+grid; then all take turns, and medians by CUDA events are printed. --write also fills
+docs/patterns.md.
 """
 
 import argparse
@@ -39,7 +40,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"
 
 @dataclass(frozen=True)
 class Family:
-    """A model at its native length, twice and four times that; text at its greatest length."""
+    """Holds a model's grids at one, two and four native lengths, with text at its maximum."""
 
     name: str
     heads: int
@@ -59,7 +60,7 @@ SMALL = TokenGrid(9, 14, 18, 40)  # for the oracle
 def at_radials_density(
     pattern: SparsePattern, grid: TokenGrid, heads: int
 ) -> tuple[SparsePattern, float, bool]:
-    """The pattern at the width that comes nearest, its density, and whether that is near."""
+    """Return the pattern nearest to radial's density, its density, and whether they match."""
     target = layer_density(Radial(), grid, BLOCK, heads)
     return nearest_density(pattern, grid, target, BLOCK, heads)
 
@@ -68,7 +69,7 @@ def at_radials_density(
 
 
 def density_rows() -> Iterator[str]:
-    """A markdown table: densities at the defaults, widths at radial's density, layers to reach."""
+    """Yield a Markdown table of densities at the defaults, and of layers to full reach."""
     yield f"| pattern | {' | '.join(family.name for family in FAMILIES)} | layers to full reach |"
     yield f"|---|{len(FAMILIES) * '---|'}---|"
     for name, cls in PATTERNS.items():
@@ -80,8 +81,11 @@ def density_rows() -> Iterator[str]:
 
 
 def width_rows() -> Iterator[str]:
-    """A markdown table: the width of each pattern that meets radial's density at twice the length,
-    with what it comes to where that is another, and layers to full reach with it."""
+    """Yield a Markdown table of the widths at which patterns meet radial's density.
+
+    The length is twice the native one. Each width stands with the density that it gives, and with
+    the layers to full reach.
+    """
     yield f"| pattern | {' | '.join(family.name for family in FAMILIES)} | layers to full reach |"
     yield f"|---|{len(FAMILIES) * '---|'}---|"
     for name, cls in PATTERNS.items():
@@ -99,12 +103,12 @@ def width_rows() -> Iterator[str]:
 
 
 def reach(pattern: SparsePattern) -> int | str:
-    """Return the reach at twice HunyuanVideo's length."""
+    """Return the layers to full reach at twice HunyuanVideo's native length, or "never"."""
     return layers_to_full_reach(pattern, TIMED, BLOCK, HUNYUAN.heads) or "never"
 
 
 def densities() -> dict[str, str]:
-    """Both tables by the name of their place in the docs; rows are printed as they come."""
+    """Return both tables by the name of their place in the docs; print rows as they come."""
     tables = {}
     for name, rows in (("densities", density_rows()), ("widths", width_rows())):
         lines = []
@@ -123,7 +127,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Inputs:
-    """q, k, v and the output's gradient: `[1, tokens, heads, head_dim]` bf16."""
+    """Holds q, k, v and the output's gradient: `[1, tokens, heads, head_dim]` bf16."""
 
     def __init__(self, grid: TokenGrid, heads: int, head_dim: int) -> None:
         self.grid, self.heads = grid, heads
@@ -141,7 +145,7 @@ class Inputs:
 
 
 def layer(pattern: SparsePattern, grid: TokenGrid, backend: Backend = "auto") -> Attend:
-    """Attention as a model's layer calls it; dense by the fastest SDPA that torch ships."""
+    """Return attention as a model's layer calls it; dense uses the fastest SDPA in torch."""
     attention = SparseAttention(pattern, block=BLOCK, backend=backend)
     attention.plan(grid)
 
@@ -153,7 +157,7 @@ def layer(pattern: SparsePattern, grid: TokenGrid, backend: Backend = "auto") ->
 
 
 def kernel(pattern: SparsePattern, grid: TokenGrid, heads: int) -> Attend | None:
-    """The same without bringing tokens into their heads' orders; None where there is none."""
+    """Return the kernel alone, without token reordering; None for a pattern without one."""
     layout = build_layout(pattern, grid, BLOCK)
     if layout.order is None:
         return None
@@ -178,14 +182,14 @@ def check(name: str, pattern: SparsePattern, inputs: Inputs) -> None:
 
 
 def timed(args: argparse.Namespace) -> str:
-    """The table, as markdown."""
+    """Return the table as Markdown."""
     small = Inputs(SMALL, args.heads, args.head_dim)
     for name, cls in PATTERNS.items():
         check(name, cls(), small)
     print(f"all patterns agree with the oracle on {SMALL}", flush=True)
 
     patterns: dict[str, tuple[SparsePattern, float]] = {}
-    calls: dict[tuple[str, bool], Attend] = {}  # by pattern, and whether it is the kernel alone
+    calls: dict[tuple[str, bool], Attend] = {}  # by pattern and whether only the kernel is timed
     for name, cls in PATTERNS.items():
         pattern, density = cls(), 1.0
         if cls.width is not None:
@@ -219,7 +223,7 @@ def timed(args: argparse.Namespace) -> str:
 
 
 def write_result(table: str, args: argparse.Namespace) -> Path:
-    """The table with what it takes to measure it again."""
+    """Return the table with what is needed to measure it again."""
     command = shlex.join(["python", "benchmarks/patterns.py", *sys.argv[1:]])
     path = dated(RESULTS, "patterns")
     write(

@@ -1,4 +1,4 @@
-"""Steps of a clip that all GPUs share, beside steps with a clip on each: what it costs to share.
+"""Measure the cost of sharing one clip between all GPUs, against one clip on each GPU.
 
     accelerate launch --config_file launch/ddp.yaml --num_processes 2 benchmarks/sequence.py \\
         recipe=hunyuan_2x [blocks=2] [key=value ...]
@@ -8,11 +8,11 @@ shared and not. Then both ways take turns: efficiency is the seconds of a step w
 of N GPUs over N times those of a step with one clip on all. The slowest process counts, as it does
 in a run. Each call adds its section to the result file of the day, or replaces it.
 
-    blocks=2      of each kind, dense and sparse, so that two ways fit beside each other; or `all`
-    alone=true    `false`: the shared clip only, which one GPU could not hold
-    repeats=3     steps that count; the first of them is profiled
+    blocks=2      blocks of each kind, dense and sparse, few enough that both ways fit; or `all`
+    alone=true    `false` measures only the shared clip, for clips that one GPU cannot hold
+    repeats=3     counted steps; the first of them is profiled
     warmup=full   or short: the step before them runs on a few frames, just to compile
-    out=FOLDER    of the result
+    out=FOLDER    folder of the result files
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Options:
-    """Keys beside a recipe's; see the module."""
+    """Holds the keys that are not a recipe's; the module's docstring explains them."""
 
     blocks: str = "2"
     alone: bool = True
@@ -69,8 +69,11 @@ class Options:
 
 @dataclass
 class Way:
-    """One way to spread clips over the processes. GiB of this process, after a step: taken: of the
-    GPU, by whatever takes it, other ways too; host."""
+    """Holds one way to spread clips over the processes.
+
+    taken: GiB of the GPU in use after a step, including what other ways hold. host: peak GiB of
+    host memory of this process.
+    """
 
     name: str
     job: Job
@@ -87,7 +90,7 @@ class Way:
 
 
 def benchmark(argv: Sequence[str]) -> None:
-    """Compare gradients, measure, and write down."""
+    """Compare gradients, measure, and write the result file."""
     names = leaf_types(Options)
     own = [argument for argument in argv if argument.partition("=")[0] in names]
     options, overrides = parse(Options, own), [x for x in argv if x not in own]
@@ -143,7 +146,7 @@ def this_device() -> torch.device:
 
 
 def compare(alone: Way, shared: Way) -> str:
-    """Gradients of one clip at one noise level, by both ways, and by the first once more.
+    """Compare gradients of one clip at one noise level: both ways, and the first way twice.
 
     Raises SystemExit where sharing moves them by more than some roundings in the model's precision.
     """
@@ -163,14 +166,14 @@ def compare(alone: Way, shared: Way) -> str:
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the distance of all gradients together."""
+    """Return the relative distance of all gradients taken together."""
     squares = sum((found[n].double() - g.double()).square().sum() for n, g in expected.items())
     norm = sum(g.double().square().sum() for g in expected.values())
     return float((squares / norm) ** 0.5)
 
 
 def measure(ways: list[Way], options: Options, main: bool) -> None:
-    """A step that does not count, then `repeats` of each that do, in turns."""
+    """Run one uncounted step of each way, then `repeats` counted ones, taking turns."""
     for turn in range(options.repeats + 1):
         for way in ways:
             way.stepper.learner.accelerator.wait_for_everyone()
@@ -187,7 +190,7 @@ def measure(ways: list[Way], options: Options, main: bool) -> None:
 
 
 def report(ways: list[Way], processes: int) -> list[str]:
-    """Tables, from what all processes found."""
+    """Return the tables, built from the measurements of all processes."""
     lines = [
         "| | tokens | s | of it a clip | efficiency | peak GiB | GPU GiB | host GiB |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,25 +1,25 @@
-"""Training steps, sparse against dense, side by side in one process: time, memory, and where it
-goes.
+"""Compare sparse and dense training steps in one process: time by part, and memory.
 
     python benchmarks/step.py recipe=hunyuan_2x [speed.fused_norms=true ...] [rows=fair,radial]
 
-Rows are what changes of the recipe: `stock` (diffusers and PEFT alone), `dense`, `fair` (dense,
-with every memory setting of the recipe), `radial` (the recipe), `sparse` (without dense layers),
-and one for each memory setting turned by itself. A step of the published model takes minutes, so by
-default models of few blocks at full width and length take turns, and the depth is extrapolated from
-what one more block of each kind takes. Dense layers run on the fastest dense attention of torch.
+Each row changes the recipe: `stock` (diffusers and PEFT alone), `dense`, `fair` (dense, with every
+memory setting of the recipe), `radial` (the recipe), `sparse` (without dense layers), and one for
+each memory setting switched by itself. A step of the published model takes minutes, so by default
+models of few blocks at full width and length take turns, and the depth is extrapolated from what
+one more block of each kind takes. Dense layers run on the fastest dense attention of torch.
 
-Before anything is timed, the recipe's step is held to the dense one on a small grid. What each row
-will take is told first; `dry=true` ends there. Results go into one file a day, row by row as they
-come, numbers in JSON and tables beside it: a run may be split over calls.
+The predicted time of each row is printed first; `dry=true` ends there. Before anything is timed,
+the recipe's step is compared with the dense one on a small grid. Results go into one JSON file per
+day, row by row, with tables beside it, so that a run may be split over several calls.
 
-    rows=all      names, with commas
-    blocks=1,2    of each kind, in the models compared; `all`: the whole model, nothing extrapolated
-    repeats=3     steps that count, of each model; the first of them is profiled
+    rows=all      names separated by commas
+    blocks=1,2    blocks of each kind in the small models; `all`: the whole model, not extrapolated
+    repeats=3     counted steps of each model; the first of them is profiled
     warmup=full   or short: the step before them runs on a few frames, just to compile
     caption=N     tokens of the caption (default: as many as the model takes)
-    resume=true   leaves out rows that the file has
-    gpu=h200      whose rates predict, if not those of the one found; out=FOLDER of the results
+    resume=true   skip rows that the file already holds
+    gpu=h200      GPU whose rates are used for predictions (default: the one found)
+    out=FOLDER    folder of the result files
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ CHECKING = 60.0  # for the comparison before, assumed
 
 @dataclass(frozen=True)
 class Options:
-    """Keys beside a recipe's; see the module."""
+    """Holds the keys that are not a recipe's; the module's docstring explains them."""
 
     rows: str = "all"
     blocks: str = "1,2"
@@ -72,7 +72,7 @@ class Options:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Blocks of each kind, few and more; zeros for the whole model."""
+        """Return the low and high number of blocks of each kind; zeros mean the whole model."""
         if self.blocks == "all":
             return 0, 0
         low, _, high = self.blocks.partition(",")
@@ -83,21 +83,21 @@ class Options:
 
 @dataclass
 class Task:
-    """A row to measure, and what is known of it."""
+    """Holds a row to measure with its job and record."""
 
     row: Row
     job: Job
     record: Record
 
     def predict(self, gpu: rates.Gpu, options: Options) -> tuple[list[float], float]:
-        """Seconds of a step at each point, and the greatest peak among them in bytes."""
+        """Return the predicted seconds of a step at each point, and the highest peak in bytes."""
         slower = STOCK_SLOWER if self.row.stock else 1.0
         made = [plan(with_blocks(self.job, x), gpu) for x in self.record.design.points]
         return [slower * p.seconds.total for p in made], max(p.memory.peak for p in made)
 
 
 def benchmark(argv: Sequence[str]) -> Path:
-    """Predict, check, measure and write down; returns the file of numbers."""
+    """Predict, check, measure and write the results; return the path of the numbers."""
     options, overrides = read(argv)
     alike = training.setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +117,7 @@ def benchmark(argv: Sequence[str]) -> Path:
             return path
 
         def save() -> None:
-            results = speedup.read(path, alike)  # anew: another process may have added to it
+            results = speedup.read(path, alike)  # read again: another process may have added to it
             section = results.sections.setdefault(recipe, Section())
             section.check = checked or section.check
             section.rows |= {name: t.record for name, t in tasks.items() if told(t.record)}
@@ -140,7 +140,7 @@ def benchmark(argv: Sequence[str]) -> Path:
 def plan_rows(
     options: Options, overrides: Sequence[str], folder: str, gpu: rates.Gpu | None
 ) -> dict[str, Task]:
-    """The chosen rows by their names in the file."""
+    """Return the chosen rows by their names in the file."""
     rows, tasks = rows_for(load(overrides)), {}
     names = list(rows) if options.rows == "all" else options.rows.split(",")
     for name in names:
@@ -170,14 +170,14 @@ def plan_rows(
 
 
 def job_of(row: Row, overrides: Sequence[str], folder: str) -> Job:
-    """Return the job of a row, without files: an empty folder stands for its videos."""
+    """Build a row's job without files: an empty folder stands in for its videos."""
     config: Config = row.config(overrides)
     places = {"data": replace(config.data, path=folder), "run": replace(config.run, dir=folder)}
     return Job.from_config(replace(config, **places), published=True)
 
 
 def announce(tasks: dict[str, Task], gpu: rates.Gpu, options: Options) -> None:
-    """Say what each row is predicted to take."""
+    """Print what each row is predicted to take."""
     total, steps = CHECKING, options.repeats + (options.warmup == "full")
     for name, task in tasks.items():
         each, peak = task.predict(gpu, options)
@@ -192,7 +192,7 @@ def announce(tasks: dict[str, Task], gpu: rates.Gpu, options: Options) -> None:
 
 
 def groups(tasks: dict[str, Task]) -> dict[str, list[Task]]:
-    """Rows that take turns: all of few blocks; whole models one after another, for their size."""
+    """Group rows that take turns: all rows of few blocks together, each whole model alone."""
     few = {name: task for name, task in tasks.items() if task.record.high}
     whole = {name: [task] for name, task in tasks.items() if not task.record.high}
     return whole | ({", ".join(few): list(few.values())} if few else {})
@@ -237,7 +237,7 @@ def measure(
 
 
 def attempt(task: Task, function: Callable[[], None]) -> None:
-    """Call it; its row ends with a complaint if the machine cannot do it, or has no more memory."""
+    """Call it; record a complaint in its row if the machine cannot run it or is out of memory."""
     reason = ""
     try:
         function()
@@ -249,13 +249,13 @@ def attempt(task: Task, function: Callable[[], None]) -> None:
         if not ended and "out of memory" not in reason:
             raise
         reason = f"out of memory: {reason}"
-    if reason:  # here, for the error holds what was being computed
+    if reason:  # outside the handler, because the error keeps the failed computation alive
         task.record.complaint = reason.replace("\n", " ")
         free()
 
 
 def free() -> None:
-    """Free what is no longer needed; hooks and graphs refer to models in circles."""
+    """Free memory no longer needed; hooks and graphs hold models in reference cycles."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -266,7 +266,7 @@ def told(record: Record) -> bool:
 
 
 def command(overrides: Sequence[str], options: Options, row: str) -> str:
-    """Return the command that makes the row alone."""
+    """Return the command that produces this row alone."""
     chosen = [f"rows={row}", f"blocks={options.blocks}", f"repeats={options.repeats}"]
     if options.warmup != "full":
         chosen.append(f"warmup={options.warmup}")
@@ -277,7 +277,7 @@ def command(overrides: Sequence[str], options: Options, row: str) -> str:
 
 
 def read(argv: Sequence[str]) -> tuple[Options, list[str]]:
-    """Options, and the recipe with its settings as they were given."""
+    """Split arguments into the options and the recipe with its settings as given."""
     names = leaf_types(Options)
     own = [argument for argument in argv if argument.partition("=")[0] in names]
     options = parse(Options, own)

@@ -4,10 +4,11 @@
 
 One process on one GPU, one recipe a call with any of its settings; nothing is downloaded. Model,
 attention, adapter, optimizer and step are the trainer's own; weights, latents and captions are
-noise, the captions of the greatest length. The first step compiles, so it stands apart: seconds are
-the median of the others. Each call adds its row to the result file of the day, or replaces it.
-`sparse.pattern.name=dense` is the dense baseline. Further keys: gpu (of the prediction, if not the
-one found), commit (that predicts, where there is no git), out (folder of the result files).
+noise, with captions of the maximum length. The first step compiles and is reported separately:
+seconds are the median of the others. Each call adds its row to the result file of the day, or
+replaces it. `sparse.pattern.name=dense` is the dense baseline. Further keys: gpu (used for the
+prediction; default: the one found), commit (of the code that predicts, if git is not available),
+out (folder of the result files).
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Options:
-    """Keys beside a recipe's; see the module."""
+    """Holds the keys that are not a recipe's; the module's docstring explains them."""
 
     steps: int = 2
     gpu: str | None = None
@@ -96,7 +97,7 @@ class Options:
 
 @dataclass
 class Step:
-    """One update. seconds: by PARTS. allocated: bytes when a part began, empty on a CPU."""
+    """Holds one update. seconds: by PARTS. allocated: bytes as a part began, empty on a CPU."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     allocated: dict[str, int] = field(default_factory=dict)
@@ -110,7 +111,10 @@ class Step:
 
 @dataclass
 class Measured:
-    """complaint: why it ended early; empty if it did not. peak, reserved, gpu, pinned: bytes."""
+    """Holds what a run measured.
+
+    complaint: why it ended early; empty if it did not. peak, reserved, gpu, pinned: bytes.
+    """
 
     steps: list[Step] = field(default_factory=list)
     complaint: str = ""
@@ -133,7 +137,7 @@ class Measured:
         return statistics.median(step.seconds[name] for step in self.counted)
 
     def note_memory(self, device: torch.device, learner: Learner | None) -> None:
-        """learner: None while the model is loading."""
+        """Record memory use; `learner` is None while the model is loading."""
         self.host_gib = peak_memory_gib(torch.device("cpu"))
         offload = None if learner is None else learner.offload
         self.pinned = 0 if offload is None else offload.pool.size
@@ -147,7 +151,7 @@ class Measured:
 class Watch:
     """Follows a learner through the parts of its steps, and waits for the device between them.
 
-    On a GPU it says when each part begins: a process that is killed leaves how far it came.
+    On a GPU it prints when each part begins, so that a killed process shows how far it got.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -174,7 +178,10 @@ class Watch:
         self.part, self._since = part, now
 
     def _check(self) -> None:
-        """Not a part of the step. That the gradients are finite, the learner has seen to."""
+        """Check that every gradient exists, outside the timed parts of the step.
+
+        The learner itself checks that gradients are finite.
+        """
         self.enter("check")
         grads = {name: p.grad for name, p in self.parameters.items()}
         missing = [name for name, grad in grads.items() if grad is None]
@@ -191,7 +198,7 @@ class Watch:
 
 
 def measure(job: Job, steps: int) -> Measured:
-    """So many updates; stops where memory ends, on the GPU or in the host, and says so."""
+    """Run this many updates; stop and say so when the GPU or the host runs out of memory."""
     found = Measured()
     open_console(True)
     setup = Setup.of_job(job)
@@ -202,7 +209,7 @@ def measure(job: Job, steps: int) -> Measured:
         started = time.perf_counter()
         learner = Learner(setup, LoadedModel.load(setup))
         if setup.device.type == "cuda":
-            torch.cuda.empty_cache()  # of what was quantised
+            torch.cuda.empty_cache()  # cached blocks left over from quantising
         say(f"model made in {time.perf_counter() - started:.0f} s")
         watch, found.adapted = Watch(learner), len(learner.parameters)
         batches = repeat(random_batch(job, setup.dtype, setup.clip_part))
@@ -244,7 +251,7 @@ def describe_memory(found: Measured) -> str:
 
 
 def gpu_found(device: torch.device) -> rates.Gpu | None:
-    """The known GPU that a device is, by name and then by memory; None for others."""
+    """Return the known GPU that matches a device by name, then by memory; None for others."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
@@ -254,8 +261,7 @@ def gpu_found(device: torch.device) -> rates.Gpu | None:
 
 
 def predicted_gib(made: ResourcePlan) -> dict[str, float]:
-    """Return by moment what torch should have allocated: the plan's parts that exist then, in
-    GiB."""
+    """Return by moment the GiB that torch should have allocated: the plan's parts alive then."""
     parts = made.memory.gpu
     between = parts["frozen base"] + parts["LoRA, gradients, moments"] - 4 * made.model.lora
     kept = sum(parts.get(x, 0.0) for x in ("block inputs", "kept by blocks", "positions"))
@@ -269,7 +275,7 @@ def predicted_gib(made: ResourcePlan) -> dict[str, float]:
 
 
 def measured_gib(found: Measured) -> dict[str, float | None]:
-    """The same moments as they were; None for what was not."""
+    """Return the measured GiB at the same moments; None for those not reached."""
     last = found.counted[-1].allocated if found.counted else {}
     moments: dict[str, float | None] = {
         "GiB between steps": last.get("forward"),
@@ -283,7 +289,7 @@ def measured_gib(found: Measured) -> dict[str, float | None]:
 def section(
     job: Job, made: ResourcePlan, gpu: rates.Gpu | None, found: Measured, about: list[str]
 ) -> str:
-    """One recipe's comparison in words and numbers."""
+    """Return one recipe's comparison in words and numbers."""
     rows: list[tuple[str, float, float | None]] = []
     if gpu is not None:
         rows.append(("seconds", made.seconds.total, found.seconds))
@@ -331,7 +337,7 @@ def parts_of(made: ResourcePlan) -> str:
 
 
 def row(name: str, made: ResourcePlan, gpu: rates.Gpu | None, found: Measured) -> str:
-    """A recipe's line of the table."""
+    """Return a recipe's line of the table."""
     seconds, peak = found.seconds, found.peak / GIB or None
     expected = None if gpu is None else made.seconds.total
     size = None if gpu is None else predicted_gib(made)["GiB at the peak"]
@@ -367,28 +373,31 @@ def off(expected: float | None, was: float | None) -> str:
 
 
 def setup() -> str:
-    """Return what must be alike in one file. The allocator's settings first: CUDA reads
-    them as it starts, which asking for the GPU's name makes it do."""
+    """Describe the setup, which must be the same for everything in one result file.
+
+    Sets the allocator's options first: asking for the GPU's name initialises CUDA, which reads
+    them only then.
+    """
     grow_segments()
     libraries = ", ".join(f"{x.__name__} {x.__version__}" for x in (diffusers, peft, accelerate))
     return f"{measured_on()}, {libraries}; one process, random weights."
 
 
 def name_of(recipe: str, overrides: list[str]) -> str:
-    """The recipe and the settings that a step may feel."""
+    """Return the recipe and the settings that can affect a step."""
     felt = sorted(x for x in overrides if not x.startswith((*PLACES, "recipe=")))
     return " ".join([recipe, *felt]).replace("|", "/")
 
 
 def command(overrides: list[str], steps: int) -> str:
-    """Return the command of the row, environment included where it decides how memory is taken."""
+    """Return the command that produces the row, with the allocator's environment variables."""
     chosen = [f"{x}={shlex.quote(environ[x])}" for x in ALLOCATOR if x in environ]
     called = shlex.join([x for x in overrides if not x.startswith(PLACES)])
     return f"`{' '.join([*chosen, 'python benchmarks/training.py', called, f'steps={steps}'])}`"
 
 
 def commit_here() -> str | None:
-    """Return the commit of the working tree; ends in `-dirty` where that has changes of its own."""
+    """Return the working tree's commit; it ends in `-dirty` if there are uncommitted changes."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         run = subprocess.run(describe, cwd=RESULTS, capture_output=True, text=True)
@@ -398,7 +407,7 @@ def commit_here() -> str | None:
 
 
 def rows_of(head: list[str]) -> dict[str, str]:
-    """Lines of the table that ends a result's head, by recipe."""
+    """Return by recipe the lines of the table that ends a result's head."""
     lines = head[-1].splitlines()[2:] if head else []
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
 
@@ -408,7 +417,7 @@ def say(text: str) -> None:
 
 
 def read(argv: list[str]) -> tuple[Options, Config, list[str]]:
-    """Options, the recipe of all other arguments, and these as they were given."""
+    """Split arguments into options, the config of all others, and those others as given."""
     names = leaf_types(Options)
     own = [argument for argument in argv if argument.partition("=")[0] in names]
     options = parse(Options, own)
@@ -419,7 +428,7 @@ def read(argv: list[str]) -> tuple[Options, Config, list[str]]:
 
 
 def benchmark(argv: list[str]) -> Path:
-    """Predict, measure, and write both down; returns the result file."""
+    """Predict, measure, and write both; return the path of the result file."""
     options, config, overrides = read(argv)
     called = command(overrides, options.steps)
     alike = setup()
@@ -442,7 +451,7 @@ def benchmark(argv: list[str]) -> Path:
             peaks = ", ".join(f"{k} {short(v)}" for k, v in predicted_gib(made).items())
             say(f"predicted: {short(made.seconds.total)} s ({parts_of(made)}); {peaks}")
         found = measure(replace(job, family=untrained(job.family, device)), options.steps)
-    head, sections = resumed(path, alike)  # anew: another recipe may have ended meanwhile
+    head, sections = resumed(path, alike)  # read again: another recipe may have finished meanwhile
     rows = rows_of(head) | {name: row(name, made, gpu, found)}
     sections[name] = section(job, made, gpu, found, about)
     table = [f"| {' | '.join(COLUMNS)} |", f"|{len(COLUMNS) * '---|'}", *rows.values()]

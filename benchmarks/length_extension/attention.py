@@ -1,4 +1,4 @@
-"""Measure how attention of the experiment's trained models decays, and what masks keep of it."""
+"""Measure how attention decays in the experiment's trained models, and what masks keep of it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .pixels import Bf16Attention, PixelWan, to_latents
 from .settings import SET_NAMES
 from .training import half_products
 
-SEEN = 4  # seed of the clips that are looked at, one of each set
+SEEN = 4  # seed of the observed clips, one of each set
 SIGMAS = (0.3, 0.6, 0.9)
 ROWS = 512  # queries of a layer and clip
 ANALYSED = ("base-1x-seed0", "dense-4x-seed0")
 
 
 class Bf16Observer(Observer, Bf16Attention):
-    """Looks at what `Bf16Attention` computes."""
+    """Observes what `Bf16Attention` computes."""
 
 
 def analyse(cell: Cell, model: Any, family: PixelWan, path: Path, device: torch.device) -> None:
-    """Write the figures of a model that attends densely; every pattern at radial's density."""
+    """Write the figures of a densely attending model, with every pattern at radial's density."""
     if path.is_file():
         return
     scale = family.scale
@@ -59,7 +59,7 @@ def analyse(cell: Cell, model: Any, family: PixelWan, path: Path, device: torch.
 
 
 def section(folder: Path) -> str:
-    """Markdown tables of the figures there are; empty without any."""
+    """Return Markdown tables of the figures found in `folder`; empty without any."""
     parts = []
     for name in ANALYSED:
         path = folder / f"{name}.json"

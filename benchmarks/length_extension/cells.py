@@ -1,4 +1,4 @@
-"""Define what is compared: a cell is one model, tuned in one way at one length, and measured."""
+"""The cells to compare: a cell is one model, tuned in one way at one length, and measured."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ from longreel.trainer.config.values import ConfigError
 from .settings import Scale
 
 MAIN = ("radial", "dense", "spatial", "none")
-# Where a pattern's defaults are made for larger frames than the experiment's.
+# Replaces the defaults that a pattern has for larger frames than the experiment's.
 PARAMETERS: dict[str, SparsePattern] = {
     "sliding_tile": SlidingTile(tile="4x4x4"),
     "cube": Cube(near=3),
 }
-WIDER = (8, 20)  # frames either side that radial sees whole, and the window at its density
+WIDER = (8, 20)  # frames on either side that radial sees whole; a window is set to its density
 
 
 @dataclass(frozen=True)
 class Cell:
-    """row: its name in tables. factor: length in native lengths. seed: of everything random.
+    """Holds one comparison.
+
+    row: its name in tables. factor: length in native lengths. seed: of everything random.
 
     method: `none` samples the base as it is, `lora` and `full` train that much of it.
-    near: of the radial at this length whose density the pattern meets; None to leave it alone.
+    near: the pattern is solved for the density that Radial(near) has; None leaves it as given.
     dense_layers: first layers that stay dense. mark: measured after so many `steps`, or once it has
         trained for the GPU `seconds` that radial's steps took.
     other_captions: sampled with the other caption of each set.
@@ -57,13 +59,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name its files, apart from those of all other cells."""
+        """Return the name of its files, unique among cells."""
         parts = [self.row, f"{self.factor}x", f"seed{self.seed}"]
         return "-".join(parts + ["seconds"] * (self.mark == "seconds"))
 
     @property
     def run(self) -> str:
-        """The training it is a stage of."""
+        """Return the name of the training run that passes through this cell's mark."""
         return replace(self, mark="steps").name
 
     def describe(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Cell:
 
 @cache
 def solved(cell: Cell, scale: Scale) -> tuple[SparsePattern, float]:
-    """The pattern at the width that comes nearest to radial's density, and its density."""
+    """Return the pattern at the width nearest to radial's density, and its density."""
     pattern, grid = cell.pattern, scale.grid(cell.factor)
     given = (grid, scale.block, scale.heads)
     if isinstance(pattern, Dense) or pattern.width is None or cell.near is None:
@@ -86,18 +88,20 @@ def pattern_of(row: str) -> SparsePattern:
 
 
 def control_cells() -> Iterator[Cell]:
-    """Return the controls, which must hold first, and the base that rows are compared with."""
+    """Yield the base and the controls that must hold before any row is trusted."""
     yield Cell("base", 1, method="none")
     yield Cell("base-other-captions", 1, method="none", other_captions=True)
     for factor in (4, 2):
         yield Cell("none", factor, method="none")
-    # Layers times the window's reach stay below the gap of `occlude`: chance is all that is left.
+    # Layers times the window's reach is less than the gap of `occlude`, so it must be at chance.
     yield Cell("window-of-1", 4, pattern=Spatial(half_width=1, sink=False), near=None)
 
 
 def main_cells(seed: int) -> Iterator[Cell]:
-    """The rows that are repeated with every seed; `none` learns nothing that a seed could change
-    but its samples."""
+    """Yield the rows that are repeated with every seed.
+
+    `none` trains nothing, so a seed changes only its samples.
+    """
     for factor in (4, 2):
         for row in MAIN[:3]:
             cell = Cell(row, factor, seed, pattern=pattern_of(row))
@@ -109,7 +113,7 @@ def main_cells(seed: int) -> Iterator[Cell]:
 
 
 def pattern_cells() -> Iterator[Cell]:
-    """One seed of every pattern there is, at radial's density."""
+    """Yield one seed of every pattern there is, at radial's density."""
     for factor in (4, 2):
         for row in PATTERNS:
             if row not in MAIN:
@@ -117,7 +121,7 @@ def pattern_cells() -> Iterator[Cell]:
 
 
 def question_cells() -> Iterator[Cell]:
-    """Return the other choices of recipes: all weights, RoPE, dense layers, density."""
+    """Yield cells for the other choices of recipes: all weights, RoPE, dense layers, density."""
     for factor in (4, 2):
         for row in ("radial", "dense"):
             yield Cell(f"{row}-full", factor, method="full", pattern=pattern_of(row))
@@ -125,7 +129,7 @@ def question_cells() -> Iterator[Cell]:
             yield Cell(f"radial-{rope}", factor, pattern=Radial(), rope=rope)
     for row in ("radial", "spatial"):
         yield Cell(f"{row}-1-dense-layer", 4, pattern=pattern_of(row), dense_layers=1)
-    # Radial's windows are a block wide at this size, so that whole frames are what widens it.
+    # Radial's windows are one block wide at this size, so only whole frames can widen it.
     for near in WIDER:
         yield Cell(f"radial-near-{near}", 4, pattern=Radial(near=near), near=None)
         yield Cell(f"spatial-as-near-{near}", 4, pattern=Spatial(), near=near)
@@ -133,7 +137,7 @@ def question_cells() -> Iterator[Cell]:
 
 
 def plan(seeds: list[int], only: str = "*") -> list[Cell]:
-    """Cells in the order they run: what the rest rests on comes first.
+    """Return the cells in the order they run: those that others depend on come first.
 
     only: names or rows with `*`, separated by commas. Raises ConfigError where none fits.
     """
@@ -146,5 +150,5 @@ def plan(seeds: list[int], only: str = "*") -> list[Cell]:
     chosen = [c for c in cells if any(fnmatch(c.name, w) or fnmatch(c.row, w) for w in wanted)]
     if not chosen:
         rows = ", ".join(dict.fromkeys(cell.row for cell in cells))
-        raise ConfigError(f"only={only} fits no cell. Rows: {rows}.")
+        raise ConfigError(f"only={only} matches no cell. Rows: {rows}.")
     return chosen

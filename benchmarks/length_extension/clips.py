@@ -13,11 +13,11 @@ from longreel.data.synthetic import ClipSet
 from .settings import Scale
 from .workers import Workers
 
-TRAINED, PRETRAINED = 1, 2  # seeds of the banks: a LoRA meets no clip that its base has seen
+TRAINED, PRETRAINED = 1, 2  # seeds of the banks: a LoRA sees no clip that its base was trained on
 
 
 class Bank:
-    """All clips of a length, uint8 `[N, T, H, W, 3]` on the device, with their captions."""
+    """Holds all clips of a length, uint8 `[N, T, H, W, 3]` on the device, with their captions."""
 
     def __init__(
         self, scale: Scale, factor: int, seed: int, device: torch.device, workers: Workers

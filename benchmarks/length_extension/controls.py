@@ -1,4 +1,4 @@
-"""Check what must hold before any row is believed."""
+"""Checks that must hold before any row is trusted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .results import Interval, Store, difference, interval
 from .settings import Scale
 
 CHANCE = 1 / len(COLOURS)
-# At the native length, of the base: (set, metric, least or most, the value).
+# Bounds on the base at the native length: (set, metric, least or most, the value).
 CEILINGS = (
     ("bounce", "visible", "least", 0.9),
     ("bounce", "agree@10", "least", 0.9),
@@ -23,7 +23,7 @@ CEILINGS = (
     ("spin", "angular_speed_error", "most", 0.15),
     ("pan", "loop_far", "least", 18.0),
 )
-# Of none at four times the length against the base: (set, metric, sign of what is better).
+# Where `none` at four times the length must be worse than the base: (set, metric, sign of better).
 WORSE = (
     ("bounce", "trajectory_rmse", -1),
     ("spin", "angular_speed_error", -1),
@@ -34,7 +34,7 @@ WORSE = (
 
 @dataclass(frozen=True)
 class Check:
-    """passed: None when what it needs is not there yet."""
+    """Holds a check's outcome. passed: None while the results it needs are missing."""
 
     name: str
     passed: bool | None
@@ -85,7 +85,7 @@ def _window_at_chance(store: Store, scale: Scale) -> Check:
     name = "a window that cannot reach across the gap is at chance on occlude"
     (cell,) = (cell for cell in control_cells() if cell.row == "window-of-1")
     assert isinstance(cell.pattern, Spatial)
-    # Blocks are kept whole, so that a window reaches up to two blocks further than it says.
+    # Blocks are kept whole, so a window reaches up to two blocks further than its width.
     grid = scale.grid(4)
     reach = scale.layers * (cell.pattern.half_width + 2 * scale.block / grid.per_frame)
     gap = int((~ClipSet("occlude", scale.arena(4)).scene(0).visible).sum())  # pyright: ignore
@@ -99,7 +99,7 @@ def _window_at_chance(store: Store, scale: Scale) -> Check:
 
 
 def _captions_tell_nothing(scale: Scale) -> Check:
-    """Count colours: given the caption, every colour is as likely as the others."""
+    """Check by counting that, given the caption, all colours are equally likely."""
     source, clips = ClipSet("mix", scale.arena(1)), 600 * len(SETS)
     counts: Counter[tuple[str, int]] = Counter()
     for index in range(0, clips, len(SETS)):  # `bounce` alone has a colour in every clip

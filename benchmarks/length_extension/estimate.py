@@ -1,7 +1,8 @@
-"""Estimate what the experiment takes on one H200, before it is run.
+"""Estimate what the experiment takes on one H200 before it runs.
 
-Rates are assumed, and low: products of a model this narrow are bound by memory, sparse blocks of 64
-are half of what the kernels are tuned for, and element-wise passes take as long as products.
+Rates are assumed, and are low: products of a model this narrow are bound by memory, sparse
+blocks of 64 are half of what the kernels are tuned for, and element-wise passes take as long as
+products.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ PRODUCTS = 200e12  # FLOP/s of linear layers of this width
 DENSE, SPARSE = 350e12, 200e12  # FLOP/s of attention, forward and backward together
 BYTES = 3e12  # a second, of passes over activations
 PASSES = 40  # over the activations of a layer in a forward, of 4 bytes a value
-LAUNCH = 1.5e-3  # seconds a layer and forward in which a step cannot be faster, for Python
-BACKWARD = {"lora": 1.0, "full": 2.0}  # products of a backward, in forwards
+LAUNCH = 1.5e-3  # seconds per layer and forward that Python needs at least
+BACKWARD = {"lora": 1.0, "full": 2.0}  # cost of a backward's products, in forwards
 RENDERING = 15.0  # seconds for a length's bank of clips, on 16 processors
-BESIDE = 6.0  # seconds a cell, to load, compile and measure
+BESIDE = 6.0  # seconds per cell to load, compile and measure
 
 
 @dataclass(frozen=True)
 class Cost:
-    """TFLOP, and seconds on the GPU, of one cell's training and sampling."""
+    """Holds the TFLOP and GPU seconds of one cell's training and sampling."""
 
     tflop: float
     train: float
@@ -38,7 +39,7 @@ class Cost:
 def forward(
     scale: Scale, tokens: int, clips: int, density: float, dense_layers: int
 ) -> tuple[float, float, float, float]:
-    """FLOP of products, of dense and of sparse attention, and bytes, of a forward."""
+    """Return a forward's FLOP of products, dense and sparse attention, and its bytes."""
     linear = 2 * scale.layers * (6 * scale.dim**2 + 2 * scale.dim * scale.ffn) * tokens * clips
     pairs = 4.0 * tokens**2 * scale.dim * clips
     dense = scale.layers if density == 1 else dense_layers
@@ -47,7 +48,7 @@ def forward(
 
 
 def step_seconds(parts: tuple[float, float, float, float], layers: int, backward: float) -> float:
-    """backward: products of it in forwards, 0 for none."""
+    """Return a step's seconds; `backward` is the cost of its products in forwards, 0 for none."""
     linear, dense, sparse, moved = parts
     attention = dense / DENSE + sparse / SPARSE
     times = 3.5 if backward else 1.0
@@ -62,7 +63,7 @@ def step_flop(parts: tuple[float, float, float, float], backward: float) -> floa
 
 
 def cost(cell: Cell, scale: Scale) -> Cost:
-    """Return the cost of a cell by itself. One marked `seconds` shares the training of its run."""
+    """Return the cost of one cell; one marked `seconds` shares the training of its run."""
     tokens, density = len(scale.grid(cell.factor)), solved(cell, scale)[1]
     flop = train = 0.0
     if cell.method != "none" and cell.mark == "steps":
@@ -83,7 +84,7 @@ def pretraining(scale: Scale) -> Cost:
 
 
 def table(cells: Sequence[Cell], scale: Scale) -> str:
-    """One line for pretraining and each cell, and what it comes to; for `dry=true`."""
+    """Return one line for pretraining and each cell, and the total; for `dry=true`."""
     lines = [f"{'cell':36} {'density':>8} {'PFLOP':>8} {'train s':>8} {'sample s':>8}"]
     base = pretraining(scale)
     lines.append(f"{'pretraining':36} {1:8.1%} {base.tflop / 1e3:8.2f} {base.train:8.0f} {0:8.0f}")

@@ -19,7 +19,7 @@ TASKS = ("bounce", "occlude", "cross")
 
 
 def draw(store: Store, scale: Scale, strips: Path, folder: Path) -> list[Path]:
-    """The figures for which there are results."""
+    """Draw the figures for which there are results, and return their paths."""
     made = []
     for name, figure in (
         ("agreement-by-lag.svg", agreement_by_lag(store, scale)),
@@ -36,7 +36,7 @@ def draw(store: Store, scale: Scale, strips: Path, folder: Path) -> list[Path]:
 
 
 def agreement_by_lag(store: Store, scale: Scale) -> Figure | None:
-    """Colour agreement against the frames between two sightings, at four times the length."""
+    """Plot colour agreement against the frames between two sightings, at four times the length."""
     rows = {row: found for row in MAIN if (found := store.of_row(row, 4))}
     if not rows:
         return None
@@ -62,7 +62,7 @@ def agreement_by_lag(store: Store, scale: Scale) -> Figure | None:
 
 
 def quality(store: Store, against: str) -> Figure | None:
-    """Same colour at both ends, of every cell at four times the length, against what it costs."""
+    """Plot the same colour at both ends against cost, for every cell at four times the length."""
     names = sorted(path.stem for path in store.folder.glob("*-4x-seed*.json"))
     loaded = [result for name in names if (result := store.load(name)) and result.complete]
     if not loaded:
@@ -87,7 +87,7 @@ def quality(store: Store, against: str) -> Figure | None:
 
 
 def samples(strips: Path, scale: Scale) -> Figure | None:
-    """The first clips of each set, as each main row draws them at four times the length."""
+    """Show the first clips of each set as each main row draws them at four times the length."""
     rows = [row for row in MAIN if (strips / f"{row}-4x-seed0-{SET_NAMES[0]}.png").is_file()]
     if not rows:
         return None

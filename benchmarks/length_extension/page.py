@@ -1,4 +1,4 @@
-"""The page of results: tables, what was found, and what it cannot tell."""
+"""Write the page of results: tables, findings, and their limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "length_extension.md"
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of the tables; better: 1 if more of it is, -1 if less."""
+    """Holds a figure of the tables. better: 1 if higher values are better, -1 if lower."""
 
     task: str
     metric: str
@@ -46,7 +46,7 @@ CANNOT = (
 
 
 def write(store: Store, scale: Scale, out: Path, path: Path = PAGE) -> Path:
-    """Fill the marked places of the page from all results that are there."""
+    """Fill the marked places of the page from all available results."""
     text = path.read_text(encoding="utf-8")
     for name, body in (
         ("findings", findings(store, scale)),
@@ -63,7 +63,7 @@ def write(store: Store, scale: Scale, out: Path, path: Path = PAGE) -> Path:
 
 
 def findings(store: Store, scale: Scale) -> str:
-    """The first paragraph: radial against dense and the window, with intervals."""
+    """Return the first paragraph: radial against dense and the window, with intervals."""
     failed = [check.name for check in checks(store, scale) if not check.passed]
     sentences = []
     if failed:
@@ -154,7 +154,7 @@ def _shown(value: Interval | None) -> str:
 
 
 def _table(rows: Sequence[list[str] | None]) -> str:
-    """Markdown; rows that are not there yet are left out."""
+    """Return a Markdown table; rows without results are left out."""
     head = ["row", "seeds", "density", "steps, GPU time", *(column.title for column in COLUMNS)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [f"| {' | '.join(row)} |" for row in rows if row]
@@ -162,7 +162,7 @@ def _table(rows: Sequence[list[str] | None]) -> str:
 
 
 def _made_on(store: Store) -> str:
-    """The machines that the results are of."""
+    """Name the machines on which the results were measured."""
     loaded = [store.load(path.stem) for path in sorted(store.folder.glob("*.json"))]
     if not loaded:
         return "Nothing has been measured yet."

@@ -1,5 +1,7 @@
-"""Wan's architecture on pixels: squares of pixels take the place of the VAE's latents, and words
-with fixed random vectors that of the text encoder."""
+"""Wan's architecture on pixels, without a VAE or a text encoder.
+
+Squares of pixels replace latents, and a fixed random vector per word replaces text embeddings.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from longreel.trainer.families.wan.text import WanText
 
 from .settings import Scale
 
-# About the mean and the spread of the sets' pixels in [0, 1]; most are background.
+# Approximate mean and spread of the sets' pixels in [0, 1]; most are background.
 CENTRE, SPREAD = 0.25, 0.35
 
 
@@ -42,7 +44,7 @@ class PixelText(WanText):
 
 @dataclass(frozen=True, eq=False)
 class PixelWan(ModelFamily):
-    """The Wan family at one scale of the experiment, without pipelines and files of the Hub."""
+    """Adapts the Wan family to one scale of the experiment, without pipelines or Hub files."""
 
     scale: Scale
 
@@ -72,7 +74,7 @@ class PixelWan(ModelFamily):
         )
 
     def build(self, seed: int) -> Any:
-        """A transformer of random weights, fp32."""
+        """Build a transformer of random fp32 weights."""
         scale = self.scale
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -89,9 +91,11 @@ class PixelWan(ModelFamily):
             )
 
     def save_base(self, transformer: Any, folder: Path) -> None:
-        """Save in bf16, as frozen bases are, in files of at most 12 MB; rounds the transformer
-        too."""
-        # Past diffusers' own `to`, which warns of modules that it keeps in fp32 when loading.
+        """Save in bf16, as frozen bases are, in files of at most 12 MB.
+
+        This rounds the given transformer's weights to bf16 too.
+        """
+        # Bypass diffusers' own `to`, which warns about modules that it loads in fp32.
         nn.Module.to(transformer, torch.bfloat16)
         transformer.save_pretrained(folder, max_shard_size="12MB")
 
@@ -99,7 +103,7 @@ class PixelWan(ModelFamily):
         return self.names.transformer_class.from_pretrained(folder, dtype=dtype)
 
     def encode_caption(self, caption: str) -> Text:
-        """Each word a random vector of its own, the same in every run."""
+        """Give each word a random vector of its own, the same in every run."""
         rows = []
         for word in caption.split():
             generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
@@ -108,27 +112,29 @@ class PixelWan(ModelFamily):
 
 
 class Bf16Attention(SparseAttention):
-    """Attention whose products are bf16 on a GPU whatever the model computes in around it: norms
-    and RoPE give fp32 under autocast, which no kernel of ours takes."""
+    """Computes attention's products in bf16 on a GPU, whatever dtype the model uses around it.
+
+    Norms and RoPE return fp32 under autocast, which none of our kernels accepts.
+    """
 
     def attention(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type != "cuda":
             return super().attention(layer_index, q, k, v)
-        # Out of autocast's reach, which would go on inside of the operator.
+        # Without this, autocast would stay active inside the operator.
         with torch.autocast(q.device.type, enabled=False):
             half = (x.to(torch.bfloat16) for x in (q, k, v))
             return super().attention(layer_index, *half).to(q.dtype)
 
 
 def to_latents(pixels: Tensor, squeeze: int) -> Tensor:
-    """uint8 `[B, T, H, W, 3]` to fp32 `[B, 3 * squeeze^2, T, H / squeeze, W / squeeze]`."""
+    """Convert uint8 `[B, T, H, W, 3]` to fp32 `[B, 3 * squeeze^2, T, H / squeeze, W / squeeze]`."""
     x = (pixels.float() / 255 - CENTRE) / SPREAD
     x = F.pixel_unshuffle(x.permute(0, 1, 4, 2, 3).flatten(0, 1), squeeze)
     return x.unflatten(0, pixels.shape[:2]).transpose(1, 2)
 
 
 def to_pixels(latents: Tensor, squeeze: int) -> Tensor:
-    """The inverse of `to_latents`, rounded to uint8."""
+    """Invert `to_latents` and round to uint8."""
     batch, _, frames = latents.shape[:3]
     x = F.pixel_shuffle(latents.float().transpose(1, 2).flatten(0, 1), squeeze)
     x = (x * SPREAD + CENTRE).clamp(0, 1) * 255 + 0.5

@@ -1,4 +1,4 @@
-"""Hold what cells measured, and how sure it is."""
+"""Results of cells, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Rows = list[dict[str, float]]
 
 @dataclass
 class Result:
-    """A cell's figures. sets: by name, the metrics of each clip, None for what cannot be told.
+    """Holds a cell's figures. sets: each clip's metrics by set, None where undefined.
 
-    density: executed share of pairs of a sparse layer. about: cell, device and versions. train: the
-    record of its training at the mark.
+    density: share of pairs that a sparse layer computes. about: cell, device and versions.
+    train: the record of its training at the mark.
     """
 
     density: float
@@ -37,14 +37,14 @@ class Result:
         return set(SET_NAMES) <= self.sets.keys()
 
     def values(self, name: str, metric: str) -> np.ndarray:
-        """Return a value for each clip of a set, NaN for what cannot be told."""
+        """Return a metric of each clip of a set, NaN where it is undefined."""
         rows = self.sets.get(name, [])
         values = [row.get(metric) for row in rows]
         return np.array([math.nan if v is None else v for v in values], float)
 
 
 class Store:
-    """Results as files, one a cell, written anew with each set that is measured."""
+    """Keeps one result file per cell, rewritten after each measured set."""
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "results"
@@ -60,7 +60,7 @@ class Store:
             temporary.write_text(json.dumps(plain))
 
     def of_row(self, row: str, factor: int, mark: str = "steps") -> list[Result]:
-        """Complete results of a row at a length, by seed."""
+        """Return the complete results of a row at a length, in order of seeds."""
         found = {}
         for path in self.folder.glob(f"{row}-{factor}x-seed*.json"):
             result = self.load(path.stem)
@@ -73,7 +73,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % bootstrap interval. told: share of clips that it could be told of."""
+    """Holds a mean and its 95 % bootstrap interval. told: share of clips where it is defined."""
 
     mean: float
     low: float
@@ -88,17 +88,17 @@ class Interval:
 
 
 def interval(results: list[Result], name: str, metric: str) -> Interval | None:
-    """Return the interval of a metric over seeds and clips: draws seeds, then clips of each.
+    """Return the bootstrap interval of a metric over a set: draw seeds, then clips of each.
 
-    With one seed the interval is of clips alone, and says nothing of how training varies. None if
-    it can be told of no clip.
+    With one seed the interval covers clips alone, and says nothing about how training varies. None
+    if the metric is undefined for every clip.
     """
     values = [result.values(name, metric) for result in results]
     return bootstrap(values)
 
 
 def summary(store: Store) -> dict[str, Any]:
-    """Every complete cell by name: what it is, and each figure as [mean, low, high, told]."""
+    """Return every complete cell by name, with each figure as [mean, low, high, told]."""
     cells = {}
     for path in sorted(store.folder.glob("*.json")):
         result = store.load(path.stem)
@@ -120,7 +120,10 @@ def summary(store: Store) -> dict[str, Any]:
 def difference(
     first: list[Result], second: list[Result], name: str, metric: str
 ) -> Interval | None:
-    """First minus second, clip by clip: those of one seed and number start from the same noise."""
+    """Return the interval of first minus second, paired by clip.
+
+    Clips of the same seed and number start from the same noise.
+    """
     pairs = [
         a.values(name, metric) - b.values(name, metric)
         for a, b in zip(first, second, strict=False)
@@ -130,7 +133,7 @@ def difference(
 
 
 def _plain(row: dict[str, Any]) -> dict[str, float | None]:
-    """Convert for JSON, which has no NaN; a result that goes on has None there already."""
+    """Replace NaN, which JSON lacks, by None; a resumed result holds None already."""
     return {
         key: None if value is None or math.isnan(value) else round(value, 5)
         for key, value in row.items()
@@ -138,7 +141,7 @@ def _plain(row: dict[str, Any]) -> dict[str, float | None]:
 
 
 def bootstrap(seeds: list[np.ndarray], draws: int = DRAWS) -> Interval | None:
-    """95 % percentile interval of the mean of values by seed, NaNs left out."""
+    """Return the 95 % percentile interval of the mean of values by seed, ignoring NaNs."""
     told = [values[np.isfinite(values)] for values in seeds]
     total = sum(len(values) for values in seeds)
     told = [values for values in told if len(values)]
@@ -146,7 +149,7 @@ def bootstrap(seeds: list[np.ndarray], draws: int = DRAWS) -> Interval | None:
         return None
     random = np.random.default_rng(0)
     chosen = random.integers(len(told), size=(draws, len(told)))
-    # Means of resampled clips of each seed, then of the seeds that a draw has chosen.
+    # Average resampled clips within each seed, then over the seeds of each draw.
     means = [v[random.integers(len(v), size=(draws, len(told), len(v)))].mean(-1) for v in told]
     drawn = np.take_along_axis(np.stack(means, 0), chosen[None], 0)[0].mean(1)
     low, high = np.percentile(drawn, [2.5, 97.5])

@@ -1,6 +1,6 @@
-"""The whole experiment, cell by cell; what is there already is not done again.
+"""Run the whole experiment cell by cell, skipping results that exist already.
 
-Several calls may run at once, each on a GPU of its own: a cell belongs to the one that came first.
+Several calls may run at once, each on its own GPU: the first to reach a cell takes it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .workers import Workers
 
 @dataclass(frozen=True)
 class Options:
-    """`key=value` of benchmarks/extend.py.
+    """Holds the `key=value` options of benchmarks/extend.py.
 
     scale: full, or tiny for a CPU. out: folder of the base, results, and what runs resume from.
-    only: rows or cells, with * and commas. seeds: of the main rows. seconds: after which a call
-    ends where the next can go on (0: never). dry: say what it would take. page: fill
-    docs/length_extension.md and benchmarks/results/length-extension.json from the results there
-    are; `only` does nothing else.
+    only: rows or cells, with * and commas. seeds: of the main rows. seconds: time limit of a call,
+    after which the next one can resume (0: none). dry: print only the estimated cost. page: fill
+    docs/length_extension.md and benchmarks/results/length-extension.json from the existing results;
+    `only` does nothing else.
     """
 
     scale: Literal["full", "tiny"] = "full"
@@ -51,12 +51,12 @@ class Options:
 
 
 def run(options: Options) -> bool:
-    """Return whether all requested cells are done. Raises ConfigError for what cannot be."""
+    """Return whether all requested cells are done. Raises ConfigError for invalid options."""
     scale, out = SCALES[options.scale], Path(options.out)
     if not all(text.strip().isdigit() for text in options.seeds.split(",")):
         raise ConfigError(f"seeds={options.seeds} must be numbers with commas between.")
     if options.seconds < 0:
-        raise ConfigError(f"seconds={options.seconds} must not be negative; 0 is without an end.")
+        raise ConfigError(f"seconds={options.seconds} must not be negative; 0 means no limit.")
     cells = plan([int(text) for text in options.seeds.split(",")], options.only)
     if options.dry:
         print(estimate.table(cells, scale))
@@ -82,11 +82,11 @@ WAIT = 5.0  # seconds, before looking again whether another call is done with a 
 
 
 class AtWork(Exception):
-    """Another call is at a cell, or at what a cell rests on."""
+    """Raised when another call is working on a cell, or on one that it depends on."""
 
 
 class Experiment:
-    """One call: the device, the base, and the banks of clips, made when first needed."""
+    """Holds one call's device, base and banks of clips, which are made when first needed."""
 
     def __init__(self, scale: Scale, out: Path, seconds: float) -> None:
         self.scale, self.out, self.store = scale, out, Store(out)
@@ -102,15 +102,15 @@ class Experiment:
             left = cells
             while left := [cell for cell in left if not self._try(cell, base, cells)]:
                 if time.monotonic() > self.deadline:
-                    raise OutOfTime(f"other calls are at {', '.join(c.name for c in left)}")
+                    raise OutOfTime(f"other calls are working on {', '.join(c.name for c in left)}")
                 time.sleep(WAIT)
         except OutOfTime as stopped:
-            print(f"time is up: {stopped}; the same command goes on.")
+            print(f"time is up: {stopped}; run the same command to resume.")
             return False
         return True
 
     def _pretrained(self) -> Path:
-        """The base, which one call makes and others wait for."""
+        """Return the base's folder; one call trains the base while others wait."""
         while True:
             try:
                 with self._lock("base"):
@@ -123,11 +123,11 @@ class Experiment:
                     )
             except Timeout:
                 if time.monotonic() > self.deadline:
-                    raise OutOfTime("another call is at the base") from None
+                    raise OutOfTime("another call is training the base") from None
                 time.sleep(WAIT)
 
     def _try(self, cell: Cell, base: Path, cells: list[Cell]) -> bool:
-        """Return whether the cell is done; False if it waits for another call."""
+        """Run the cell; return False if it has to wait for another call."""
         started = time.monotonic()
         try:
             with self._lock(cell.run):
@@ -140,18 +140,18 @@ class Experiment:
         return True
 
     def _lock(self, name: str) -> FileLock:
-        """Ends with its process, however that ends; raises Timeout if another has it."""
+        """Return a lock that ends with its process; taking it raises Timeout if another has it."""
         folder = self.out / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock", timeout=0)
 
     def _cell(self, cell: Cell, base: Path, cells: list[Cell]) -> bool:
-        """Train, sample and measure; whether there was anything left to do. Raises AtWork."""
+        """Train, sample and measure; return whether anything was left to do. Raises AtWork."""
         result = self.store.load(cell.name)
         if result is not None and result.complete:
             return False
         if time.monotonic() > self.deadline:
-            raise OutOfTime(f"{cell.name} is not begun")
+            raise OutOfTime(f"{cell.name} is not started")
         model, record = tuned(
             cell,
             self.family,
@@ -173,7 +173,7 @@ class Experiment:
             if name in result.sets:
                 continue
             if time.monotonic() > self.deadline:
-                raise OutOfTime(f"{cell.name} is trained, and {name} not sampled")
+                raise OutOfTime(f"{cell.name} is trained, but {name} is not sampled")
             self._measure(cell, model, name, result)
         return True
 
@@ -192,10 +192,10 @@ class Experiment:
         self.store.save(cell.name, result)
 
     def _budget(self, cell: Cell, cells: list[Cell]) -> float | None:
-        """GPU seconds that radial's steps took at this length, with the first seed that has them.
+        """Return the GPU seconds of radial's steps at this length, by the first seed with results.
 
-        Also for cells marked by steps, whose run may pass both marks. None where no cell asks.
-        Raises AtWork while a call is at radial's.
+        Cells marked by steps get them too, as their run may pass both marks. None where no cell
+        needs them. Raises AtWork while another call runs radial.
         """
         if cell.method == "none" or cell.row == "radial":
             return None
@@ -215,13 +215,13 @@ class Experiment:
         return None
 
     def _bank(self, factor: int) -> Bank:
-        """Each length's is drawn once a call, and kept: some gigabytes of the GPU."""
+        """Return a length's bank, drawn once per call and kept: some gigabytes of GPU memory."""
         if factor not in self.banks:
             self.banks[factor] = Bank(self.scale, factor, TRAINED, self.device, self.workers)
         return self.banks[factor]
 
     def _check_scale(self) -> None:
-        """Results of another scale in the same folder would be taken for this one's."""
+        """Raise ConfigError if the folder holds another scale's results, which would mix in."""
         path = self.out / "scale.json"
         now = json.dumps(vars(self.scale), indent=1)
         if path.is_file() and path.read_text() != now:

@@ -16,12 +16,12 @@ from longreel.trainer.sampling.pipeline import evaluating
 from .pixels import PixelWan, to_pixels
 from .training import half_products
 
-SAMPLED = 3  # seed of captions that samples are asked for
+SAMPLED = 3  # seed of the captions that are sampled
 SHOWN_CLIPS, SHOWN_FRAMES = 2, 12  # of a strip
 
 
 def captions_of(source: ClipSet, count: int, *, other: bool) -> list[str]:
-    """Return captions of the first clips of a set; other: the set's other caption each time."""
+    """Return the captions of a set's first clips; other: use the set's other caption for each."""
     captions = [source.caption(index) for index in range(count)]
     if not other:
         return captions
@@ -40,8 +40,10 @@ def sample(
     other_captions: bool,
     device: torch.device,
 ) -> np.ndarray:
-    """uint8 `[N, T, H, W, 3]` of a set. Noise depends on seed, set and number alone, so that cells
-    of one length and seed start from the same."""
+    """Sample a set's clips as uint8 `[N, T, H, W, 3]`.
+
+    Noise depends only on seed, set and number, so that cells of one length and seed share it.
+    """
     scale = family.scale
     source = ClipSet(name, scale.arena(factor), SAMPLED)
     captions = captions_of(source, scale.samples, other=other_captions)
@@ -81,7 +83,7 @@ def _noise(shape: tuple[int, ...], seed: int, name: str, number: int) -> torch.T
 
 
 def save_strip(path: Path, clips: np.ndarray) -> None:
-    """The first clips, some frames of each, as one picture."""
+    """Save some frames of each of the first clips as one picture."""
     from matplotlib.image import imsave
 
     frames = np.linspace(0, clips.shape[1] - 1, SHOWN_FRAMES).round().astype(int)

@@ -10,7 +10,7 @@ from longreel.sparse.grid import TokenGrid
 
 @dataclass(frozen=True)
 class Scale:
-    """Model, data and training of one experiment; everything else follows from the cell.
+    """Holds model, data and training sizes of one experiment; the rest follows from the cell.
 
     height, width: pixels. squeeze: pixels a side that become channels, in place of a VAE; a token
         is one such square. native: frames of pretraining.
@@ -45,7 +45,7 @@ class Scale:
     shift: float = 3.0
     warmup: int = 50
     text_dim: int = 64
-    context: int = 12  # tokens that a caption is padded to
+    context: int = 12  # tokens to which a caption is padded
     freq: int = 256  # of the timestep's embedding
 
     @property
@@ -68,7 +68,7 @@ class Scale:
 
     @property
     def parameters(self) -> int:
-        """Count those of the blocks, which are nearly all: attention twice, and the MLP."""
+        """Count the parameters of the blocks, which are nearly all: two attentions and the MLP."""
         return self.layers * (8 * self.dim**2 + 2 * self.dim * self.ffn)
 
 

@@ -1,8 +1,8 @@
 """Training of the base and of every cell, by the trainer's own parts: flow, LoRA, RoPE, attention,
 optimizer, data order and checkpoints.
 
-Everything random is a function of the seed and the step, and the clips are the same for all, so
-that cells differ in what their rows name alone.
+Everything random is a function of the seed and the step, and all cells use the same clips, so that
+cells differ only in what their rows name.
 """
 
 from __future__ import annotations
@@ -42,26 +42,29 @@ RECORD = "record.json"
 
 
 class OutOfTime(Exception):
-    """The call's time is up; what was learnt is saved."""
+    """Raised when the call's time is up; the training so far is saved."""
 
 
 @dataclass(frozen=True)
 class Regime:
-    """Holds how a model is trained. steps: None to go on until its marks say so."""
+    """Says how a model is trained, without when to stop, which its marks decide."""
 
     method: Literal["lora", "full"]
     batch: int
     lr: float
     seed: int
     schedule: Literal["cosine", "constant"] = "constant"
-    steps: int = 0  # of a cosine's length
+    steps: int = 0  # length of a cosine schedule
     warmup: int = 0
 
 
 @dataclass
 class Record:
-    """Holds where a training stands. seconds: of its steps alone, synchronised. losses: (step,
-    mean since the one before)."""
+    """Holds the progress of a training.
+
+    seconds: time of its steps alone, with the device synchronised. losses: pairs of a step and the
+    mean loss since the previous pair.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -90,8 +93,10 @@ def place(
 
 
 def model_of(cell: Cell, family: PixelWan, base: Path, device: torch.device) -> Any:
-    """The base under a cell's attention and RoPE, on the device, as its method wants it: frozen
-    weights in bf16 on a GPU, trained ones in fp32."""
+    """Load the base on the device with a cell's attention and RoPE.
+
+    On a GPU, frozen weights are bf16 and trained ones fp32.
+    """
     half = device.type == "cuda" and cell.method != "full"
     transformer = family.load_base(base, torch.bfloat16 if half else torch.float32)
     return place(
@@ -105,7 +110,7 @@ def model_of(cell: Cell, family: PixelWan, base: Path, device: torch.device) -> 
 
 
 def trainable(transformer: Any, family: PixelWan, regime: Regime) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by name; of a LoRA, once it is attached."""
+    """Return the trained parameters by name, attaching the LoRA if that is the method."""
     if regime.method == "full":
         transformer.requires_grad_(True)
         return dict(transformer.named_parameters())
@@ -117,7 +122,7 @@ def trainable(transformer: Any, family: PixelWan, regime: Regime) -> dict[str, n
 
 
 class Training:
-    """One training run, resumed from its folder where that has a checkpoint."""
+    """Runs one training, resumed from its folder if that holds a checkpoint."""
 
     def __init__(
         self,
@@ -142,8 +147,10 @@ class Training:
         self._bank, self._saved, self._recent = bank, time.monotonic(), []
 
     def run(self, reached: Callable[[Record], bool], deadline: float) -> None:
-        """Step until `reached`, a checkpoint every minute. Raises OutOfTime past the deadline,
-        which is on the clock of `time.monotonic`."""
+        """Step until `reached`, saving a checkpoint every minute.
+
+        Raises OutOfTime past the deadline, which is on the clock of `time.monotonic`.
+        """
         if reached(self.record):
             return
         bank = self._bank()
@@ -170,7 +177,7 @@ class Training:
         self._saved = time.monotonic()
 
     def _rehearse(self, bank: Bank) -> None:
-        """A step that is thrown away: kernels compile outside of what is timed."""
+        """Run a step and discard it, so that kernels compile outside the timed steps."""
         self._loss(*bank.take([0] * self.regime.batch), seed=0).backward()
         self.optimizer.zero_grad(set_to_none=True)
         self._wait()
@@ -218,7 +225,7 @@ class Training:
 
 
 def half_products(device: torch.device, fp32_weights: bool) -> torch.autocast:
-    """bf16 products where weights are fp32 on a GPU; elsewhere the model is what it is."""
+    """Return autocast to bf16 for fp32 weights on a GPU; it is disabled in all other cases."""
     enabled = device.type == "cuda" and fp32_weights
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -226,7 +233,7 @@ def half_products(device: torch.device, fp32_weights: bool) -> torch.autocast:
 def pretrain(
     scale: Scale, out: Path, device: torch.device, deadline: float, bank: Callable[[], Bank]
 ) -> Path:
-    """The base model's folder, trained if need be: dense, at the native length."""
+    """Return the base model's folder; train it if missing, densely at the native length."""
     folder = out / "base"
     if (folder / RECORD).is_file():
         return folder
@@ -245,7 +252,7 @@ def pretrain(
     training.run(lambda record: record.step >= scale.pretrain_steps, deadline)
     training.save()
     family.save_base(transformer, folder)
-    with replacing(folder / RECORD) as temporary:  # comes last: the folder is whole
+    with replacing(folder / RECORD) as temporary:  # written last: marks the folder as complete
         temporary.write_text(json.dumps(vars(training.record)))
     return folder
 
@@ -257,7 +264,7 @@ def regime_of(cell: Cell, scale: Scale) -> Regime:
 
 
 class Snapshots:
-    """Holds a cell's run at its marks: trained parameters, and the record beside them."""
+    """Stores the trained parameters and the record of a cell's run at its marks."""
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "adapters"
@@ -293,10 +300,10 @@ def tuned(
     bank: Callable[[], Bank],
     budget: float | None,
 ) -> tuple[Any, Record]:
-    """A cell's model at its mark, trained as far as need be, and where its training stood.
+    """Return a cell's model at its mark, trained if needed, and the record of its training.
 
-    budget: GPU seconds of the mark `seconds`. A run that passes both marks keeps what it had learnt
-    at each, so that neither is trained twice.
+    budget: GPU seconds of the mark `seconds`. A run that passes both marks saves a snapshot at
+    each, so that neither is trained twice.
     """
     model = model_of(cell, family, base, device)
     if cell.method == "none":
@@ -325,7 +332,7 @@ def tuned(
 
 
 def _is_past(cell: Cell, folder: Path, steps: int, budget: float | None) -> bool:
-    """Return whether a run went by a cell's mark when nobody asked for it: it must begin anew."""
+    """Return whether a run passed a cell's mark without a snapshot, so that it must restart."""
     newest = checkpoint.latest(folder)
     if newest is None:
         return False

@@ -20,9 +20,9 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class Workers:
-    """Keeps one process a processor, started when first needed.
+    """Keeps a pool of one process per processor, at most MOST, started when first needed.
 
-    Spawned: a process that has used a GPU must not be forked.
+    Processes are spawned, because a process that has used a GPU must not be forked.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -30,7 +30,7 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """`[function(item) for item in items]`; both must pickle."""
+        """Return `[function(item) for item in items]`; both must pickle."""
         if len(items) < FEW or self.count == 1:
             return [function(item) for item in items]
         if self._pool is None:
@@ -40,7 +40,7 @@ class Workers:
         return list(self._pool.map(function, items, chunksize=size))
 
     def measure(self, name: str, clips: np.ndarray, native: int) -> list[dict[str, float]]:
-        """`coherence.measure` of each clip."""
+        """Return `coherence.measure` of each clip."""
         return self.map(partial(_measure, name, native), list(clips))
 
 

@@ -1,4 +1,4 @@
-"""Check that a sparse step whose pattern keeps all blocks computes what the dense one does."""
+"""Check that a sparse step whose pattern keeps all blocks computes what the dense step does."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from longreel.trainer.memory.device import fastest_dense
 from .blocks import count_blocks, with_blocks
 from .rows import Caption, Stepper
 
-OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kernel, for the budget
-# How many times further apart than two dense kernels: the products of ours are split otherwise, and
-# its memory settings may round in other places.
+OTHER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # another dense kernel: sets the budget
+# The sparse step may be this many times as far from the dense one as two dense kernels are from
+# each other: it splits its products differently, and its memory settings may round elsewhere.
 ROOM = 4
 BLOCKS = 2  # of each kind
 SIDE = 16  # tokens, of a frame
 STEPS = 2  # of the VAE in time: three latent frames, where each is one
-Kernels = AbstractContextManager[object]  # that dense attention runs under
+Kernels = AbstractContextManager[object]  # selects the kernels of dense attention
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AllBlocks(SparsePattern):
 
 
 class Result(NamedTuple):
-    """Holds one forward and backward: the model's output, and the adapter's gradients by name."""
+    """Holds the model's output and the adapter's gradients by name after forward and backward."""
 
     output: Tensor
     gradients: dict[str, Tensor]
@@ -82,8 +82,7 @@ def check(dense: Job, radial: Job, device: torch.device) -> str:
 
 
 def apart(expected: Result, found: Result) -> tuple[float, float, str]:
-    """Relative distance of outputs, and of that gradient which is furthest from its own, with its
-    name."""
+    """Return the relative distance of the outputs, the largest of the gradients, and its name."""
 
     def relative(a: Tensor, b: Tensor) -> float:
         return float((a.float() - b.float()).norm() / a.float().norm())
@@ -97,7 +96,7 @@ def apart(expected: Result, found: Result) -> tuple[float, float, str]:
 
 
 def _small(job: Job) -> Job:
-    """Few blocks of the job's model and a short video of small frames."""
+    """Reduce the job to few blocks of its model and a short video of small frames."""
     job = with_blocks(job, dict.fromkeys(count_blocks(job), BLOCKS))
     geometry, side = job.geometry, SIDE * job.geometry.spatial * job.geometry.patch[1]
     frames = STEPS * geometry.frame_step + 1

@@ -25,11 +25,13 @@ DEPTH = "num_layers"
 
 @dataclass(frozen=True)
 class Design:
-    """Which models are measured: with `low` blocks of each kind, and for each kind in turn with
-    `high` of it. low = high = 0: the whole model alone, and nothing is extrapolated.
+    """Says which models are measured.
 
-    What is linear in the numbers of blocks, time and memory among it, is exact at any depth: the
-    first and last layers and, in Mochi, a last block of its own are in every model once.
+    One has `low` blocks of each kind, and for each kind in turn another has `high` of it. With
+    low = high = 0 only the whole model is measured, and nothing is extrapolated.
+
+    Anything linear in the numbers of blocks, such as time and memory, is exact at any depth: the
+    first and last layers (and Mochi's special last block) are in every model once.
     """
 
     whole: Counts
@@ -44,14 +46,13 @@ class Design:
         return [base, *(base | {kind: self.high} for kind in self.whole)]
 
     def per_block(self, values: Sequence[float]) -> dict[str, float]:
-        """Return what one more block takes, by kind; values: of the points. Empty for a whole
-        model."""
+        """Return what one more block of each kind adds to `values`; empty for a whole model."""
         base, *more = values
         more = dict(zip(self.whole, more, strict=True)) if self.high else {}
         return {kind: (value - base) / (self.high - self.low) for kind, value in more.items()}
 
     def total(self, values: Sequence[float]) -> float:
-        """Return the value for the whole model."""
+        """Extrapolate the points' values to the whole model."""
         rest = {kind: count - self.low for kind, count in self.whole.items()}
         each = self.per_block(values)
         return values[0] + sum(rest[kind] * value for kind, value in each.items())
@@ -70,7 +71,7 @@ def count_blocks(job: Job) -> Counts:
 
 
 def with_blocks(job: Job, counts: Counts) -> Job:
-    """The same job for a model with so many blocks; the dense ones of a stack come first."""
+    """Return the job for a model with `counts` blocks; the dense ones of a stack come first."""
     revision = job.config.model.revision
     stacks = _stacks(blank_transformer(job.family, job.model_path, revision))
     kinds = [kind.split() for kind, count in counts.items() for _ in range(count)]
@@ -80,7 +81,7 @@ def with_blocks(job: Job, counts: Counts) -> Job:
     sparse = replace(
         job.config.sparse,
         pattern=job.pattern,
-        density=None,  # the pattern meets it
+        density=None,  # the solved pattern already meets it
         dense_layers=[i for i, (_, attention) in enumerate(kinds) if attention == "dense"],
     )
     return replace(
@@ -88,7 +89,7 @@ def with_blocks(job: Job, counts: Counts) -> Job:
         config=replace(job.config, sparse=sparse),
         family=_shallow(job.family, job.model_path, settings),
         geometry=replace(job.geometry, layers=len(kinds)),
-        model_path=f"{job.model_path} with {describe(counts)}",  # none that is published
+        model_path=f"{job.model_path} with {describe(counts)}",  # matches no published model
     )
 
 
@@ -97,12 +98,12 @@ def describe(counts: Mapping[str, int]) -> str:
 
 
 def _stacks(model: Any) -> dict[str, nn.ModuleList]:
-    """Lists of blocks by name, in the order they run."""
+    """Return the lists of blocks by name, in the order they run."""
     return {n: m for n, m in model.named_children() if isinstance(m, nn.ModuleList)}
 
 
 def _shallow(family: ModelFamily, path: str, settings: Mapping[str, int]) -> ModelFamily:
-    """The family, but whatever it is asked for, it gives the model at `path` at another depth."""
+    """Return a family that always loads the model at `path`, at the depth in `settings`."""
 
     class Shallow(type(family.loader)):
         def blank_transformer(self, _: str, revision: str | None) -> Any:

@@ -1,7 +1,7 @@
 """Attention and its gradients at sampled tokens, in fp32 and straight from the formulas.
 
-Of every head the output and dq at some queries; of the last head dk and dv at some keys, for which
-all of its queries are computed, some at a time, so that any length fits.
+The output and dq are computed at some queries of every head. dk and dv are computed at some keys of
+the last head; they need all of its queries, which are taken in chunks so that any length fits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of a token's vector. bf16 kernels come to 0.004 at the worst token; one block of 128 keys too many
-# or too few in 250,000 makes 0.02.
+# Relative error of a token's vector. bf16 kernels reach 0.004 at the worst token; one block of 128
+# keys too many or too few in 250,000 gives 0.02.
 TOLERANCE = 1e-2
 SCORES_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
 class Head:
-    """One head: q, k, v and the output's gradient `[tokens, head_dim]`, fp32 or fp64.
+    """Holds one head: q, k, v and the output's gradient `[tokens, head_dim]`, fp32 or fp64.
 
     kept: blocks, bool `[rows, rows]`; None keeps all.
     """
@@ -35,7 +35,7 @@ class Head:
         return self.q.shape[1] ** -0.5
 
     def attend(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities over all keys, outputs, and rowsum(output * its gradient)."""
+        """Return probabilities over all keys, outputs, and rowsum(output * its gradient)."""
         scores = self.q[queries] @ self.k.T * self.scale
         if self.kept is not None:
             key_block = torch.arange(len(self.k), device=self.k.device) // self.block
@@ -45,13 +45,13 @@ class Head:
         return p, out, (out * self.grad[queries]).sum(-1, keepdim=True)
 
     def at_queries(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs and dq there."""
+        """Return the outputs and dq at these queries."""
         p, out, delta = self.attend(queries)
         ds = p * (self.grad[queries] @ self.v.T - delta)
         return out, ds @ self.k * self.scale
 
     def at_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """dk and dv there."""
+        """Return dk and dv at these keys."""
         dk, dv = torch.zeros_like(self.k[keys]), torch.zeros_like(self.v[keys])
         tokens = torch.arange(len(self.q), device=self.q.device)
         for queries in tokens.split(max(1, SCORES_AT_ONCE // len(tokens))):
@@ -73,7 +73,7 @@ class Expected:
     dv: Tensor
 
     def complaint(self, out: Tensor, grads: Sequence[Tensor]) -> str:
-        """Say what is wrong with these `[1, tokens, heads, head_dim]`; empty if nothing is."""
+        """Return what is wrong with these `[1, tokens, heads, head_dim]`; empty if nothing is."""
         return "; ".join(self._complaints(out, *grads))
 
     def _complaints(self, *results: Tensor) -> Iterator[str]:
@@ -90,8 +90,10 @@ class Expected:
 def expect(
     qkv: Sequence[Tensor], grad: Tensor, kept: Tensor | None, block: int, samples: int = 64
 ) -> Expected:
-    """Compute it for inputs `[1, tokens, heads, head_dim]`; the first and the last token are in the
-    sample."""
+    """Compute the expected results at sampled tokens, always with the first and the last one.
+
+    Inputs are `[1, tokens, heads, head_dim]`.
+    """
     q, k, v, grad = (x.detach()[0] for x in (*qkv, grad))
     tokens = torch.randperm(len(q), device=q.device)[:samples]
     tokens[0], tokens[-1] = 0, len(q) - 1

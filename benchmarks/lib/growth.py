@@ -21,7 +21,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Length:
-    """One length, with the milliseconds of both passes over it."""
+    """Holds one length and the milliseconds of its forward and backward pass."""
 
     grid: TokenGrid
     kept_blocks: int
@@ -34,12 +34,12 @@ class Length:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """b of the power law a * size**b that fits best, by least squares of the logarithms."""
+    """Fit the power law a * size**b by least squares of the logarithms, and return b."""
     return linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
 
 
 def curves(lengths: Sequence[Length]) -> dict[str, list[float]]:
-    """The measured times and what they might grow as, all 1 at the shortest length."""
+    """Return the measured times and candidate growth laws, all 1 at the shortest length."""
     tokens = [len(length.grid) for length in lengths]
     found = {
         "measured": [length.both for length in lengths],
@@ -51,7 +51,7 @@ def curves(lengths: Sequence[Length]) -> dict[str, list[float]]:
 
 
 def table(lengths: Sequence[Length]) -> str:
-    """Markdown; the last row holds the exponents in the number of tokens."""
+    """Return a Markdown table whose last row holds the exponents in the number of tokens."""
     grown = curves(lengths)
     header = ["frames", "tokens", "kept", "forward ms", "backward ms", *grown]
     lines = [f"| {' | '.join(header)} |", len(header) * "|---" + "|"]
@@ -72,7 +72,7 @@ def table(lengths: Sequence[Length]) -> str:
 
 
 def draw(lengths: Sequence[Length], path: Path) -> None:
-    """Draw an SVG, both axes logarithmic."""
+    """Draw the curves as SVG, with both axes logarithmic."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     tokens = [len(length.grid) for length in lengths]

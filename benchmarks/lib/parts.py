@@ -1,5 +1,4 @@
-"""Find where a step's time goes: the kernels of a profiler's trace, each in the part it belongs
-to."""
+"""Show where a step's time goes: sort the kernels of a profiler's trace into parts."""
 
 from __future__ import annotations
 
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
 
-# Parts that kernels spend; they follow each other, so that with IDLE they add up to the step.
+# Parts of the time that kernels take. They run one after another, so with IDLE they add up to the
+# step.
 BUSY = ("attention", "matmul", "fp32 matmul", "element-wise", "optimizer", "exchange")
 IDLE = "idle"  # no kernel runs: the host is late, or a copy is
 COPIES = "copies"  # between host and device, most of them beside kernels
@@ -22,19 +22,22 @@ ATTENTION = re.compile(
     r"^_(forward|gradients|grad_kv|grad_q|row_sums|round)_kernel|sdpa|cudnn|flash|fmha|flex|attention",
     re.IGNORECASE,
 )
-# Their kernels are named as attention's are; the ops tell them apart.
+# Kernels of these ops have names like those of attention; only the ops tell them apart.
 NORM_ROPE, CONVOLUTION = "norm_rope", "convolution"
 MATMUL = re.compile(r"gemm|gemv|cutlass|xmma|nvjet|cublas|splitk|cudnn", re.IGNORECASE)
 FP32 = re.compile(r"sgemm|gemm_f32f32|simt|tf32|<float", re.IGNORECASE)
 OPTIMIZER = re.compile(r"multi_tensor|_foreach_|adam|kOptimizer", re.IGNORECASE)
-LEAST = 1e-4  # seconds in a step that a kernel takes at least, to be kept by its name
+LEAST = 1e-4  # seconds in a step; kernels that take less are not listed by name
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 DTYPES = {"float": "fp32", "c10::BFloat16": "bf16", "c10::Float8_e4m3fn": "e4m3"}
 
 
 class Kernel(NamedTuple):
-    """One run of a kernel, or a copy. op: of PyTorch that launched it, empty if unknown; inputs: of
-    that, types and sizes; start, seconds: on the device's clock."""
+    """Holds one run of a kernel, or a copy.
+
+    op: the PyTorch op that launched it, empty if unknown. inputs: types and sizes of that op's
+    inputs. start, seconds: on the device's clock.
+    """
 
     name: str
     op: str
@@ -61,22 +64,25 @@ class Kernel(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Return what runs of the same work share: kernel, op and inputs."""
+        """Return kernel, op and inputs, which runs of the same work share."""
         name = self.name.removeprefix("void ").replace("at::native::", "")
         return f"{name[:70]} | {self.op.removeprefix('aten::')} | {self.inputs}"
 
 
 class Profile(NamedTuple):
-    """Holds one step. parts: seconds by PARTS. kernels: by label, the part, runs and their seconds,
-    of those that take LEAST."""
+    """Holds the profile of one step.
+
+    parts: seconds by PARTS. kernels: part, number of runs and their total seconds by label, for
+    labels that take at least LEAST.
+    """
 
     parts: dict[str, float]
     kernels: dict[str, tuple[str, int, float]]
 
 
 def profiled(function: Callable[[], float]) -> tuple[float, Profile]:
-    """Return `function`'s result, its seconds on the host, and where they went on the GPU."""
-    # Shapes and types are of each op's inputs, which say more than a kernel's name.
+    """Return the host seconds that `function` returns, and where they went on the GPU."""
+    # Shapes and types of an op's inputs say more than a kernel's name.
     both = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
     with profile(activities=both, record_shapes=True) as watching:
         seconds = function()
@@ -88,7 +94,7 @@ def profiled(function: Callable[[], float]) -> tuple[float, Profile]:
 
 
 def kernels_of(events: Sequence[Mapping[str, Any]]) -> list[Kernel]:
-    """Read the kernels of a trace in Chrome's format, whose times are microseconds."""
+    """Return the kernels of a trace in Chrome's format, whose times are microseconds."""
     ops = {e["args"]["External id"]: e for e in events if e.get("cat") == "cpu_op"}
     found = []
     for event in events:
@@ -100,7 +106,7 @@ def kernels_of(events: Sequence[Mapping[str, Any]]) -> list[Kernel]:
 
 
 def summary(kernels: Iterable[Kernel], seconds: float) -> Profile:
-    """seconds: of the whole step."""
+    """Sum up a step's kernels by part and label; `seconds` is the time of the whole step."""
     parts, by_label = dict.fromkeys(PARTS, 0.0), {}
     busy, end = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
@@ -117,7 +123,7 @@ def summary(kernels: Iterable[Kernel], seconds: float) -> Profile:
 
 
 def _inputs(args: Mapping[str, Any]) -> str:
-    """The first three tensors, such as `bf16[1, 2048, 64]`."""
+    """Describe the first three tensors, such as `bf16[1, 2048, 64]`."""
     tensors = [
         f"{DTYPES.get(kind, kind)}{size}"
         for kind, size in zip(args.get("Input type", ()), args.get("Input Dims", ()), strict=False)

@@ -34,28 +34,34 @@ VARIANTS = {
     "hopper, deterministic": (hopper_forward.forward, hopper_backward.backward),
     "portable": (forward.forward, backward.backward),
 }
-DEFAULT = "hopper"  # of which --growth tells
-FLASH_2_TOKENS = 150_000  # and none of it on longer sequences: its rate does not change there
+DEFAULT = "hopper"  # the one that --growth measures
+FLASH_2_TOKENS = 150_000  # not timed on longer sequences, where its rate no longer changes
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
 
 
 class Kernel(NamedTuple):
-    """`forward` returns the output first, and with it what `backward` needs for (dq, dk, dv)."""
+    """Holds a kernel's two calls.
+
+    forward: returns the output first, followed by what `backward` needs besides it. backward:
+    returns (dq, dk, dv).
+    """
 
     forward: Callable[[], Tensors]
     backward: Callable[[Tensors], Tensors]
 
     def step(self) -> tuple[float, float]:
-        """Milliseconds of each pass."""
+        """Return the milliseconds of each pass."""
         forward, saved = milliseconds(self.forward)
         backward, _ = milliseconds(lambda: self.backward(saved))
         return forward, backward
 
     def check(self, expected: Expected) -> tuple[str, int]:
-        """Why its times would mean nothing, empty if its results are right; and the peak bytes of
-        both passes beyond inputs, output and gradients."""
+        """Return why its times would mean nothing (empty if its results are right) and peak bytes.
+
+        The bytes are those of both passes beyond inputs, output and gradients.
+        """
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -64,14 +70,14 @@ class Kernel(NamedTuple):
             grads = self.backward(saved)
             peak = torch.cuda.max_memory_allocated()
             wrong = expected.complaint(saved[0], grads)
-        except Exception as error:  # of a compiler, say: the other kernels go on without it
+        except Exception as error:  # a compiler's, say; the other kernels are still run
             return f"failed: {type(error).__name__}: {error}".splitlines()[0], 0
         kept = sum(x.numel() * x.element_size() for x in (saved[0], *grads))
         return wrong and f"wrong: {wrong}", peak - before - kept
 
 
 class Problem:
-    """Random normal inputs `[1, tokens, heads, head_dim]` in bf16, and the radial layout."""
+    """Holds random normal inputs `[1, tokens, heads, head_dim]` in bf16, and the radial layout."""
 
     def __init__(self, grid: TokenGrid, heads: int, head_dim: int, device: str = "cuda") -> None:
         shape = (1, len(grid), heads, head_dim)
@@ -90,7 +96,7 @@ class Problem:
         return len(self.layout.row_indices)
 
     def flops(self, dense: bool) -> float:
-        """Count the forward pass: two matrix products over the kept blocks, or over all pairs."""
+        """Return the FLOPs of a forward pass: two products over the kept blocks, or all pairs."""
         _, tokens, heads, head_dim = self.grad.shape
         pairs = tokens**2 if dense else self.kept_blocks * BLOCK**2
         return 4.0 * heads * head_dim * pairs
@@ -119,7 +125,7 @@ class Problem:
         return kernels
 
     def launched(self, variant: str) -> Kernel:
-        """One of ours, without autograd."""
+        """Return one of our kernels, called without autograd."""
         forward, backward = VARIANTS[variant]
         rest = Lists(*self.lists, None, BLOCK), self.grad.shape[3] ** -0.5
         return Kernel(
@@ -128,7 +134,7 @@ class Problem:
         )
 
     def listed(self, backend: Backend) -> Attend:
-        """A backend of `block_sparse_attention` on these lists; it raises if it is not there."""
+        """Return a backend of `block_sparse_attention` on these lists; it raises if unavailable."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return block_sparse_attention(q, k, v, *self.lists, block=BLOCK, backend=backend)[0]
@@ -136,8 +142,11 @@ class Problem:
         return attend
 
     def differentiated(self, attend: Attend, heads_first: bool = False) -> Kernel:
-        """A function with autograd's backward. `heads_first`: of inputs that lie in memory as
-        FlexAttention likes them, [B, H, S, D]; ours read [B, S, H, D]."""
+        """Return `attend` with autograd's backward.
+
+        heads_first: lay the inputs out in memory as FlexAttention prefers them, [B, H, S, D]; our
+        kernels read [B, S, H, D].
+        """
 
         def lying(x: Tensor) -> Tensor:
             return x.transpose(1, 2).contiguous().transpose(1, 2) if heads_first else x
@@ -150,7 +159,7 @@ class Problem:
 
 
 def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One of torch's own."""
+    """Run dense attention with one of torch's own backends."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

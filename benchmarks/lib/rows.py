@@ -32,8 +32,8 @@ from .parts import Profile, profiled
 from .untrained import random_batch, untrained
 
 DENSE = ("sparse.pattern.name=dense",)
-# As diffusers and PEFT train: blocks are checkpointed whole, the adapter computes in fp32, and
-# nothing else is done.
+# Reset to their defaults, these train as diffusers and PEFT do: whole blocks are checkpointed, the
+# adapter computes in fp32, and nothing else is optimised.
 NEUTRAL = (
     "memory.recompute",
     "memory.offload",
@@ -45,14 +45,17 @@ NEUTRAL = (
 )
 DEFAULTS = {setting.key: setting.default for setting in settings_of(Config)}
 PLAIN = tuple(as_argument(key, DEFAULTS[key]) for key in NEUTRAL)
-CHUNK = 16384  # tokens, of docs/memory.md
+CHUNK = 16384  # tokens, as in docs/memory.md
 SCALE = 0.02  # of the adapter's weights where gradients are compared
-SHORT_FRAMES = 4  # latent ones, of a warm-up that compiles and little else
+SHORT_FRAMES = 4  # latent frames of a warm-up that does little more than compile
 
 
 @dataclass(frozen=True)
 class Row:
-    """settings: beside the recipe's. stock: by diffusers' own processors and checkpointing."""
+    """Holds a row of the benchmark.
+
+    settings: added to the recipe's. stock: use diffusers' own processors and checkpointing.
+    """
 
     name: str
     about: str
@@ -60,7 +63,7 @@ class Row:
     stock: bool = False
 
     def config(self, overrides: Sequence[str]) -> Config:
-        """Return the config of the recipe and settings in `overrides`, with the row's own."""
+        """Load the recipe and settings in `overrides`, with the row's own settings on top."""
         given, own = split_arguments(overrides), split_arguments(self.settings)
         if "sparse.pattern.name" in own:  # another pattern's settings do not fit it
             of_pattern = ("sparse.pattern.", "sparse.density")
@@ -71,8 +74,7 @@ class Row:
 
 
 def rows_for(config: Config) -> dict[str, Row]:
-    """Return the rows by name. config: the recipe's, of which each memory option is also turned,
-    alone."""
+    """Return the rows by name, one of them for each memory option of `config` switched alone."""
     memory, speed, optimizer = config.memory, config.speed, config.train.optimizer
     keeps_attention = memory.recompute == "all_but_attention"
     fp32 = config.lora.compute_dtype == "float32"
@@ -86,7 +88,7 @@ def rows_for(config: Config) -> dict[str, Row]:
     }
     if FAMILIES[config.family].blocks.fuses_modulation:
         turned["speed.fused_modulation"] = not speed.fused_modulation
-    if memory.base_dtype != "float32":  # with which bf16 products do not go
+    if memory.base_dtype != "float32":  # fp32 weights do not allow bf16 products
         turned["lora.compute_dtype"] = "bfloat16" if fp32 else "float32"
     rows = [
         Row("stock", "diffusers + PEFT, padded text under a mask", (*DENSE, *PLAIN), stock=True),
@@ -103,8 +105,11 @@ def rows_for(config: Config) -> dict[str, Row]:
 
 @dataclass
 class Point:
-    """One model of a row. seconds: of each counted step. held: bytes of its weights and moments;
-    peak: with all that a step takes. profile: of the first counted step, None on a CPU."""
+    """Holds one measured model of a row.
+
+    seconds: time of each counted step. held: bytes of weights and optimizer moments. peak: held
+    plus all that a step takes, bytes. profile: of the first counted step, None on a CPU.
+    """
 
     counts: Counts
     seconds: list[float] = field(default_factory=list)
@@ -119,21 +124,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Caption:
-    """tokens: of the caption, None for as many as the model takes; padded: to that number."""
+    """Holds the caption's length.
+
+    tokens: None for as many as the model takes. padded: pad captions to the model's maximum.
+    """
 
     tokens: int | None = None
     padded: bool = False
 
 
 class StockLearner(Learner):
-    """Its dense attention is what torch picks by itself."""
+    """Leaves the choice of the dense attention kernel to torch."""
 
     def dense_kernels(self) -> AbstractContextManager[object]:
         return nullcontext()
 
 
 class Stepper:
-    """A model, with the trainer's own adapter, optimizer and step, that can be told to step."""
+    """Holds a model with the trainer's own adapter and optimizer, and runs single steps."""
 
     def __init__(
         self, job: Job, shared: dict[str, nn.Parameter], device: torch.device, caption: Caption
@@ -163,7 +171,7 @@ class Stepper:
         return current.grid
 
     def pin(self, size: float) -> None:
-        """Let memory.offload take its host memory, bytes, before a step does."""
+        """Make memory.offload allocate `size` bytes of host memory ahead of the first step."""
         if self.learner.offload is not None:
             pool = self.learner.offload.pool
             pool.give_back(pool.take(int(size)))
@@ -172,7 +180,7 @@ class Stepper:
         self._timed(self.short if short else self.batches)
 
     def step(self, point: Point) -> None:
-        """A counted step; the first one is profiled as well."""
+        """Run a counted step; the first one is profiled as well."""
         before = self._start_counting()
         if point.profile is None and self.device.type == "cuda":
             seconds, point.profile = profiled(lambda: self._timed(self.batches))
@@ -181,13 +189,15 @@ class Stepper:
         point.seconds.append(seconds)
         point.held = self.held()
         if self.device.type == "cuda":
-            # Others that wait for their turn have memory too.
+            # Other models waiting for their turn hold memory too.
             taken = torch.cuda.max_memory_allocated() - before
             point.peak = max(point.peak, point.held + taken)
 
     def gradients(self, kernels: AbstractContextManager[object]) -> dict[str, Tensor]:
-        """Return those of the adapter, no half of which is zero, for one clip at one noise level,
-        the same in all processes. kernels: that dense attention runs under."""
+        """Return the adapter's gradients for one clip at one noise level, equal in all processes.
+
+        Neither factor of the LoRA is zero. kernels: context that selects dense attention's kernels.
+        """
         learner, generator = self.learner, torch.Generator().manual_seed(1)
         for parameter in learner.parameters.values():
             parameter.data.copy_(SCALE * torch.randn(parameter.shape, generator=generator))
@@ -221,7 +231,7 @@ class Stepper:
 
 
 def _stock(family: ModelFamily) -> ModelFamily:
-    """The family as diffusers has it: processors are left alone, captions padded under a mask."""
+    """Return the family as diffusers has it: stock processors, captions padded under a mask."""
 
     class StockAttention(type(family.attention)):
         def set_processors(self, transformer: Any, attention: Any, fused_norms: bool) -> None:

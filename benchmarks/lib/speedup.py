@@ -19,8 +19,8 @@ from .parts import BUSY, COPIES, IDLE, PARTS, Profile
 from .report import short, with_sections, write
 from .rows import Point
 
-# Seconds a step that earlier runs have found on this GPU, by recipe and row. A run in which they
-# come out otherwise compares our rows with something else.
+# Seconds per step that earlier runs measured on this GPU, by recipe and row. A run whose dense rows
+# differ from these compares our rows with something else.
 KNOWN_ON = "NVIDIA H200"
 KNOWN = {"hunyuan_2x": {"stock": 537.0, "dense": 344.0}}
 MARGIN = 0.05
@@ -52,10 +52,10 @@ NOTES = (
 
 @dataclass
 class Record:
-    """One row of one recipe.
+    """Holds one row of one recipe.
 
-    about: the row in words. command: that makes it. frames: of pixels. predicted: seconds of a step
-    of the whole model, by the plan. complaint: why it was not measured; empty if it was.
+    about: the row in words. command: reproduces the row. frames: pixel frames. predicted: seconds
+    of a step of the whole model, by the plan. complaint: why it was not measured; empty if it was.
     """
 
     about: str
@@ -78,7 +78,7 @@ class Record:
 
     @property
     def steps(self) -> int:
-        """Counted at each point."""
+        """Return the number of steps counted at every point."""
         return min((len(point.seconds) for point in self.points), default=0)
 
     @property
@@ -91,7 +91,7 @@ class Record:
 
     @property
     def peak(self) -> float | None:
-        """Bytes. Under offloading what more blocks keep does not stay; their weights do."""
+        """Return the peak in bytes; under offloading, further blocks add only their weights."""
         if not self._done or not self.points[0].peak:
             return None
         if not self.offload:
@@ -101,14 +101,14 @@ class Record:
 
     @property
     def parts(self) -> dict[str, float] | None:
-        """Seconds by part."""
+        """Return the seconds by part; None without profiles."""
         profiles = self._profiles
         if not profiles:
             return None
         return {part: self.design.total([p.parts[part] for p in profiles]) for part in PARTS}
 
     def kernels(self) -> list[tuple[str, str, float, float]]:
-        """Label, part, runs and seconds of all kernels, the longest first."""
+        """Return label, part, runs and seconds of all kernels, the longest first."""
         none, found, profiles = ("", 0, 0.0), [], self._profiles
         for label in {label for p in profiles for label in p.kernels}:
             each = [p.kernels.get(label, none) for p in profiles]
@@ -129,7 +129,7 @@ class Record:
 
 @dataclass
 class Section:
-    """Holds the results of one recipe. check: of correctness, in words. rows: by name."""
+    """Holds one recipe's results. check: the correctness check in words. rows: by name."""
 
     check: str = ""
     rows: dict[str, Record] = field(default_factory=dict)
@@ -137,14 +137,14 @@ class Section:
 
 @dataclass
 class Results:
-    """All of one machine and one day; setup: what is alike in them."""
+    """Holds all results of one machine and day; setup: what they have in common."""
 
     setup: str
     sections: dict[str, Section] = field(default_factory=dict)
 
 
 def read(path: Path, setup: str) -> Results:
-    """Read a result to continue: an empty result if there is none yet.
+    """Read the results to continue; empty if there are none yet.
 
     Raises:
         SystemExit: if it is of another setup.
@@ -154,7 +154,8 @@ def read(path: Path, setup: str) -> Results:
     held = json.loads(path.read_text(encoding="utf-8"))
     if held["setup"] != setup:
         raise SystemExit(
-            f"error: {path} was measured otherwise.\nthere: {held['setup']}\nhere:  {setup}"
+            f"error: {path} was measured with another setup.\n"
+            f"there: {held['setup']}\nhere:  {setup}"
         )
     sections = {
         name: Section(section["check"], {k: _record(row) for k, row in section["rows"].items()})
@@ -164,7 +165,7 @@ def read(path: Path, setup: str) -> Results:
 
 
 def save(results: Results, path: Path, title: str) -> None:
-    """Numbers at `path`, and what is made of them beside it."""
+    """Write the numbers to `path`, and the tables and plot made of them beside it."""
     drawn = path.with_suffix(".svg")
     head = [title, results.setup, NOTES]
     if draw(results, drawn):
@@ -175,7 +176,7 @@ def save(results: Results, path: Path, title: str) -> None:
 
 
 def described(recipe: str, section: Section, setup: str) -> str:
-    """A recipe's table, ratios and kernels, in Markdown."""
+    """Return a recipe's table, ratios and kernels in Markdown."""
     rows = section.rows
     table = [f"| {' | '.join(COLUMNS)} |", f"|{len(COLUMNS) * '---|'}"]
     table += [line(name, row) for name, row in rows.items()]
@@ -209,7 +210,7 @@ def line(name: str, row: Record) -> str:
 
 
 def made(row: Record) -> str:
-    """Say how much of a row was measured."""
+    """Describe how much of a row was measured and how much extrapolated."""
     design = f"the model whole, {describe(row.whole)}"
     if row.high:
         design = f"extrapolated from {row.low} and {row.high} of each to {describe(row.whole)}"
@@ -217,13 +218,13 @@ def made(row: Record) -> str:
 
 
 def longest(row: Record) -> str:
-    """The kernel that takes most of a row; empty where none was profiled."""
+    """Name the kernel that takes longest in a row; empty where none was profiled."""
     found = row.kernels()[:1]
     return "".join(f" Longest kernel: {label.partition(' | ')[0]}." for label, *_ in found)
 
 
 def ratios(rows: Mapping[str, Record]) -> str:
-    """Return ratios of steps, and of blocks that differ in attention alone."""
+    """List the speed ratios of steps, and of blocks that differ only in attention."""
     found = []
     for ending in ("", WHOLE):
         for fast, slow in OVERS:
@@ -234,7 +235,7 @@ def ratios(rows: Mapping[str, Record]) -> str:
                     f"({made(ours)})"
                 )
     sparse = {}
-    for name in ("sparse", "radial"):  # the second's are the recipe's own
+    for name in ("sparse", "radial"):  # radial last: its blocks are the recipe's own
         sparse |= rows[name].per_block if name in rows else {}
     dense = rows["fair"].per_block if "fair" in rows else {}
     blocks = {
@@ -251,11 +252,11 @@ def ratios(rows: Mapping[str, Record]) -> str:
 
 
 def verdict(recipe: str, rows: Mapping[str, Record], setup: str) -> str:
-    """Say whether dense rows are as fast as is known; empty where nothing is known."""
+    """Say whether the dense rows run at their known speed; empty where it is not known."""
     if not setup.startswith(KNOWN_ON):
         return ""
     found = []
-    # What the settings of a recipe change, those rows do not have.
+    # The dense rows do not depend on the settings given after a recipe's name.
     for name, known in KNOWN.get(recipe.partition(" ")[0], {}).items():
         seconds = rows[name].seconds if name in rows else None
         if seconds is not None:
@@ -267,7 +268,7 @@ def verdict(recipe: str, rows: Mapping[str, Record], setup: str) -> str:
 
 
 def top(row: Record) -> str:
-    """Table of the kernels that take longest, extrapolated as the row is."""
+    """Return a table of the kernels that take longest, extrapolated as the row is."""
     total = row.seconds or 0.0
     titles = ("kernel", "op", "inputs", "part", "runs", "s", "of the step")
     lines = [f"| {' | '.join(titles)} |", f"|{len(titles) * '---|'}"]
@@ -278,8 +279,10 @@ def top(row: Record) -> str:
 
 
 def draw(results: Results, path: Path) -> bool:
-    """Seconds a step against frames, dense and radial by family, each with the settings that are
-    fastest, as SVG; False: there are none."""
+    """Draw seconds per step against frames as SVG; return False if there is nothing to draw.
+
+    There is one line for dense and one for radial per family, each with its fastest settings.
+    """
     lines: dict[str, dict[int, float]] = {}
     for section in results.sections.values():
         for name, label in (("fair", "dense"), ("radial", "radial")):

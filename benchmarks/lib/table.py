@@ -1,25 +1,25 @@
-"""A grid's measurements as a table, and whether its denominators are what they are known to be."""
+"""A grid's measurements as a table, with a check of the baselines against their known rates."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-CUDNN = "dense cuDNN"  # and what begins with it
-FLEX = "flex"  # likewise
+CUDNN = "dense cuDNN"  # prefix of the names of all cuDNN rows
+FLEX = "flex"  # prefix of the names of all FlexAttention rows
 # Forward and backward TFLOP/s on an H200 at head_dim 128, HunyuanVideo's grids of 64 latent frames.
-# A run in which these come out otherwise compares our kernels with something else.
+# A run whose rates differ from these compares our kernels with something else.
 ANCHORS = {FLEX: (415.0, 380.0), CUDNN: (604.0, 547.0)}
 ANCHORED = ("NVIDIA H200", 128)
 ANCHORED_GRIDS = ("hunyuan-3600x64", "hunyuan-3840x64")
 MARGIN = 0.05
-BACKWARD_FLOPS = 2.5  # of the forward pass: five matrix products, whatever a kernel does inside
+BACKWARD_FLOPS = 2.5  # relative to the forward pass: five matrix products against two
 
 Triple = tuple[float, float, float]  # forward, backward, both
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one grid.
+    """Holds one kernel's measurements on one grid.
 
     flops: of the forward pass.
     complaint: why it was not timed; empty if it was.
@@ -42,14 +42,16 @@ class Row:
 
     @property
     def rates(self) -> Triple:
-        """TFLOP/s."""
+        """Return TFLOP/s of forward, backward and both."""
         forward, backward, both = (self.flops / 1e9 / ms for ms in self.milliseconds)
         return forward, BACKWARD_FLOPS * backward, (1 + BACKWARD_FLOPS) * both
 
 
 def fastest(rows: Sequence[Row], name: str) -> Row | None:
-    """Take of the rows whose names begin so, each pass by whichever is best at it; None if none was
-    timed."""
+    """Return the best forward and the best backward among rows whose names begin with `name`.
+
+    None if none of them was timed.
+    """
     timed = [row for row in rows if row.kernel.startswith(name) and not row.complaint]
     if not timed:
         return None
@@ -59,7 +61,7 @@ def fastest(rows: Sequence[Row], name: str) -> Row | None:
 
 
 def table(rows: Sequence[Row], density: float) -> str:
-    """Markdown. `density` is the kept share of all blocks: its inverse is the ideal speedup."""
+    """Return a Markdown table; `density`, the kept share of blocks, gives the ideal speedup."""
     lines = [
         "| kernel | ms | TFLOP/s | speed over dense cuDNN | of the ideal | over flex | MiB |",
         "|---|---|---|---|---|---|---|",
@@ -83,7 +85,7 @@ def table(rows: Sequence[Row], density: float) -> str:
 
 
 def _over(base: Row | None, row: Row) -> list[float]:
-    """Say how many times faster than `base` the row is; empty without one."""
+    """Return how many times faster than `base` the row is; empty without a base."""
     if base is None:
         return []
     return [b / ms for b, ms in zip(base.milliseconds, row.milliseconds, strict=True)]
@@ -94,8 +96,7 @@ def _cell(values: Iterable[float], form: str) -> str:
 
 
 def verdict(grid: str, device: str, head_dim: int, rows: Sequence[Row]) -> str:
-    """Say whether flex and cuDNN run as fast as they are known to; empty where that is not known of
-    the grid."""
+    """Say whether flex and cuDNN run at their known rates; empty if the grid has none."""
     if (device, head_dim) != ANCHORED:
         return f"No anchors for {device} at head_dim {head_dim}: flex and cuDNN stand unchecked."
     if grid not in ANCHORED_GRIDS:

@@ -1,4 +1,4 @@
-"""Make what a training step needs, without files: random weights, latents and text."""
+"""Random weights, latents and text: all that a training step needs, without files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ STD = 0.02  # keeps a few dozen random blocks of thousands of channels finite in
 def untrained(
     family: ModelFamily, device: torch.device, shared: dict[str, nn.Parameter] | None = None
 ) -> ModelFamily:
-    """The family, but its transformers come with random weights in place of loaded ones.
+    """Return the family with a loader that gives random weights instead of reading files.
 
-    shared: parameters by name that all of them use, and add what they need; for frozen bases.
+    shared: parameters by name that all models use, each adding what is missing; for frozen bases.
     """
 
     class Untrained(type(family.loader)):
@@ -45,16 +45,15 @@ def random_transformer(
     device: torch.device,
     shared: dict[str, nn.Parameter] | None = None,
 ) -> Any:
-    """Return a transformer as `Loader.load_transformer` does, on `device`, always with the same
-    weights.
+    """Build what `Loader.load_transformer` returns on `device`, always with the same weights.
 
     Each parameter is made in its place and dtype: no more is ever held than the model itself.
-    shared: as `untrained` takes it; what is in it already is taken from there.
+    shared: as `untrained` takes it; parameters already in it are reused.
     """
     from diffusers.models.modeling_utils import no_init_weights
 
     blank = blank_transformer(family, path, revision)
-    # As diffusers loads: buffers, which no file holds, are computed, and parameters left out.
+    # As when diffusers loads: buffers, which no file holds, are computed; parameters stay empty.
     with no_init_weights(), init_empty_weights():
         model = type(blank).from_config(blank.config)
     fp32 = set(model._keep_in_fp32_modules or ())
@@ -79,8 +78,10 @@ def random_transformer(
 def random_batch(
     job: Job, dtype: torch.dtype, part: tuple[int, int] = (0, 1), frames: int | None = None
 ) -> dict[str, Any]:
-    """Return what the trainer's data loader gives, on the CPU: noise for latents, captions of the
-    greatest length. part: as `LatentDataset` takes it. frames: latent ones, None for the job's."""
+    """Build a batch like the data loader's on the CPU: noise as latents, captions of full length.
+
+    part: as `LatentDataset` takes it. frames: latent frames, None for the job's.
+    """
     config = job.config
     transformer = blank_transformer(job.family, job.model_path, config.model.revision)
     sizes, inputs = transformer.config, inspect.signature(transformer.forward).parameters

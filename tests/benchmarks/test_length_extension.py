@@ -67,7 +67,7 @@ def test_a_new_pattern_gets_its_rows_by_its_name(monkeypatch):
 
     monkeypatch.setitem(PATTERNS, "mine", Mine)
     assert [cell.name for cell in plan([0], "mine")] == ["mine-4x-seed0", "mine-2x-seed0"]
-    with pytest.raises(ConfigError, match=r"only=hers fits no cell. Rows: base.*mine"):
+    with pytest.raises(ConfigError, match=r"only=hers matches no cell. Rows: base.*mine"):
         plan([0], "hers")
 
 
@@ -382,7 +382,7 @@ def test_the_whole_chain_in_miniature(tmp_path):
     command = [sys.executable, "benchmarks/extend.py", "scale=tiny", f"out={tmp_path}", "seeds=0,1"]
     first = subprocess.run([*command, "seconds=20"], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 3, first.stdout + first.stderr
-    assert "the same command goes on" in first.stdout
+    assert "run the same command to resume" in first.stdout
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     store = Store(tmp_path)

@@ -70,7 +70,7 @@ def test_numbers_survive_the_file(tmp_path):
     results = Results(H200, {"hunyuan_2x": section})
     speedup.save(results, path, "# Title")
     assert speedup.read(path, H200) == results
-    with pytest.raises(SystemExit, match="measured otherwise"):
+    with pytest.raises(SystemExit, match="measured with another setup"):
         speedup.read(path, "another")
     text = path.with_suffix(".md").read_text()
     assert "| fair | out of memory / of all |" in text

@@ -130,7 +130,7 @@ def test_rows_are_added_kept_and_replaced(benchmark, linear, monkeypatch):
     benchmark("wan", "rows=fair,radial", "resume=true")
     benchmark("wan", "dry=true")
     monkeypatch.setattr(training, "measured_on", lambda: "another")
-    with pytest.raises(SystemExit, match="measured otherwise"):
+    with pytest.raises(SystemExit, match="measured with another setup"):
         benchmark("wan")
 
 
