@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..config.checks import engine_problems
@@ -85,9 +84,6 @@ def open_processes(config: Config, heads: int, timeout: timedelta) -> Processes:
     a `parallel.sequence` that does not divide the heads and the number of processes.
     """
     engine, accelerator = open_engine(config, timeout)
-    if dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
-        # DeepSpeed without GPUs: accelerate then calls every process the main one.
-        raise ConfigError("The engines zero2 and zero3 need GPUs: on CPUs use fsdp2.")
     sequence = SequenceGroup.create(config.parallel.sequence, heads, timeout)
     return Processes(engine, accelerator, sequence)
 
@@ -98,15 +94,16 @@ def open_engine(config: Config, timeout: timedelta) -> tuple[type[Engine], Accel
     timeout: of collectives. Raises ConfigError if config and launcher disagree, for settings that
     the engine does not support, and if accelerate does not know of the other processes.
     """
-    opened = _open(config, timeout)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    known = dist.get_world_size() if dist.is_initialized() else 1
+    engine, accelerator = _open(config, timeout)
+    started, known = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if started != known:  # each would train a run of its own, in the same folder
+        if (config.parallel.engine or launched_engine() or "ddp").startswith("zero"):
+            raise ConfigError("The engines zero2 and zero3 need GPUs: on CPUs use fsdp2.")
         raise ConfigError(
             f"{started} processes were started and accelerate knows of {known}: it takes a process "
             "that finds no GPU for a run of its own. On CPUs set ACCELERATE_USE_CPU=true."
         )
-    return opened
+    return engine, accelerator
 
 
 def _open(config: Config, timeout: timedelta) -> tuple[type[Engine], Accelerator]:

@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
 from diffusers.models import attention_dispatch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longreel.sparse.attention import SparseAttention
 from longreel.sparse.grid import TokenGrid
@@ -248,9 +249,13 @@ def test_an_empty_prompt_may_be_masked_throughout():
     batch = MOCHI.text.collate([text, empty])
     assert batch["encoder_attention_mask"].sum(dim=1).tolist() == [9, 0]
     expected = pipe("a rabbit", **arguments(tiny.make_latents(MOCHI))).frames
+    with sdpa_kernel(SDPBackend.MATH):  # another right computation: its distance is the measure
+        other = pipe("a rabbit", **arguments(tiny.make_latents(MOCHI))).frames
+    budget = 8 * (other - expected).abs().max().item()
+    assert 0 < budget < expected.std() / 100
     MOCHI.install(pipe.transformer, SparseAttention(Dense()))
     call = arguments(tiny.make_latents(MOCHI), **MOCHI.text.pipeline_inputs(text, empty, 4.5))
-    torch.testing.assert_close(pipe(**call).frames, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pipe(**call).frames, expected, atol=budget, rtol=0)
     alone = MOCHI.text.pipeline_inputs(empty, None, 1.0)
     assert alone["prompt_embeds"].shape == (1, 1, 32) and not alone["prompt_attention_mask"].any()
     assert pipe(**arguments(tiny.make_latents(MOCHI), **alone)).frames.isfinite().all()

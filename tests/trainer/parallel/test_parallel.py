@@ -323,6 +323,17 @@ def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
         train(arguments, "parallel.engine=ddp")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate then knows the processes")
+def test_processes_of_torchrun_on_cpus_are_told_what_is_missing(arguments):
+    """accelerate counts each as a run of its own unless it is told to use CPUs."""
+    run = json.dumps([[*arguments, "parallel.engine=ddp"]])
+    settings = {"ACCELERATE_USE_CPU": "false"}
+    started = processes.start(2, "tests/helpers/train_runs.py", run, settings=settings)
+    for code, said in processes.finish(started):
+        assert code == 1 and "2 processes were started and accelerate knows of 1" in said, said
+        assert "ACCELERATE_USE_CPU=true" in said and "zero" not in said.splitlines()[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("told", ["true", "false"])
 def test_deepspeed_without_gpus_is_refused(arguments, monkeypatch, told):
