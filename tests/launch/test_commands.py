@@ -88,6 +88,7 @@ def test_dense_sampling_differs(sample):
     assert np.abs(sparse - dense).mean() > 2
 
 
+@pytest.mark.long
 def test_two_processes_sample_one_video(sample, run, tmp_path):
     """The first of them writes it, as near to one process's as one that samples
     twice is to itself, for x264 does not encode equal frames alike."""

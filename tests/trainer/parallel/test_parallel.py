@@ -93,6 +93,7 @@ PAIRWISE = [
 ]
 
 
+@pytest.mark.long
 def test_two_processes_that_share_clips_update_as_one(tmp_path):
     """They run in one launch, which takes longer than all that runs in it."""
     together = updates_together(2, PAIRWISE, tmp_path / "updates.safetensors")
@@ -323,6 +324,7 @@ def test_engines_that_cannot_be_are_refused(arguments, monkeypatch):
         train(arguments, "parallel.engine=ddp")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate then knows the processes")
 def test_processes_of_torchrun_on_cpus_are_told_what_is_missing(arguments):
     """accelerate counts each as a run of its own unless it is told to use CPUs."""

@@ -295,6 +295,7 @@ def spoil_a_clip(cache: Path) -> str:
     raise AssertionError("no latents in the cache")
 
 
+@pytest.mark.long
 def test_two_processes_agree(arguments, tmp_path):
     """On skipping a clip of NaNs that one of them meets, sharing clips and data parallel; then on
     a signal that one of them gets."""
