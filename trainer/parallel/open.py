@@ -14,7 +14,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from ..config.checks import engine_problems
 from ..config.schema import Config, EngineName
 from ..config.values import ConfigError
-from .engine import Engine, Fsdp2Engine
+from .engine import Engine
+from .fsdp2 import Fsdp2Engine
 from .sequence import SequenceGroup
 
 
