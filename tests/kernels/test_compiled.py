@@ -72,8 +72,14 @@ OPERATORS: dict[str, tuple[Callable[[int, str], Inputs], Callable[..., Tensor]]]
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dynamic", [False, True, None])
+@pytest.mark.parametrize(
+    ("device", "dynamic"),
+    [
+        ("cpu", None),  # static and dynamic shapes in one
+        *(pytest.param("cpu", dynamic, marks=pytest.mark.slow) for dynamic in (False, True)),
+        *(pytest.param("cuda", d, marks=pytest.mark.gpu) for d in (False, True, None)),
+    ],
+)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiles_into_one_graph(name: str, dynamic: bool | None, device: str):
     """Output and gradients are bit-equal to eager ones, and a dynamic graph takes all lengths.
