@@ -39,7 +39,8 @@ from step import free, job_of
 from torch import Tensor, nn
 from training import say
 
-from longreel.trainer.config.values import ConfigError, leaf_types, parse
+from longreel.trainer.config.recipe import split_options
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.job import Job
 from longreel.trainer.memory.device import fastest_dense, grow_segments
 from longreel.trainer.plan import rates
@@ -91,9 +92,7 @@ class Way:
 
 def benchmark(argv: Sequence[str]) -> None:
     """Compare gradients, measure, and write the result file."""
-    names = leaf_types(Options)
-    own = [argument for argument in argv if argument.partition("=")[0] in names]
-    options, overrides = parse(Options, own), [x for x in argv if x not in own]
+    options, overrides = split_options(Options, argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         raise ConfigError("sequence.py compares several processes: run it by `accelerate launch`.")

@@ -43,9 +43,9 @@ from lib.speedup import WHOLE, Record, Section
 from torch import nn
 from training import say
 
-from longreel.trainer.config.recipe import load
+from longreel.trainer.config.recipe import load, split_options
 from longreel.trainer.config.schema import Config
-from longreel.trainer.config.values import ConfigError, did_you_mean, leaf_types, parse
+from longreel.trainer.config.values import ConfigError, did_you_mean
 from longreel.trainer.job import Job
 from longreel.trainer.plan import rates
 from longreel.trainer.plan.estimate import GIB
@@ -278,12 +278,10 @@ def command(overrides: Sequence[str], options: Options, row: str) -> str:
 
 def read(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """Split arguments into the options and the recipe with its settings as given."""
-    names = leaf_types(Options)
-    own = [argument for argument in argv if argument.partition("=")[0] in names]
-    options = parse(Options, own)
+    options, overrides = split_options(Options, argv)
     if options.repeats < 1:
         raise ConfigError(f"repeats={options.repeats} must be positive.")
-    return options, [argument for argument in argv if argument not in own]
+    return options, overrides
 
 
 if __name__ == "__main__":

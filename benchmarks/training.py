@@ -40,9 +40,9 @@ from lib.report import (
 )
 from lib.untrained import random_batch, untrained
 
-from longreel.trainer.config.recipe import load
+from longreel.trainer.config.recipe import load, split_options
 from longreel.trainer.config.schema import Config
-from longreel.trainer.config.values import ConfigError, leaf_types, parse
+from longreel.trainer.config.values import ConfigError
 from longreel.trainer.job import Job
 from longreel.trainer.memory.device import ALLOCATOR, grow_segments
 from longreel.trainer.plan import rates
@@ -418,12 +418,9 @@ def say(text: str) -> None:
 
 def read(argv: list[str]) -> tuple[Options, Config, list[str]]:
     """Split arguments into options, the config of all others, and those others as given."""
-    names = leaf_types(Options)
-    own = [argument for argument in argv if argument.partition("=")[0] in names]
-    options = parse(Options, own)
+    options, overrides = split_options(Options, argv)
     if options.steps < 1:
         raise ConfigError(f"steps={options.steps} must be positive.")
-    overrides = [argument for argument in argv if argument not in own]
     return options, load(overrides), overrides
 
 

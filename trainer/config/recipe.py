@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def load(argv: list[str]) -> Config:
     return _merge(in_file | {"recipe": path.stem}, given)
 
 
-def split_options(schema: type[T], argv: list[str]) -> tuple[T, list[str]]:
+def split_options(schema: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
     """Return a command's own options, an instance of `schema`, and the arguments of its recipe.
 
     Raises ConfigError for a key that is neither an option nor a setting.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .values import ConfigError
+from .values import ConfigError, shown
 
 KEYS = {
     "memory.checkpoint": "memory.recompute",
@@ -41,12 +41,6 @@ def with_new_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
             raise ConfigError(f"{key} is the old name of {new}, which is given too: leave one out.")
         meaning = VALUES.get(new, {}).get(str(value).lower(), value)
         renamed[new] = meaning
-        if new != key:
-            lines.append(f"{key}={_shown(value)} is now {new}={_shown(meaning)}.")
-        elif meaning != value:
-            lines.append(f"{key}={_shown(value)} is now {key}={_shown(meaning)}.")
+        if (new, meaning) != (key, value):
+            lines.append(f"{key}={shown(value)} is now {new}={shown(meaning)}.")
     return renamed, lines
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -95,10 +95,12 @@ def open_engine(config: Config, timeout: timedelta) -> tuple[type[Engine], Accel
     timeout: of collectives. Raises ConfigError if config and launcher disagree, for settings that
     the engine does not support, and if accelerate does not know of the other processes.
     """
-    engine, accelerator = _open(config, timeout)
+    name = _engine_name(config)
+    check_engine(name, config)
+    engine, accelerator = _open(name, config, timeout)
     started, known = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if started != known:  # each would train a run of its own, in the same folder
-        if (config.parallel.engine or launched_engine() or "ddp").startswith("zero"):
+        if name.startswith("zero"):
             raise ConfigError("The engines zero2 and zero3 need GPUs: on CPUs use fsdp2.")
         raise ConfigError(
             f"{started} processes were started and accelerate knows of {known}: it takes a process "
@@ -107,15 +109,17 @@ def open_engine(config: Config, timeout: timedelta) -> tuple[type[Engine], Accel
     return engine, accelerator
 
 
-def _open(config: Config, timeout: timedelta) -> tuple[type[Engine], Accelerator]:
+def _engine_name(config: Config) -> EngineName:
     wanted, launched = config.parallel.engine, launched_engine()
     if wanted is not None and launched is not None and wanted != launched:
         raise ConfigError(
             f"parallel.engine={wanted}, but accelerate was launched for {launched}: remove the "
             "setting, or launch with another --config_file."
         )
-    name = wanted or launched or "ddp"
-    check_engine(name, config)
+    return wanted or launched or "ddp"
+
+
+def _open(name: EngineName, config: Config, timeout: timedelta) -> tuple[type[Engine], Accelerator]:
     handlers: Any = [InitProcessGroupKwargs(timeout=timeout)]
     if name == "ddp":
         return Engine, Accelerator(mixed_precision="no", kwargs_handlers=handlers)
